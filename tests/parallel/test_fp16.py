@@ -23,9 +23,9 @@ from guardrail.detectors.loss_scale import AT_START
 from guardrail.report.quarantine import quarantine_lines
 from guardrail.rundir.manifest import checkpoint_dirs, fingerprint, read_manifest
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.torch.diagnose.nonfinite_module import first_nonfinite
+from guardrail.torch.diagnose.nonfinite_module import find_nonfinite_module
+from guardrail.torch.measure.gradient_norms import compute_norms
 from guardrail.torch.measure.loss_scaler import LossScale
-from guardrail.torch.measure.reduction import norms
 from tests.support.feed import BATCH, obs
 from tests.support.older import NO_LIMIT
 from tests.support.ranks import run_ranks
@@ -67,7 +67,7 @@ def test_the_scale_moves_as_torch_moves_it(first: float) -> None:
 
 def test_the_norm_of_finite_halves_is_finite() -> None:
     large = torch.full((100,), 6e4, dtype=torch.float16)
-    assert norms([large, large.float()])[0].item() == pytest.approx(6e5)
+    assert compute_norms([large, large.float()])[0].item() == pytest.approx(6e5)
 
 
 # -- the verdict
@@ -327,11 +327,11 @@ def test_the_innermost_module_with_the_first_nonfinite_output_is_named() -> None
     with torch.no_grad():
         net.blocks[1][0].weight[2, 1] = math.inf
     ids = torch.arange(8)
-    assert first_nonfinite(net, lambda: net(ids)) == "blocks.1.0"
-    assert first_nonfinite(nn.Sequential(Net()), lambda: None) == ""
+    assert find_nonfinite_module(net, lambda: net(ids)) == "blocks.1.0"
+    assert find_nonfinite_module(nn.Sequential(Net()), lambda: None) == ""
     with torch.no_grad():
         net.blocks[1][0].weight[2, 1] = 0.0
-    assert first_nonfinite(net, lambda: net(ids)) == ""
+    assert find_nonfinite_module(net, lambda: net(ids)) == ""
     assert not any(m._forward_hooks for m in net.modules())
 
 

@@ -31,7 +31,8 @@ from guardrail.core.records import (
 from guardrail.decide.controller import Controller
 from guardrail.decide.detector_set import MOST_NAMED
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.torch.measure.reduction import StepReduction, block_of
+from guardrail.torch.measure.gradient_norms import block_name
+from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.update_norm import UpdateNorm
 from tests.support.ranks import run_ranks
 from tests.support.tiny import Setup, Tiny
@@ -132,7 +133,7 @@ def test_names_that_are_taken_are_refused(names: list[str], tmp_path: Path) -> N
     ],
 )
 def test_blocks_by_name(name: str, block: str) -> None:
-    assert block_of(name) == block
+    assert block_name(name) == block
 
 
 # -- over ranks
@@ -161,7 +162,7 @@ def reduced(rank: int, kind: str) -> dict[str, Any]:
     common: dict[str, Any] = {"nominal_tokens": None, "step_time": 0.1}
     given = probes.reduce(torch.tensor(1.0), 1, named=named, update_square=updates.square, **common)
     without = probes.reduce(torch.tensor(1.0), 1, **common)
-    sizes = [(block_of(n), p.numel()) for n, p in Tiny().named_parameters()]
+    sizes = [(block_name(n), p.numel()) for n, p in Tiny().named_parameters()]
     want: dict[str, float] = {}
     for index, (block, size) in enumerate(sizes):
         want[block] = want.get(block, 0.0) + size * (index + 1) ** 2

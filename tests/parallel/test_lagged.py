@@ -23,7 +23,7 @@ from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.guard import Guard
 from guardrail.torch.measure.reduction import StepReduction
-from guardrail.torch.measure.update_gate import Gate, can_leave_out
+from guardrail.torch.measure.update_gate import Gate, can_skip_on_device
 from tests.support.older import NO_LIMIT
 from tests.support.ranks import run_ranks, wait_ranks
 from tests.support.running import (
@@ -342,7 +342,7 @@ def _gated(rank: int, kind: str) -> tuple[bool, bool]:
         setup.model(torch.ones(2, 3, dtype=torch.long)).sum().backward()
         parameters = list(setup.model.parameters())
         gate = Gate(setup.optimizers, parameters=parameters, embedding=[], clip=1.0)
-        assert can_leave_out(setup.optimizers[0])
+        assert can_skip_on_device(setup.optimizers[0])
         if unless is not None:
             gate.apply(torch.tensor(math.nan), unless=unless)
             now = state_of(setup)
@@ -375,7 +375,7 @@ def test_the_device_computes_what_the_host_computes() -> None:
         torch.manual_seed(seed)
         model(torch.randint(0, VOCABULARY, (2, 4))).sum().backward()
         named = {"a": torch.rand(())} if seed % 2 else {"a": -1.5, "b": torch.rand(())}
-        vector = probes.launch(
+        vector = probes.start(
             10 * torch.rand(()),
             3 + seed,
             step_time=0.1,
@@ -383,7 +383,7 @@ def test_the_device_computes_what_the_host_computes() -> None:
             update_square=torch.rand(()) if seed else None,
         )
         reduced = probes.unpack(vector.tolist(), 17.0, None)
-        values, known, sound, scale = probes.on_device(vector, 17.0)
+        values, known, sound, scale = probes.unpack_on_device(vector, 17.0)
         told_ = {
             n: v
             for n, v, k in zip(probes.signal_names, values.tolist(), known.tolist(), strict=True)
@@ -414,5 +414,5 @@ def test_what_is_not_sound_is_told_on_the_device(numbers: dict[str, Any]) -> Non
     if gradient := numbers.get("gradient"):
         next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = gradient  # type: ignore[union-attr]
     loss, tokens = torch.tensor(numbers.get("loss", 2.0)), numbers.get("tokens", 1)
-    vector = probes.launch(loss, tokens, step_time=0.0, incomplete=numbers.get("incomplete", False))
-    assert not probes.on_device(vector, None)[2]
+    vector = probes.start(loss, tokens, step_time=0.0, incomplete=numbers.get("incomplete", False))
+    assert not probes.unpack_on_device(vector, None)[2]

@@ -26,7 +26,9 @@ from guardrail.decide.sample_order import SampleCursor, SampleOrder
 from guardrail.rundir.mailbox import CommandPoller
 from guardrail.rundir.recorder import Recorder
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.torch.measure.reduction import ReducedStep, StepReduction, embedding_parameters
+from guardrail.torch.measure.gradient_norms import embedding_parameters
+from guardrail.torch.measure.reduced_step import ReducedStep
+from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.update_gate import Gate
 from guardrail.torch.state import rng_state as rng
 from guardrail.torch.state.forward_side_effects import ForwardSideEffects
@@ -399,7 +401,7 @@ def test_watching_a_gradient_neither_copies_nor_changes_it() -> None:
     model[2](model[1](model[0](torch.tensor([[1, 2, 1]]))).double()).square().sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert {name: g.data_ptr() for name, g in gradients.items()} == made
-    assert float(probes._own_norm()) == pytest.approx(
+    assert float(probes.own_norms.total()) == pytest.approx(
         sum(g.double().norm().item() for g in gradients.values())
     )
 
@@ -422,7 +424,7 @@ def test_a_nan_names_its_parameter() -> None:
         and result.nonfinite_grad == (0,)
         and result.nonfinite_loss == ()
     )
-    assert probes.names_of_nonfinite() == [name]
+    assert probes.find_nonfinite_gradients() == [name]
 
 
 # -- what is applied
@@ -486,7 +488,7 @@ def test_rates_hold_for_one_update_and_the_embedding_alone_is_shrunk() -> None:
 def test_leaving_out_drops_the_gradients_and_touches_nothing_else() -> None:
     model = with_gradients(size=math.nan)
     before = [p.detach().clone() for p in model.parameters()]
-    gate_of(model).leave_out()
+    gate_of(model).drop_gradients()
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 

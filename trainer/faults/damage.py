@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from guardrail.torch.measure.reduction import local
+from guardrail.torch.measure.gradient_norms import to_local
 from trainer.data.loader import MicroBatch
 from trainer.objectives.loss import IGNORED
 
@@ -68,26 +68,26 @@ def damage_state(
     ] or parameters
     if kind == "scale_weights":
         for parameter in parameters:
-            local(parameter).mul_(value)
+            to_local(parameter).mul_(value)
     elif kind == "scale_row":
-        rows = local(
+        rows = to_local(
             next(p for name, p in model.named_parameters() if "embedding" in name and p.ndim == 2)
         )
         if len(rows):
             rows[entry % len(rows)] *= value
     elif kind == "flip_weight":
-        flip_bit(local(matrices[0]), entry=entry, bit=int(value))
+        flip_bit(to_local(matrices[0]), entry=entry, bit=int(value))
     else:
         for moments in (optimizer.state.get(p, {}) for p in matrices for optimizer in optimizers):
             if kind == "flip_moment" and "exp_avg" in moments:
-                flip_bit(local(moments["exp_avg"]), entry=entry, bit=int(value))
+                flip_bit(to_local(moments["exp_avg"]), entry=entry, bit=int(value))
                 return
         if kind == "zero_moments":
             for optimizer in optimizers:
                 for held in optimizer.state.values():
                     for name, tensor in held.items():
                         if name != "step" and isinstance(tensor, Tensor):
-                            local(tensor).zero_()
+                            to_local(tensor).zero_()
 
 
 def flip_bit(tensor: Tensor, *, entry: int, bit: int) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from guardrail.core.records import SnapshotInfo
 from guardrail.rundir.manifest import Box
+from guardrail.torch.state import foreach
 from guardrail.torch.state.training_state import TrainingState
 
 CANDIDATE, GOOD, SUSPECT = "candidate", "good", "suspect"
@@ -88,8 +89,10 @@ class Layout:
     def copy(self, targets: list[Tensor], sources: list[Tensor]) -> list[torch.cuda.Event]:
         """Copy all; returns what to wait for before the host reads targets or writes sources."""
         for group in self.groups:
-            torch._foreach_copy_(
-                [targets[i] for i in group], [sources[i] for i in group], bool(self.devices)
+            foreach.copy_tensors(
+                [targets[i] for i in group],
+                [sources[i] for i in group],
+                non_blocking=bool(self.devices),
             )
         events = []
         for device in self.devices:

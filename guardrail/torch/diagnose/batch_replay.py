@@ -23,7 +23,8 @@ from guardrail.decide.sample_outliers import Sample
 from guardrail.rundir.manifest import BUFFER, MODEL
 from guardrail.torch.checkpoint.memory_snapshots import Snapshot
 from guardrail.torch.diagnose.per_sample import Rows, embedding_gradients, merged, samples_of
-from guardrail.torch.measure.reduction import ReducedStep, StepReduction
+from guardrail.torch.measure.reduced_step import ReducedStep
+from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.state.forward_side_effects import ForwardSideEffects
 from guardrail.torch.state.training_state import TrainingState
 

@@ -36,7 +36,7 @@ from guardrail.decide.sample_order import Batch, SampleCursor
 from guardrail.torch.checkpoint.memory_snapshots import CANDIDATE, GOOD, Snapshot, SnapshotRing
 from guardrail.torch.diagnose.attribution import ORDINARY, explaining
 from guardrail.torch.diagnose.batch_replay import Replays, pass_of
-from guardrail.torch.measure.reduction import ReducedStep
+from guardrail.torch.measure.reduced_step import ReducedStep
 
 EARLIER, FROM_ONSET = 2, 3  # batches of each kind that are run
 # times as many batches ahead as may be left out in a row: data of another kind reaches at least so

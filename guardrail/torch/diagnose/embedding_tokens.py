@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from guardrail.core.records import Verdict
 from guardrail.decide.remedies import embedding_concerned
-from guardrail.torch.measure.reduction import ReducedStep, local
+from guardrail.torch.measure.gradient_norms import to_local
+from guardrail.torch.measure.reduced_step import ReducedStep
 
 MOST = 8  # tokens that are named of one step
 
@@ -53,7 +54,7 @@ def _of_shard(gradient: Tensor) -> list[tuple[int, float]]:
         first = int(chunk.offsets[0])
         if chunk.sizes[1:] != gradient.shape[1:]:
             return []  # cut by columns: no rank knows the norm of a row
-    here = local(gradient)
+    here = to_local(gradient)
     if not here.numel():
         return []
     norms = torch.linalg.vector_norm(here, dim=1, dtype=torch.float32)

@@ -1,6 +1,4 @@
-"""Which module made the first NaN or Inf: asked on an incident only, by running the forward pass
-once more.
-"""
+"""The module that made the first NaN or Inf: found on an incident, by one more forward pass."""
 
 from __future__ import annotations
 
@@ -10,42 +8,54 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from guardrail.torch.state import foreach
 from guardrail.torch.state.wrappers import plain_name
 
 
 @torch.no_grad()
-def first_nonfinite(model: nn.Module, run: Callable[[], None]) -> str:
-    """Name of the module whose output is the first that holds NaN or Inf, "" if none does.
+def find_nonfinite_module(model: nn.Module, run: Callable[[], None]) -> str:
+    """Return the name of the first module whose output holds NaN or Inf; "" if there is none.
+
+    A module is checked before the one that contains it, so the name is the innermost one. The check
+    waits for the device once per module.
 
     Args:
-        run: passes the data through `model` again. A module is asked before the one that contains
-            it, so the name is the most precise there is. One wait on the device a module.
+        run: passes the data through `model` again.
     """
-    found: list[str] = []
+    names: list[str] = []
 
-    def look(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        if not found and any(
-            t.is_floating_point() and not bool(t.isfinite().all()) for t in _tensors(output)
-        ):
-            found.append(plain_name(name).removeprefix("module."))
+    def check(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if names:
+            return
+        if not all(_is_finite(tensor) for tensor in _tensors_in(output)):
+            names.append(plain_name(name).removeprefix("module."))
 
     handles = [
-        m.register_forward_hook(partial(look, name)) for name, m in model.named_modules() if name
+        module.register_forward_hook(partial(check, name))
+        for name, module in model.named_modules()
+        if name
     ]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else ""
+    return names[0] if names else ""
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield getattr(output, "_local_tensor", output)
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _tensors_in(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, DTensor):
+        yield foreach.stored_shard(output)
+    elif isinstance(output, Tensor):
+        yield output
     elif isinstance(output, (list, tuple)):
         for item in output:
-            yield from _tensors(item)
+            yield from _tensors_in(item)
     elif isinstance(output, dict):
-        yield from _tensors(list(output.values()))
+        yield from _tensors_in(list(output.values()))

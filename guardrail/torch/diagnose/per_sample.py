@@ -17,7 +17,7 @@ from msgspec import structs
 from torch import Tensor, nn
 
 from guardrail.decide.sample_outliers import Sample
-from guardrail.torch.measure.reduction import local
+from guardrail.torch.measure.gradient_norms import to_local
 
 # Of each micro-batch of this rank, in the order in which the model was given them: (positions, loss
 # sums [B], label tokens [B]). Rows that only fill up a micro-batch come last and have no position.
@@ -46,7 +46,7 @@ def embedding_gradients(model: nn.Module) -> Iterator[list[Tensor]]:
         number, calls = calls, calls + 1
 
         def keep(gradient: Tensor) -> None:
-            found[number] = local(gradient).detach().flatten(1).float().norm(dim=1)
+            found[number] = to_local(gradient).detach().flatten(1).float().norm(dim=1)
 
         if output.requires_grad:
             output.register_hook(keep)

@@ -10,7 +10,7 @@ from guardrail.torch.checkpoint.snapshot_manager import Facts, SnapshotManager
 from guardrail.torch.guard.command_handler import CommandHandler
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.step_metrics import StepMetrics
-from guardrail.torch.measure.reduction import ReducedStep
+from guardrail.torch.measure.reduced_step import ReducedStep
 
 
 class BetweenSteps:

@@ -46,8 +46,10 @@ from guardrail.torch.guard.step_judge import StepJudge
 from guardrail.torch.guard.step_metrics import StepMetrics
 from guardrail.torch.guard.update_applier import UpdateApplier
 from guardrail.torch.guard.verdict_executor import VerdictExecutor
-from guardrail.torch.measure.reduction import ReducedStep, StepReduction, local
-from guardrail.torch.measure.update_gate import can_leave_out
+from guardrail.torch.measure.gradient_norms import to_local
+from guardrail.torch.measure.reduced_step import ReducedStep
+from guardrail.torch.measure.reduction import StepReduction
+from guardrail.torch.measure.update_gate import can_skip_on_device
 from guardrail.torch.state.forward_side_effects import ForwardSideEffects
 
 
@@ -129,7 +131,7 @@ class DeferredGate:
 
     def _refuse(self) -> None:
         gate = self._applier.gate
-        deaf = [type(one).__name__ for one in gate.optimizers if not can_leave_out(one)]
+        deaf = [type(one).__name__ for one in gate.optimizers if not can_skip_on_device(one)]
         if deaf:
             raise UsageError(
                 f'guard.decide = "deferred" needs an optimizer that heeds found_inf (fused=True): {deaf[0]}'
@@ -141,7 +143,7 @@ class DeferredGate:
                 f'guard.decide = "deferred" does not go with {what}: it needs the numbers at once'
             )
         for parameter in self._reduction.parameters:
-            here = local(parameter)
+            here = to_local(parameter)
             if (
                 here.dtype not in (torch.float32, torch.float64)
                 or here.device.type != self._reduction.device.type
@@ -197,7 +199,7 @@ class DeferredGate:
     ) -> None:
         """Decide on the device, apply there or not, and go on as if it were applied."""
         began = time.perf_counter()
-        values, known, sound, scale = self._reduction.on_device(vector, nominal)
+        values, known, sound, scale = self._reduction.unpack_on_device(vector, nominal)
         limits = torch.tensor(safe_limits, dtype=vector.dtype).to(vector.device, non_blocking=True)
         # NaN is not below any limit. A number that no rank gave is not judged, as on the host.
         applied = sound & (values[0] > 0) & ((values <= limits) | ~known).all()
@@ -285,7 +287,7 @@ class DeferredGate:
         """Undo what was computed last; step `number` comes next."""
         self._side_effects.undo()
         self._applier.skip()
-        self._reduction.forget()
+        self._reduction.discard()
         self._dropped = number
 
     # -- the same step again -----------------------------------------------------------------------

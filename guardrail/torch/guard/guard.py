@@ -33,7 +33,7 @@ from guardrail.torch.guard.old_arguments import accept_old_arguments
 from guardrail.torch.guard.parts import GuardParts
 from guardrail.torch.guard.step import Step
 from guardrail.torch.measure.loss_scaler import enabled
-from guardrail.torch.measure.reduction import ReducedStep
+from guardrail.torch.measure.reduced_step import ReducedStep
 from guardrail.torch.state.rank_agreement import require_equal
 
 __all__ = ["Guard", "Step"]
@@ -302,7 +302,7 @@ class Guard(GuardParts):
         command = deferred.first_command() if deferred is not None else None
         if command is None:
             command = self.command_handler.next(step.number)
-        vector = self.reduction.launch(
+        vector = self.reduction.start(
             loss if nominal is not None else loss * tokens,
             tokens,
             step_time=self.timer.seconds(step.began, began),

@@ -13,7 +13,8 @@ from guardrail.core.errors import UsageError
 from guardrail.core.records import MAX_NAMED
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.step import Step
-from guardrail.torch.measure.reduction import ReducedStep, StepReduction
+from guardrail.torch.measure.reduced_step import ReducedStep
+from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.rounding import HalfWeights
 
 MAX_LACKING_NOTES = 3  # layers that only some batches use would fill the journal
@@ -68,7 +69,7 @@ class LoopChecks:
 
         A collective; each parameter is named once.
         """
-        gathered = self._ctx.ranks.gather(self._reduction.take_lacking())
+        gathered = self._ctx.ranks.gather(self._reduction.take_lacking_names())
         names = sorted({name for found in gathered for name in found})
         self._lacking_notes += bool(names)
         if names and self._lacking_notes <= MAX_LACKING_NOTES:

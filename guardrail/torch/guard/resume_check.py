@@ -49,8 +49,8 @@ class ResumeCheck:
             "order": self._order_facts(),
             "order_ahead": ctx.order.order.samples(ctx.order.cursor, ctx.order.cursor + AHEAD),
             "identity": {**self.fingerprints, "run_id": ctx.history.run_id, **journal},
-            "frozen": self._reduction.frozen(),
-            "without_gradient": self._reduction.without_gradient(),
+            "frozen": self._reduction.frozen_names(),
+            "without_gradient": self._reduction.names_without_gradient(),
         }
         if self._fixed_batch_loss is not None:
             facts["fixed_loss"] = self._fixed_batch_loss()
@@ -140,7 +140,7 @@ class ResumeCheck:
         """Compare which parameters are trained; gradients are watched from here on."""
         reduction = self._reduction
         reduction.expect_gradients(without=extra["without_gradient"])
-        saved, now = set(extra["frozen"]) & reduction.all_names, set(reduction.frozen())
+        saved, now = set(extra["frozen"]) & reduction.all_names, set(reduction.frozen_names())
         differ = [f"{name} was trained and is frozen now" for name in sorted(now - saved)]
         differ += [f"{name} was frozen and is trained now" for name in sorted(saved - now)]
         if not differ:

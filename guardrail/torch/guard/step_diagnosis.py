@@ -10,7 +10,7 @@ from guardrail.torch.diagnose.batch_replay import Replays
 from guardrail.torch.diagnose.cause_test import FAR, CauseTest
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.step import Step
-from guardrail.torch.measure.reduction import ReducedStep
+from guardrail.torch.measure.reduced_step import ReducedStep
 
 
 class StepDiagnosis:

@@ -9,10 +9,11 @@ import torch
 
 from guardrail.core.records import LOSS, MAX_NAMED, FindingKind, Verdict
 from guardrail.torch.diagnose.embedding_tokens import DescribeTokens, token_evidence
-from guardrail.torch.diagnose.nonfinite_module import first_nonfinite
+from guardrail.torch.diagnose.nonfinite_module import find_nonfinite_module
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.step import Step
-from guardrail.torch.measure.reduction import ReducedStep, StepReduction
+from guardrail.torch.measure.reduced_step import ReducedStep
+from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.state.forward_side_effects import ForwardSideEffects
 from guardrail.torch.state.training_state import TrainingState
 
@@ -53,7 +54,7 @@ class StepEvidence:
         nonfinite = {finding.signal for finding in verdict.findings if finding.kind in kinds}
         data: dict[str, Any] = {}
         if nonfinite - {LOSS}:
-            by_rank = enumerate(gather(self._reduction.names_of_nonfinite()))
+            by_rank = enumerate(gather(self._reduction.find_nonfinite_gradients()))
             data["parameters"] = {str(rank): names[:MAX_NAMED] for rank, names in by_rank if names}
         if LOSS in nonfinite and self._rerun_forward is not None:
             found = enumerate(gather(self._nonfinite_module(self._rerun_forward)))
@@ -75,7 +76,7 @@ class StepEvidence:
         aside.begin()
         try:
             with torch.compiler.set_stance("force_eager"):  # what is compiled calls no hooks
-                return first_nonfinite(self._state.model, rerun_forward)
+                return find_nonfinite_module(self._state.model, rerun_forward)
         finally:
             aside.undo()
             self._state.settle()

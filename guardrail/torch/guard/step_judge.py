@@ -7,7 +7,7 @@ from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.loop_checks import LoopChecks
 from guardrail.torch.guard.step import Step
 from guardrail.torch.guard.step_metrics import StepMetrics
-from guardrail.torch.measure.reduction import ReducedStep
+from guardrail.torch.measure.reduced_step import ReducedStep
 
 
 class StepJudge:

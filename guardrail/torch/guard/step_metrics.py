@@ -9,7 +9,7 @@ from collections.abc import Callable
 from guardrail.core.records import Action, Verdict
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.step import Step
-from guardrail.torch.measure.reduction import ReducedStep
+from guardrail.torch.measure.reduced_step import ReducedStep
 
 RECENT_STEPS = 20  # applied steps that the speed is averaged over
 

@@ -11,7 +11,7 @@ from guardrail.torch.guard.guarded_scheduler import GuardedScheduler
 from guardrail.torch.guard.step import Step
 from guardrail.torch.guard.step_metrics import StepMetrics
 from guardrail.torch.measure.loss_scaler import LossScale
-from guardrail.torch.measure.reduction import ReducedStep
+from guardrail.torch.measure.reduced_step import ReducedStep
 from guardrail.torch.measure.update_gate import Gate
 from guardrail.torch.measure.update_norm import UpdateNorm
 from guardrail.torch.state.training_state import TrainingState
@@ -65,7 +65,7 @@ class UpdateApplier:
 
     def skip(self) -> None:
         """Drop the accumulated gradients instead of applying them."""
-        self.gate.leave_out()
+        self.gate.drop_gradients()
 
     def lower_loss_scale(self) -> float:
         """Return the lower loss scale that is used after an overflow."""

@@ -25,7 +25,7 @@ from guardrail.torch.guard.step_evidence import StepEvidence
 from guardrail.torch.guard.step_metrics import StepMetrics
 from guardrail.torch.guard.timeline_switch import TimelineSwitch
 from guardrail.torch.guard.update_applier import UpdateApplier
-from guardrail.torch.measure.reduction import ReducedStep
+from guardrail.torch.measure.reduced_step import ReducedStep
 
 # (rejected try, its verdict, its numbers) -> the cause of its incident; a collective that leaves
 # the run as it was.

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from guardrail.torch.state.foreach import GROWTH_TRACKER
+
 
 class LossScale:
     """Args:
@@ -34,13 +36,13 @@ class LossScale:
         that would become infinite stays.
         """
         state = self.scaler.state_dict()
-        scale, applied = float(state["scale"]), int(state["_growth_tracker"]) + 1
+        scale, applied = float(state["scale"]), int(state[GROWTH_TRACKER]) + 1
         if overflow:
             scale, applied = scale * state["backoff_factor"], 0
         elif applied >= state["growth_interval"]:
             grown = scale * state["growth_factor"]
             scale, applied = (grown if grown <= _LARGEST else scale), 0
-        self.scaler.load_state_dict({**state, "scale": scale, "_growth_tracker": applied})
+        self.scaler.load_state_dict({**state, "scale": scale, GROWTH_TRACKER: applied})
         return scale
 
 

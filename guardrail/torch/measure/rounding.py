@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from guardrail.torch.measure.reduction import local
+from guardrail.torch.measure.gradient_norms import to_local
 
 HALVES = (torch.float16, torch.bfloat16)
 FIRST, LAST = 4, 1024  # updates after which the first and the last sample is taken
@@ -32,8 +32,8 @@ class HalfWeights:
         self, parameters: Sequence[nn.Parameter], *, apart: Collection[nn.Parameter]
     ) -> None:
         excluded = {id(parameter) for parameter in apart}
-        halves = [p for p in parameters if local(p).dtype in HALVES and id(p) not in excluded]
-        self._parameters = sorted(halves, key=lambda p: local(p).numel(), reverse=True)[:TENSORS]
+        halves = [p for p in parameters if to_local(p).dtype in HALVES and id(p) not in excluded]
+        self._parameters = sorted(halves, key=lambda p: to_local(p).numel(), reverse=True)[:TENSORS]
         self._before: list[Tensor] = []
         self._updates = 0
         self.span = 0  # updates that the last comparison reaches over
@@ -55,7 +55,7 @@ class HalfWeights:
         if not self._parameters or self._updates != self._next or self._next > LAST:
             return None
         self._next *= 2
-        now = [_sample(local(parameter)) for parameter in self._parameters]
+        now = [_sample(to_local(parameter)) for parameter in self._parameters]
         before, self._before = self._before, now
         if not before:
             return None

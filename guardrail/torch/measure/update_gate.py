@@ -15,7 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from guardrail.core.errors import UsageError
-from guardrail.torch.measure.reduction import ReducedStep, local
+from guardrail.torch.measure.gradient_norms import to_local
+from guardrail.torch.measure.reduced_step import ReducedStep
+from guardrail.torch.state import foreach
 
 # State of torch's own optimizers, and of those that name theirs alike, that sums up past gradients.
 MOMENTS = frozenset(
@@ -138,8 +140,8 @@ class Gate:
                 if unless is None:
                     optimizer.step()
                 else:
-                    _step_unless(optimizer, unless)
-        self.leave_out()
+                    foreach.step_unless(optimizer, unless)
+        self.drop_gradients()
 
     @contextlib.contextmanager
     def _own_step(self) -> Iterator[None]:
@@ -180,7 +182,7 @@ class Gate:
                     elif isinstance(value, int | float):
                         state[name] = type(value)(0)
 
-    def leave_out(self) -> None:
+    def drop_gradients(self) -> None:
         """Drop the accumulated gradients: nothing of a rejected window can leak into the next."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -189,24 +191,13 @@ class Gate:
 
     @staticmethod
     def _scale(parameters: Sequence[nn.Parameter], factor: float | Tensor) -> None:
-        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        gradients = [to_local(p.grad) for p in parameters if p.grad is not None]
         if gradients:
-            torch._foreach_mul_(
+            foreach.multiply_tensors(
                 gradients, factor.to(gradients[0].dtype) if isinstance(factor, Tensor) else factor
             )
 
 
-def can_leave_out(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its step reads `found_inf`, as torch's fused optimizers do, and so can be left out on
-    the device.
-    """
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def _step_unless(optimizer: Any, unless: Tensor) -> None:
-    """The contract of torch's GradScaler with optimizers that take part in it."""
-    optimizer.found_inf = unless
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.found_inf
+def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a step of the optimizer can be skipped on the device, as fused ones can."""
+    return foreach.reads_found_inf(optimizer)

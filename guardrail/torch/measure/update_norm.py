@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from guardrail.torch.measure.reduction import local, norms
+from guardrail.torch.measure.gradient_norms import compute_norms, to_local
+from guardrail.torch.state import foreach
 
 
 class UpdateNorm:
@@ -39,18 +40,18 @@ class UpdateNorm:
         now = self._now()
         if not self._before:
             self._before = [torch.empty_like(tensor) for tensor in now]
-        torch._foreach_copy_(self._before, now)
+        foreach.copy_tensors(self._before, now)
 
     @torch.no_grad()
     def after(self) -> None:
         """Call when they have stepped."""
-        torch._foreach_sub_(self._before, self._now())
+        foreach.subtract_tensors(self._before, self._now())
         self.square = (
-            torch.stack(norms(self._before)).to(self._weights.dtype) ** 2 * self._weights
+            torch.stack(compute_norms(self._before)).to(self._weights.dtype) ** 2 * self._weights
         ).sum()
 
     def _now(self) -> list[Tensor]:
-        return [local(parameter).detach() for parameter in self._parameters]
+        return [to_local(parameter).detach() for parameter in self._parameters]
 
     def facts(self) -> float | None:
         """What travels with a snapshot, or the first step after it would not know the update before

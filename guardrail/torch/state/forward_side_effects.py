@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
+from guardrail.torch.state import foreach
 from guardrail.torch.state import rng_state as rng
 from guardrail.torch.state.training_state import TrainingState
 
@@ -24,12 +24,13 @@ class _SavedBuffer:
     """
 
     def __init__(self, buffer: Tensor, *, silent: bool) -> None:
-        self.buffer, self.version, self.silent = buffer, buffer._version, silent
+        self.buffer, self.silent = buffer, silent
+        self.version = foreach.change_count(buffer)
         self.before = buffer.clone()
         self.after: Tensor | None = None
 
     def touched(self) -> bool:
-        return self.silent or self.buffer._version != self.version
+        return self.silent or foreach.change_count(self.buffer) != self.version
 
 
 class ForwardSideEffects:
@@ -43,7 +44,7 @@ class ForwardSideEffects:
 
     def __init__(self, state: TrainingState) -> None:
         self._state = state
-        layers = (layer for layer in state.model.modules() if isinstance(layer, _NormBase))
+        layers = (layer for layer in state.model.modules() if foreach.is_running_norm(layer))
         self._silent = {id(buffer) for layer in layers for buffer in layer.buffers(recurse=False)}
         self._kept: dict[str, _SavedBuffer] = {}
         self._before: rng.RngStates | None = None
@@ -61,7 +62,7 @@ class ForwardSideEffects:
                 self._kept[name] = _SavedBuffer(buffer, silent=id(buffer) in self._silent)
             elif kept.touched():
                 kept.before.copy_(buffer)
-                kept.version = buffer._version
+                kept.version = foreach.change_count(buffer)
             self._kept[name].after = None
 
     @torch.no_grad()
@@ -74,7 +75,7 @@ class ForwardSideEffects:
             if kept.touched():
                 kept.after = kept.buffer.clone()
                 kept.buffer.copy_(kept.before)
-                kept.version = kept.buffer._version
+                kept.version = foreach.change_count(kept.buffer)
 
     @torch.no_grad()
     def redo(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from guardrail.rundir.manifest import OPTIM, Shape
+from guardrail.torch.state import foreach
 from guardrail.torch.state import json_codec as plain
 
 # A parameter, the optimizer that trains it, and its group there.
@@ -100,7 +101,7 @@ def keeps_tensors(optimizer: Optimizer) -> bool | None:
     twin.__dict__.update(optimizer.__dict__)
     twin.state = type(optimizer.state)(dict)
     twin.param_groups = [{**optimizer.param_groups[0], "params": [probe]}]
-    twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = {}, {}
+    foreach.drop_step_hooks(twin)
     try:
         # Not twin.step(): a scheduler has put a wrapper there that is bound to the real optimizer.
         type(optimizer).step(twin)

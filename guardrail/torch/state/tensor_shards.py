@@ -13,11 +13,14 @@ from torch.distributed.tensor import DTensor, Partial
 
 from guardrail.core.errors import UsageError
 from guardrail.rundir.manifest import Box
+from guardrail.torch.state import foreach
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part, the live storage, free of autograd."""
-    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
+    if isinstance(tensor, DTensor):
+        tensor = foreach.stored_shard(tensor)
+    return tensor.detach()
 
 
 def box_of(tensor: DTensor) -> Box:
@@ -28,10 +31,8 @@ def box_of(tensor: DTensor) -> Box:
     """
     if any(isinstance(placement, Partial) for placement in tensor.placements):
         raise UsageError("a partial DTensor has no value of its own and cannot be saved")
-    chunk = tensor.__create_chunk_list__()[0]  # the protocol of torch.distributed.checkpoint
-    return Box(
-        global_shape=tuple(tensor.shape), offset=tuple(chunk.offsets), size=tuple(chunk.sizes)
-    )
+    offset, size = foreach.shard_place(tensor)
+    return Box(global_shape=tuple(tensor.shape), offset=offset, size=size)
 
 
 def replica(tensor: Tensor, holders: range) -> tuple[int, int]:

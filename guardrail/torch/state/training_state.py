@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from guardrail.core.errors import CheckpointInvalid, UsageError
 from guardrail.rundir.manifest import BUFFER, MODEL, OPTIM, Box, Shape
+from guardrail.torch.state import foreach
 from guardrail.torch.state import json_codec as plain
 from guardrail.torch.state import optimizer_state as moments
 from guardrail.torch.state.digests import component_digests
@@ -98,7 +99,7 @@ class TrainingState:
 
     def _refuse_overlapping(self) -> None:
         for name, module, key in self._buffers:
-            buffer = module._buffers[key]
+            buffer = foreach.own_buffers(module)[key]
             if buffer is not None and any(
                 s == 0 and n > 1 for n, s in zip(buffer.shape, buffer.stride(), strict=True)
             ):
@@ -201,7 +202,7 @@ class TrainingState:
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """The persistent buffers by name, live."""
         for name, module, key in self._buffers:
-            buffer = module._buffers[key]
+            buffer = foreach.own_buffers(module)[key]
             if buffer is not None:
                 yield name, buffer
 
@@ -384,7 +385,7 @@ class TrainingState:
         self.settle()
         moments.reshape(self._groups, found, scalars)
         live = self.tensors()
-        torch._foreach_copy_([live[name] for name in tensors], list(tensors.values()))
+        foreach.copy_tensors([live[name] for name in tensors], list(tensors.values()))
         self.load_scalars(scalars)
 
     @torch.no_grad()
@@ -393,7 +394,7 @@ class TrainingState:
         self.settle()
         live = self.tensors()
         names = [name for name in tensors if not name.startswith(OPTIM)]
-        torch._foreach_copy_([live[name] for name in names], [tensors[name] for name in names])
+        foreach.copy_tensors([live[name] for name in names], [tensors[name] for name in names])
 
     def _boxes_like(self, tensors: Mapping[str, Tensor]) -> dict[str, Box]:
         boxes = {}
@@ -460,8 +461,8 @@ def refuse(problems: Iterable[str]) -> None:
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(name, module, key) of each, not the tensor: some modules put another one in its place."""
     for prefix, module in model.named_modules():
-        for key in module._buffers:
-            if key not in module._non_persistent_buffers_set:
+        for key in foreach.own_buffers(module):
+            if foreach.is_persistent(module, key):
                 yield plain_name(f"{prefix}.{key}" if prefix else key), module, key
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-_WRAPPED = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile, activation checkpointing
+from guardrail.torch.state import foreach
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -17,10 +17,11 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
+            continue
+        inner = foreach.compiled_module(model)
+        if inner is None:
             return model
+        model = inner
 
 
 def unwrap(item: Any, attribute: str) -> Any:
@@ -37,6 +38,6 @@ def accelerated(item: Any) -> bool:
 
 def plain_name(name: str) -> str:
     """The name of a parameter or buffer as the model has it that nothing is put around."""
-    for wrapped in _WRAPPED:
-        name = name.replace(wrapped, "")
+    for prefix in (foreach.COMPILE_PREFIX, foreach.CHECKPOINT_PREFIX):
+        name = name.replace(prefix, "")
     return name

@@ -59,7 +59,8 @@ from guardrail.torch.guard.step_metrics import StepMetrics
 from guardrail.torch.guard.timeline_switch import TimelineSwitch
 from guardrail.torch.guard.update_applier import UpdateApplier
 from guardrail.torch.guard.verdict_executor import VerdictExecutor
-from guardrail.torch.measure.reduction import ReducedStep, StepReduction
+from guardrail.torch.measure.reduced_step import ReducedStep
+from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.update_gate import Gate
 from guardrail.torch.state.training_state import TrainingState
 

@@ -6,7 +6,7 @@ import pytest
 
 from guardrail.core.records import Action, Cause, Diagnosis, Mode, Verdict
 from guardrail.torch.guard.guard import Step
-from guardrail.torch.measure.reduction import ReducedStep
+from guardrail.torch.measure.reduced_step import ReducedStep
 from tests.unit.torch.test_guard import Loop
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from guardrail.core.errors import ConfigError
-from guardrail.torch.measure.reduction import embedding_parameters
+from guardrail.torch.measure.gradient_norms import embedding_parameters
 from tests.support.running import (
     BLIND,
     assert_same,
