@@ -7,6 +7,12 @@ from guardrail.core.old_names import forward
 __getattr__ = forward(
     __name__,
     "guardrail.decide.sample_order",
-    ["LONG", "mix64", "SampleOrder", "Batch", "Quarantine", "LedgerState"],
-    renamed={"Ledger": "SampleCursor"},
+    ["mix64", "SampleOrder"],
+    renamed={
+        "LONG": "guardrail.decide.quarantine.LONG_RANGE",
+        "Quarantine": "guardrail.decide.quarantine.Quarantine",
+        "Batch": "guardrail.decide.sample_cursor.Batch",
+        "Ledger": "guardrail.decide.sample_cursor.SampleCursor",
+        "LedgerState": "guardrail.decide.sample_cursor.CursorState",
+    },
 )

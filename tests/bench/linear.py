@@ -17,7 +17,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from guardrail.core.records import Span
-from guardrail.decide.sample_order import SampleCursor, SampleOrder
+from guardrail.decide.sample_cursor import SampleCursor
+from guardrail.decide.sample_order import SampleOrder
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.operate.replay_comparison import Comparison
 from guardrail.operate.replay_plan import ReplayPlan
@@ -69,7 +70,7 @@ def skip(batches: int) -> tuple[float, float]:
         first=count // 2, last=count // 2 + count, origin="user", step=1, reason="", batches=batches
     )
     tracemalloc.start()
-    book.leave_out(span)
+    book.skip_span(span)
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     book.cursor = 2 * count
@@ -77,7 +78,7 @@ def skip(batches: int) -> tuple[float, float]:
     for _ in range(100):
         batch = book.next_batch()
         assert batch is not None
-        book.passed(batch, applied=True)
+        book.advance(batch, applied=True)
     return (time.process_time() - began) / 100, kept / 1e6
 
 

@@ -236,7 +236,7 @@ def test_a_person_is_kept_from_leaving_all_data_out(tmp_path: Path) -> None:
     assert 10 * 64 < samples < 19 * 64
     assert train(a, 1) == "finished"
     said = [(event.data["effect"], event.data["reason"]) for event in of_kind(a, "command")]
-    refused = ("refused", f"all {samples:,} samples of the training split would be left out")
+    refused = ("refused", f"all {samples:,} samples of the training split would be skipped")
     assert said == [refused, refused, ("applied", "")]
     assert not rollbacks(a) and not a.commands_pending()
     assert_exact(config, a)

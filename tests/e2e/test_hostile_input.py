@@ -464,7 +464,7 @@ def test_labels_that_are_none(place: Path, labels: bytes, message: str) -> None:
 @pytest.mark.fault("R11")
 def test_a_list_of_samples_that_is_none(tmp_path: Path) -> None:
     from guardrail.core.errors import UsageError
-    from guardrail.decide.sample_order import Quarantine
+    from guardrail.decide.quarantine import Quarantine
     from trainer.train import read_lines
 
     for line in ("9" * 5000, "x" * 5000, "\x1b[2J", "1@" + "9" * 30):

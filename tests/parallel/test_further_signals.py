@@ -203,7 +203,7 @@ def test_one_reduction_carries_them_all(tmp_path: Path, world: int, kind: str) -
 
 def test_a_number_that_was_not_announced_is_refused() -> None:
     probes = StepReduction(Tiny(), rank=0, world=1, named=("a",))
-    with pytest.raises(UsageError, match=r"'b'.*announces a"):
+    with pytest.raises(UsageError, match=r"'b'.*guard.extra_signals \(a\)"):
         probes.reduce(torch.tensor(1.0), 1, nominal_tokens=None, step_time=0.0, named={"b": 1.0})
 
 

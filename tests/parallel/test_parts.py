@@ -22,7 +22,8 @@ from guardrail.core.errors import RunDirectoryError
 from guardrail.core.events.event import Event
 from guardrail.core.records import Command, Mode, Span
 from guardrail.decide.run_history import RunHistory, StepSetting
-from guardrail.decide.sample_order import SampleCursor, SampleOrder
+from guardrail.decide.sample_cursor import SampleCursor
+from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.mailbox import CommandPoller
 from guardrail.rundir.recorder import Recorder
 from guardrail.rundir.run_directory import RunDirectory
@@ -552,6 +553,6 @@ def test_a_stretch_of_rejections_is_a_streak_until_something_is_applied() -> Non
         assert batch is not None
         streaks.append(batch.streak)
         if not applied:
-            ledger.leave_out(Span(first=batch.first, last=batch.last, origin="rejected", step=1))
-        ledger.passed(batch, applied=applied)
+            ledger.skip_span(Span(first=batch.first, last=batch.last, origin="rejected", step=1))
+        ledger.advance(batch, applied=applied)
     assert streaks == [0, 0, 1, 2, 0]

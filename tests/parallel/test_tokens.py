@@ -33,7 +33,7 @@ from guardrail.decide.run_history import RunHistory
 from guardrail.report.build import build_report
 from guardrail.report.output import incident_text, render_report, report_as_dict
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.torch.diagnose.embedding_tokens import MOST, longest_rows
+from guardrail.torch.diagnose.embedding_tokens import MAX_TOKENS, find_longest_rows
 from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.run_story import Story, StoryBuilder
 from guardrail.tui.model.view import View
@@ -80,10 +80,13 @@ def rows_of(rank: int, kind: str) -> tuple[list[tuple[int, float]], list[float]]
         torch.distributed.all_gather_object(everyone, value)
         return everyone
 
-    found = longest_rows([torch.zeros(3, 2), weight], gathered)
+    found = find_longest_rows([torch.zeros(3, 2), weight], gathered)
     after = gradient.full_tensor() if kind == "fsdp" else gradient
     assert torch.equal(before, after), "the gradient is only read"
-    assert longest_rows([], gathered) == [] and longest_rows([torch.zeros(3, 2)], gathered) == []
+    assert (
+        find_longest_rows([], gathered) == []
+        and find_longest_rows([torch.zeros(3, 2)], gathered) == []
+    )
     return found, before.norm(dim=1).tolist()
 
 
@@ -94,8 +97,8 @@ def test_the_longest_rows_of_a_gradient_that_is_spread_over_ranks(
     results = run_ranks(rows_of, 2, kind, folder=tmp_path)
     assert results[0] == results[1]
     found, norms = results[0]
-    expected = sorted(range(VOCABULARY), key=lambda row: -norms[row])[:MOST]
-    assert [row for row, _ in found] == expected and MOST < VOCABULARY
+    expected = sorted(range(VOCABULARY), key=lambda row: -norms[row])[:MAX_TOKENS]
+    assert [row for row, _ in found] == expected and MAX_TOKENS < VOCABULARY
     assert [norm for _, norm in found] == pytest.approx([norms[row] for row in expected])
 
 
@@ -181,7 +184,7 @@ def test_a_split_vocabulary_and_a_pipeline_name_the_same(
 def test_tied_weights_name_what_was_shown_and_what_was_expected(tmp_path: Path) -> None:
     # the loss stood out as early
     tokens = assert_one_byte(one_byte(tmp_path, tied=True), leads=False)
-    assert len(tokens) == MOST and tokens[0]["share"] < 1.0
+    assert len(tokens) == MAX_TOKENS and tokens[0]["share"] < 1.0
     assert (tokens[1]["text"], tokens[1]["count"]) == (" ", 0), (
         "what the model takes for the likeliest byte"
     )

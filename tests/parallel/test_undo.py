@@ -21,7 +21,8 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Command, FindingKind, Mode, Severity, Span
 from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import RunHistory
-from guardrail.decide.sample_order import SampleCursor, SampleOrder
+from guardrail.decide.sample_cursor import SampleCursor
+from guardrail.decide.sample_order import SampleOrder
 from guardrail.decide.undo import UndoPlan, find, lines_of
 from guardrail.report.quarantine import quarantine_lines
 from guardrail.rundir.run_directory import RunDirectory
@@ -178,11 +179,11 @@ def test_samples_come_back_unless_somebody_else_leaves_them_out_too() -> None:
     other = Span(first=4, last=6, origin="user", step=9)
     before = list(ledger.quarantine.lines())
     for span in (rejected, mine, other):
-        ledger.leave_out(span)
+        ledger.skip_span(span)
     batch = ledger.next_batch()
     assert batch is not None
-    ledger.passed(batch, applied=True)
-    assert ledger.take_back([mine, rejected]) == 4
+    ledger.advance(batch, applied=True)
+    assert ledger.undo_skips([mine, rejected]) == 4
     assert list(ledger.quarantine.lines()) == sorted(
         {*before, "4", "5"}, key=lambda text: int(text.split("@")[0])
     )
@@ -199,8 +200,8 @@ def test_a_rollback_that_leaves_a_few_samples_out_takes_the_rejected_ones_with_i
         Span(first=16, last=20, origin="user", step=3),
         Span(first=24, last=28, origin="rejected", step=4),
     ):
-        ledger.leave_out(span)
-    assert ledger.rejected(4, 24) == {8, 9, 10, 11, 13}
+        ledger.skip_span(span)
+    assert ledger.rejected_positions(4, 24) == {8, 9, 10, 11, 13}
 
 
 # -- pardons

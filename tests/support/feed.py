@@ -22,7 +22,8 @@ from guardrail.core.records import (
 )
 from guardrail.decide.controller import Controller
 from guardrail.decide.policy import Rollback
-from guardrail.decide.sample_order import SampleCursor, SampleOrder
+from guardrail.decide.sample_cursor import SampleCursor
+from guardrail.decide.sample_order import SampleOrder
 
 BATCH = 16
 
@@ -133,7 +134,7 @@ class Trainer:
         """Only snapshots and the journal survive."""
         self.ledger = self._ledger()
         for span in self.journal:
-            self.ledger.leave_out(span)
+            self.ledger.skip_span(span)
         self.controller = Controller(self.settings)
         self.controller.load_rollbacks(self.rollbacks)
         self._restore(max(self.saved))
@@ -164,13 +165,13 @@ class Trainer:
         self.verdicts.append(verdict)
         if verdict.action is Action.APPLY:
             self.step, self.poison = step, self.poison + bad
-            self.ledger.passed(batch, applied=True)
+            self.ledger.advance(batch, applied=True)
             self.applied[step], self.losses[step] = batch.samples, loss
             if step % self.every == 0:
                 self._save()
         elif verdict.action is Action.SKIP:
             self._leave_out(Span(first=batch.first, last=batch.last, origin="rejected", step=step))
-            self.ledger.passed(batch, applied=False)
+            self.ledger.advance(batch, applied=False)
         elif verdict.action is Action.ROLLBACK:
             assert (
                 verdict.window is not None
@@ -193,7 +194,7 @@ class Trainer:
 
     def _leave_out(self, span: Span) -> None:
         self.journal.append(span)
-        self.ledger.leave_out(span)
+        self.ledger.skip_span(span)
 
     def story(self, steps: int) -> tuple[list[tuple[int, ...]], list[float], list[str]]:
         """What the weights have met, the losses of it, and what was left out."""

@@ -18,7 +18,7 @@ import guardrail
 from guardrail import Guard, GuardConfig, LoopHooks, RankLayout, RunDirectory, SampleOrder, Step
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.records import Phase
-from guardrail.decide.sample_order import Batch
+from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.guard.context import RankInfo
 from guardrail.torch.guard.data_share import DataShare
 from trainer.config.layout import Layout, ParallelSection

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from guardrail.decide.sample_order import Batch
+from guardrail.decide.sample_cursor import Batch
 from trainer.data.corpus import Split
 from trainer.objectives.examples import IGNORED, LanguageModelling, Objective
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guardrail.decide.sample_order import Batch
+from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.guard.step import Step
 from trainer.data.loader import Loader, MicroBatch
 from trainer.faults.fault_injection import Faults

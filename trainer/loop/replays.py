@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from guardrail.decide.sample_order import Batch
+from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.diagnose.per_sample import Rows
 from trainer.loop.batch_source import BatchSource
 from trainer.loop.passes import RankPasses

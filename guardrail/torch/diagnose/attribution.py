@@ -22,7 +22,7 @@ from guardrail.core.records import MAX_NAMED, Record, Verdict
 from guardrail.core.text import clean_text
 from guardrail.decide.rollback_window import Applied
 from guardrail.decide.root_cause import AnomalySignature, ReplayPass
-from guardrail.decide.sample_order import Batch, SampleCursor
+from guardrail.decide.sample_cursor import Batch, SampleCursor
 from guardrail.decide.sample_outliers import Outlier, Sample, foremost, outliers
 from guardrail.report.text_quality import CorpusStatistics, text_anomalies
 from guardrail.torch.diagnose.batch_replay import Replays
@@ -72,7 +72,7 @@ def attribute(
     with replays.visit(keep_gradients=False):
         ordinary: list[Sample] = []
         for one in [one for one in applied if one.step < onset][-ORDINARY:]:
-            healthy = ledger.stretch(one.first, one.last)
+            healthy = ledger.batch_of_range(one.first, one.last)
             ordinary += replays.samples(healthy, step=step) if healthy is not None else []
         return _attribute(
             batch, ordinary, step=step, trouble=trouble, replays=replays, ledger=ledger
@@ -134,7 +134,9 @@ def _attribute(
         if not bad or bad == tried or len(bad) > FEW * len(batch.positions):
             continue
         tried = bad
-        rest = ledger.chosen(position for position in batch.positions if position not in bad)
+        rest = ledger.batch_of_positions(
+            position for position in batch.positions if position not in bad
+        )
         if rest is None or trouble.shown_by(
             replays.run(rest, step=step, what="the rest of the batch"), level
         ):

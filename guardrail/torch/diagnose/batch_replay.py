@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from guardrail.decide.root_cause import NONDETERMINISTIC, RankNumbers, ReplayPass
-from guardrail.decide.sample_order import Batch
+from guardrail.decide.sample_cursor import Batch
 from guardrail.decide.sample_outliers import Sample
 from guardrail.rundir.manifest import BUFFER, MODEL
 from guardrail.torch.checkpoint.memory_snapshots import Snapshot

@@ -32,7 +32,7 @@ from guardrail.decide.root_cause import (
     judge,
     structure_of,
 )
-from guardrail.decide.sample_order import Batch, SampleCursor
+from guardrail.decide.sample_cursor import Batch, SampleCursor
 from guardrail.torch.checkpoint.memory_snapshots import CANDIDATE, GOOD, Snapshot, SnapshotRing
 from guardrail.torch.diagnose.attribution import ORDINARY, explaining
 from guardrail.torch.diagnose.batch_replay import Replays, pass_of
@@ -104,7 +104,7 @@ class CauseTest:
             )
             if broken is not None:
                 return broken
-            ahead = self._ledger.after(batch)
+            ahead = self._ledger.peek(batch)
             others = [
                 replays.run(
                     one, step=step, what=f"the batch of positions {one.first} to {one.last - 1}"
@@ -177,7 +177,7 @@ class CauseTest:
             if (
                 distance < 2
                 or not within
-                or (one := self._ledger.stretch(first, first + size)) is None
+                or (one := self._ledger.batch_of_range(first, first + size)) is None
             ):
                 continue
             seen = self._replays.run(one, step=step, what=f"{distance} batches ahead")
@@ -228,7 +228,7 @@ class CauseTest:
             return level, [self._replays.run(batch, step=step, what=what) for what, batch in asked]
 
     def _again(self, applied: Applied) -> Batch | None:
-        return self._ledger.stretch(applied.first, applied.last)
+        return self._ledger.batch_of_range(applied.first, applied.last)
 
     def _older(self, onset: int, *, present: int) -> Snapshot | None:
         """The newest good snapshot from before the onset, else the oldest candidate; not the state

@@ -18,7 +18,7 @@ from guardrail.core.events.event import Event
 from guardrail.core.records import Mode, Phase
 from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import Effects, RunHistory
-from guardrail.decide.sample_order import SampleCursor
+from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.rundir.recorder import Recorder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.arguments import check_mode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from guardrail.core.errors import UsageError
-from guardrail.decide.sample_order import Batch
+from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.guard.context import RankInfo
 from guardrail.torch.guard.hooks import RankLayout
 

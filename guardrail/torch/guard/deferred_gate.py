@@ -36,7 +36,7 @@ from torch import Tensor
 
 from guardrail.core.errors import UsageError
 from guardrail.core.records import Action, Observation
-from guardrail.decide.sample_order import LedgerState
+from guardrail.decide.sample_cursor import CursorState
 from guardrail.torch.diagnose.batch_replay import tolerance
 from guardrail.torch.guard.between_steps import BetweenSteps
 from guardrail.torch.guard.context import RunContext
@@ -73,7 +73,7 @@ class PendingStep:
     nominal: float | None
     numbers: Tensor
     arrived: torch.cuda.Event | None
-    position: LedgerState
+    position: CursorState
     side_effects: ForwardSideEffects
     update_square: Tensor | None
     lr: float

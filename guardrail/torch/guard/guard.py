@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from guardrail.core.config import GuardConfig
 from guardrail.core.records import Action, Mode, Phase, Verdict
 from guardrail.decide.run_history import RunHistory
-from guardrail.decide.sample_order import Batch, SampleOrder
+from guardrail.decide.sample_cursor import Batch
+from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.heartbeat import Heartbeat
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import StopSignals
@@ -207,7 +208,7 @@ class Guard(GuardParts):
 
     def peek(self, batch: Batch) -> Batch | None:
         """Return the batch after `batch`, if that is applied; a loader may fetch it meanwhile."""
-        return self.cursor.after(batch)
+        return self.cursor.peek(batch)
 
     def share_of(self, batch: Batch) -> tuple[int, ...]:
         """Return the ids of this rank's samples of any batch; for the hooks."""
@@ -248,7 +249,7 @@ class Guard(GuardParts):
         if self.run is not None:
             self._open_run(self.run)
         for span in ctx.history.spans:
-            self.cursor.leave_out(span)
+            self.cursor.skip_span(span)
         if ctx.history.mode is not None:
             self.set_mode(ctx.history.mode)
         self.timeline_switch.open()

@@ -13,7 +13,8 @@ from guardrail.core.events.event import Event
 from guardrail.core.records import GRAD_NORM, Phase, Status
 from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import RunHistory
-from guardrail.decide.sample_order import SampleCursor, SampleOrder
+from guardrail.decide.sample_cursor import SampleCursor
+from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.heartbeat import Heartbeat
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import StopSignals

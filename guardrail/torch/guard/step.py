@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from guardrail.core.records import Verdict
-from guardrail.decide.sample_order import Batch
+from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.guard.arguments import check_loss, check_numbers
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from guardrail.core.records import Action, Diagnosis, Mode, Verdict
-from guardrail.decide.sample_order import Batch
+from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
 from guardrail.torch.diagnose.attribution import Attribution, attribute
 from guardrail.torch.diagnose.batch_replay import Replays

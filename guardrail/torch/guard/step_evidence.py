@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from guardrail.core.records import LOSS, MAX_NAMED, FindingKind, Verdict
-from guardrail.torch.diagnose.embedding_tokens import DescribeTokens, token_evidence
+from guardrail.torch.diagnose.embedding_tokens import DescribeTokens, build_token_evidence
 from guardrail.torch.diagnose.nonfinite_module import find_nonfinite_module
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.step import Step
@@ -61,12 +61,12 @@ class StepEvidence:
             modules = {str(rank): name for rank, name in found if name}
             if modules:
                 data["modules"] = modules
-        return data | token_evidence(
+        return data | build_token_evidence(
             verdict,
             reduced,
             embedding=self._reduction.embedding,
             samples=step.batch.samples,
-            gathered=gather,
+            gather=gather,
             describe=self._describe_tokens,
         )
 

@@ -184,7 +184,7 @@ class TimelineSwitch:
             remedies=list(verdict.remedies) if verdict else [],
             **data,
         )
-        ctx.order.leave_out(span)
+        ctx.order.skip_span(span)
         self._restore(target)
         self._snapshots.rolled_back(self.facts, target)
         return True
@@ -205,7 +205,7 @@ class TimelineSwitch:
         positions: tuple[int, ...] = ()
         if verdict is not None and verdict.positions:
             # What was rejected before goes with it, as it does with all of the window.
-            positions = tuple(sorted(order.rejected(*window) | set(verdict.positions)))
+            positions = tuple(sorted(order.rejected_positions(*window) | set(verdict.positions)))
         return Span(
             first=window[0],
             last=window[1],
@@ -243,7 +243,7 @@ class TimelineSwitch:
             new_timeline=progress.timeline + 1,
             incident=plan.incident,
         )
-        ctx.order.take_back(plan.spans)
+        ctx.order.undo_skips(plan.spans)
         self._restore(target)
         ctx.controller.pardon(plan.pardons)
         self._snapshots.rolled_back(self.facts, target)

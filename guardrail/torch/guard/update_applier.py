@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from guardrail.decide.run_history import Effects
-from guardrail.decide.sample_order import LedgerState
+from guardrail.decide.sample_cursor import CursorState
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.guarded_scheduler import GuardedScheduler
 from guardrail.torch.guard.step import Step
@@ -122,10 +122,10 @@ class UpdateApplier:
 
     def _move_on(self, step: Step) -> None:
         self._ctx.progress.step = step.number
-        self._ctx.order.passed(step.batch, applied=True)
+        self._ctx.order.advance(step.batch, applied=True)
         self._state.settle()
 
-    def take_back(self, step: Step, *, position: LedgerState, update_square: Tensor | None) -> None:
+    def take_back(self, step: Step, *, position: CursorState, update_square: Tensor | None) -> None:
         """Go back to before a step whose update the device has skipped.
 
         Args:

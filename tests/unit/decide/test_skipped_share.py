@@ -13,7 +13,8 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Mode, Phase, Span
 from guardrail.decide.questions import ParkResult
 from guardrail.decide.run_history import RunHistory
-from guardrail.decide.sample_order import SampleCursor, SampleOrder
+from guardrail.decide.sample_cursor import SampleCursor
+from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.manifest import read_manifest
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.command_handler import CommandHandler
@@ -31,7 +32,7 @@ def span(first: int, last: int, cause: str = "rejected", *, allowed: bool = Fals
 
 
 def over(one: SampleCursor, wanted: Span, share: float = 0.03, total_steps: int = 0) -> str:
-    return one.over_share(wanted, share=share, data=one.data_size(total_steps))
+    return one.why_guard_may_not_skip(wanted, share=share, data=one.data_size(total_steps))
 
 
 # -- the count -------------------------------------------------------------------------------------
@@ -47,13 +48,13 @@ def test_the_data_are_the_distinct_samples_that_the_run_reads() -> None:
 
 def test_a_sample_counts_once_and_a_users_own_skips_do_not() -> None:
     one = ledger()
-    one.leave_out(span(0, 500, "user"))
-    one.leave_out(span(600, 620))
-    assert one.left_out_alone == 20
-    one.leave_out(span(590, 625, "rollback"))  # holds what was rejected before
-    assert one.left_out_alone == 35
-    one.take_back([span(590, 625, "rollback")])
-    assert one.left_out_alone == 20
+    one.skip_span(span(0, 500, "user"))
+    one.skip_span(span(600, 620))
+    assert one.skipped_by_guard == 20
+    one.skip_span(span(590, 625, "rollback"))  # holds what was rejected before
+    assert one.skipped_by_guard == 35
+    one.undo_skips([span(590, 625, "rollback")])
+    assert one.skipped_by_guard == 20
     assert over(one, span(700, 710)) == "" and over(one, span(600, 620)) == ""
     said = over(one, span(700, 711))
     assert (
@@ -63,7 +64,7 @@ def test_a_sample_counts_once_and_a_users_own_skips_do_not() -> None:
 
 def test_many_epochs_do_not_make_more_data() -> None:
     one = ledger(100)
-    one.leave_out(span(0, 3))
+    one.skip_span(span(0, 3))
     assert over(one, span(100, 200)).startswith("100 of 100 samples")
     assert over(one, Span(first=0, last=3, origin="rejected", step=1)) == ""
 
@@ -71,12 +72,12 @@ def test_many_epochs_do_not_make_more_data() -> None:
 def test_what_a_user_has_allowed_begins_the_count_anew_and_nothing_may_be_all() -> None:
     one = ledger(100)
     assert over(one, span(0, 10))
-    one.leave_out(span(0, 10, allowed=True))
-    assert one.left_out_alone == 0 and over(one, span(20, 23)) == "" and over(one, span(20, 24))
+    one.skip_span(span(0, 10, allowed=True))
+    assert one.skipped_by_guard == 0 and over(one, span(20, 23)) == "" and over(one, span(20, 24))
     assert over(one, span(10, 99), share=1.0) == ""
     assert (
         over(one, span(10, 100), share=1.0)
-        == "all 100 samples of the training split would be left out"
+        == "all 100 samples of the training split would be skipped"
     )
 
 

@@ -60,7 +60,14 @@ def private_attributes(path: Path) -> set[str]:
         elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
             if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
                 of_this_file.add(node.attr)
-            elif node.attr not in ("__name__", "__mro__", "__dict__", "__new__", "__version__"):
+            elif node.attr not in (
+                "__name__",
+                "__module__",
+                "__mro__",
+                "__dict__",
+                "__new__",
+                "__version__",
+            ):
                 used.add(node.attr)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
             used |= {alias.name for alias in node.names if alias.name.startswith("_")}

@@ -19,7 +19,8 @@ from guardrail.core.config import GuardConfig
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Command, Mode, Phase, Verdict
 from guardrail.core.sections import CheckpointSection, SnapshotSection
-from guardrail.decide.sample_order import SampleCursor, SampleOrder
+from guardrail.decide.sample_cursor import SampleCursor
+from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.manifest import checkpoint_dirs
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.disk_checkpoints import CheckpointEvent
@@ -147,7 +148,7 @@ def test_it_is_what_plain_torch_does() -> None:
         plain.optimizer.step()
         plain.scheduler.step()
         plain.optimizer.zero_grad()
-        plain.guard.cursor.passed(batch, applied=True)
+        plain.guard.cursor.advance(batch, applied=True)
         assert loss.item() == pytest.approx(guarded.losses[number], rel=1e-4)
 
 
@@ -331,6 +332,6 @@ def test_growing_batches_are_counted_to_the_end_of_the_data() -> None:
     for _ in range(6):
         batch = ledger.next_batch()
         assert batch is not None
-        ledger.passed(batch, applied=True)
+        ledger.advance(batch, applied=True)
     assert ledger.batches_left() == 9
     assert SampleCursor(SampleOrder(samples=100), batch_size=4).batches_left() == 0, "endless"

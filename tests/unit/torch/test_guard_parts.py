@@ -34,7 +34,8 @@ from guardrail.decide.control_commands.skip import Skip
 from guardrail.decide.controller import Controller
 from guardrail.decide.questions import ParkResult
 from guardrail.decide.run_history import RunHistory
-from guardrail.decide.sample_order import Batch, SampleCursor, SampleOrder
+from guardrail.decide.sample_cursor import Batch, SampleCursor
+from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.snapshot_manager import Target
 from guardrail.torch.guard import command_handler

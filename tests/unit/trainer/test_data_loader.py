@@ -9,7 +9,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from guardrail.decide.sample_order import Batch, SampleCursor, SampleOrder
+from guardrail.decide.sample_cursor import Batch, SampleCursor
+from guardrail.decide.sample_order import SampleOrder
 from tests.support.corpora import prepared, section, write
 from trainer.data.corpus import Corpus
 from trainer.data.loader import IGNORED, Loader, MicroBatch
@@ -32,7 +33,7 @@ def batches(corpus: Corpus, *, epochs: int = 1) -> Iterator[Batch]:
     ledger.quarantine.add(2)
     while (batch := ledger.next_batch()) is not None:
         yield batch
-        ledger.passed(batch, applied=True)
+        ledger.advance(batch, applied=True)
 
 
 def loaders(corpus: Corpus, world: int, micro_batches: int) -> list[Loader]:

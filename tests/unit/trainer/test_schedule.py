@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from guardrail.core.config import build_config
 from guardrail.core.errors import ConfigError
 from guardrail.core.records import Span
-from guardrail.decide.sample_order import Batch, SampleCursor, SampleOrder
+from guardrail.decide.sample_cursor import Batch, SampleCursor
+from guardrail.decide.sample_order import SampleOrder
 from tests.support.running import of_kind, table, tiny, trained
 from trainer.config.batch_ramp import BatchPlan
 from trainer.config.config import Config
@@ -132,7 +133,7 @@ def test_sums_and_their_inverse_agree_with_counting(plan: BatchPlan, steps: int)
 def advance(book: SampleCursor, applied: bool = True) -> Batch:
     batch = book.next_batch()
     assert batch is not None
-    book.passed(batch, applied=applied)
+    book.advance(batch, applied=applied)
     return batch
 
 
@@ -177,11 +178,11 @@ def test_a_rollback_makes_the_batches_of_a_run_that_knew_from_its_beginning(
             saved = book.state()
         if rng.random() < 0.15:
             batch = advance(book, applied=False)
-            book.leave_out(Span(first=batch.first, last=batch.last, origin="rejected", step=1))
+            book.skip_span(Span(first=batch.first, last=batch.last, origin="rejected", step=1))
         else:
             advance(book)
     if book.cursor > saved.cursor:
-        book.leave_out(Span(first=saved.cursor, last=book.cursor, origin="rollback", step=1))
+        book.skip_span(Span(first=saved.cursor, last=book.cursor, origin="rollback", step=1))
     book.restore(saved)
     knew = ramped()
     knew.quarantine = book.quarantine
