@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
 
-from guardrail.torch.measure.reduction import local
+from guardrail.torch.measure.gradient_norms import to_local
 from trainer.model.attention import Attention
 
 
@@ -30,7 +30,7 @@ class QKClip:
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, limit: float) -> None:
         self.limit = limit
         self.attentions = [module for module in model.modules() if isinstance(module, Attention)]
-        device = local(next(model.parameters())).device
+        device = to_local(next(model.parameters())).device
         for attention in self.attentions:
             attention.peaks_H = torch.zeros(attention.heads, device=device)
         optimizer.register_step_post_hook(self._clip)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from guardrail.torch.measure.reduction import copies, local
+from guardrail.torch.measure.gradient_norms import count_replicas, to_local
 
 # An RMS that is 1 by its formula, as in every first step, differs from 1 by rounding.
 ROUNDING = 1e-5
@@ -48,7 +48,7 @@ class UpdateClipping:
         for parameter, group in trained:
             part = _sum_ratios(optimizer, parameter, group)
             if is_sharded:
-                part = part / copies(parameter, world)
+                part = part / count_replicas(parameter, world)
             parts.append(part)
         sums = torch.stack(parts)
         if world > 1:
@@ -56,7 +56,7 @@ class UpdateClipping:
         for (parameter, _group), total in zip(trained, sums.tolist(), strict=True):
             rms = math.sqrt(total / parameter.numel())
             if rms > 1 + ROUNDING:
-                here = local(parameter).detach()
+                here = to_local(parameter).detach()
                 self._before.append((here, here.clone(), 1 / rms))
 
     @torch.no_grad()
@@ -69,11 +69,11 @@ class UpdateClipping:
 def _sum_ratios(optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
     """Return this rank's part of the sum of g^2 / max(v, eps^2)."""
     assert parameter.grad is not None
-    square = local(parameter.grad).float() ** 2
+    square = to_local(parameter.grad).float() ** 2
     beta2: float = group["betas"][1]
     state: dict[str, Any] = optimizer.state.get(parameter, {})
     step, second = 1, (1 - beta2) * square
     if state:
         step = int(state["step"]) + 1
-        second = second + beta2 * local(state["exp_avg_sq"])
+        second = second + beta2 * to_local(state["exp_avg_sq"])
     return (square / (second / (1 - beta2**step)).clamp(min=group["eps"] ** 2)).sum()
