@@ -14,7 +14,7 @@ import torch.distributed as dist
 from guardrail.core.config import load_trainer_config
 from guardrail.core.records import Action, Command, Span
 from guardrail.core.toml_file import dump_toml
-from guardrail.decide.sample_order import SampleCursor
+from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
 from guardrail.torch.measure.update_gate import Gate
@@ -232,14 +232,14 @@ def test_what_is_done_stands_in_the_journal_first(tmp_path: Path) -> None:
     run.send(Command(id="slower", kind="lr", value=0.5, at_step=5))
     run.send(Command(id="skip", kind="skip", value=1, at_step=24))
     seen = tmp_path / "seen"
-    leave_out, restore, factor = SampleCursor.leave_out, SnapshotRing.restore, Gate.apply
+    skip_span, restore, factor = SampleCursor.skip_span, SnapshotRing.restore, Gate.apply
     with pytest.MonkeyPatch.context() as patch:
 
         def leaving_out(self: SampleCursor, span: Span) -> int:
             assert span in spans(run), "left out before it was journaled"
             with seen.open("a") as file:
                 file.write(f"{span.origin} ")
-            return leave_out(self, span)
+            return skip_span(self, span)
 
         def restoring(self: SnapshotRing, snapshot: Any) -> Any:
             assert run.events()[-1].kind == "rollback", "gone back before it was journaled"
@@ -251,7 +251,7 @@ def test_what_is_done_stands_in_the_journal_first(tmp_path: Path) -> None:
             )
             factor(self, *arguments, lr_factor=lr_factor, **settings)
 
-        patch.setattr(SampleCursor, "leave_out", leaving_out)
+        patch.setattr(SampleCursor, "skip_span", leaving_out)
         patch.setattr(SnapshotRing, "restore", restoring)
         patch.setattr(Gate, "apply", applying)
         assert train(run, 1) == "finished"

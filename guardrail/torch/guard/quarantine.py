@@ -37,7 +37,7 @@ class Quarantine:
         if remedies:
             data["remedies"] = list(remedies)
         self._ctx.recorder.event("skipped", f"left out {amount(data)}", **data)
-        self._ctx.order.leave_out(span)
+        self._ctx.order.skip_span(span)
 
     def data_of(self, span: Span) -> dict[str, Any]:
         """Return what a journal line says of a span: its samples and, on rank 0, their documents.
@@ -72,7 +72,7 @@ class Quarantine:
         if self._data_size is None:
             self._data_size = order.data_size(self._total_steps)
         share = self._ctx.config.guard.max_skipped_share
-        return order.over_share(span, share=share, data=self._data_size)
+        return order.why_guard_may_not_skip(span, share=share, data=self._data_size)
 
 
 def amount(data: dict[str, Any]) -> str:

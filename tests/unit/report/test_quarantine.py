@@ -9,7 +9,9 @@ import pytest
 
 from guardrail.core.errors import RunDirectoryError, UsageError
 from guardrail.core.records import Span
-from guardrail.decide.sample_order import Quarantine, SampleCursor, SampleOrder
+from guardrail.decide.quarantine import Quarantine
+from guardrail.decide.sample_cursor import SampleCursor
+from guardrail.decide.sample_order import SampleOrder
 from guardrail.report.build import build_report
 from guardrail.report.output import (
     report_as_dict,
@@ -45,7 +47,7 @@ def test_the_quarantine_is_what_the_ledger_held(
         Span(first=60, last=71, origin="user", step=9),
     ]
     for span in spans:
-        ledger.leave_out(span)
+        ledger.skip_span(span)
     run.append("skipped", span=spans[0])
     run.append("rollback", span=spans[1], to_step=3, new_timeline=1)
     run.append("skipped", span=spans[1])
