@@ -23,7 +23,7 @@ from guardrail.decide.step_setting import StepSetting
 from guardrail.rundir.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from guardrail.decide.sample_order import SampleCursor
+    from guardrail.decide.sample_cursor import SampleCursor
 
 # `next_window` looks this many times further than the batches, past positions in quarantine.
 MAX_QUARANTINED = 64
@@ -184,14 +184,14 @@ class RunState:
         if self.ledger is None:
             return []
         order = self.ledger.order
-        held = self.ledger.quarantine.held(first, order.samples(first, last), order)
+        held = self.ledger.quarantine.are_held(first, order.samples(first, last), order)
         return [position for position, is_held in enumerate(held, first) if not is_held]
 
     def nothing_left(self, window: tuple[int, int]) -> str:
         """Return why a user cannot skip these positions; "" where a user can, or it is not known."""
         if self.ledger is None:
             return ""
-        return self.ledger.nothing_left(*window)
+        return self.ledger.why_user_may_not_skip(*window)
 
     def fresh(self, positions: Sequence[int]) -> int:
         """Samples of these positions that are not left out yet."""
@@ -200,7 +200,7 @@ class RunState:
         order, quarantine = self.ledger.order, self.ledger.quarantine
         if isinstance(positions, range):
             ids = order.samples(positions.start, positions.stop)
-            held = quarantine.held(positions.start, ids, order)
+            held = quarantine.are_held(positions.start, ids, order)
             return len({sample for sample, out in zip(ids, held, strict=True) if not out})
         samples = ((position, order.sample(position)) for position in positions)
         return len(
@@ -222,7 +222,8 @@ def _settings_of(run: RunDirectory) -> GuardOptions:
 
 def _ledger_of(events: Iterable[Event], past: RunHistory) -> SampleCursor | None:
     """The order that the journal names, with all that the run itself has left out."""
-    from guardrail.decide.sample_order import SampleCursor, SampleOrder
+    from guardrail.decide.sample_cursor import SampleCursor
+    from guardrail.decide.sample_order import SampleOrder
 
     for event in events:
         data = event.data
@@ -233,7 +234,7 @@ def _ledger_of(events: Iterable[Event], past: RunHistory) -> SampleCursor | None
                 SampleOrder(samples=samples, seed=int(seed), shuffled=bool(shuffled)), batch_size=1
             )
             for span in past.spans:
-                ledger.leave_out(span)
+                ledger.skip_span(span)
             return ledger
     return None
 

@@ -19,7 +19,8 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Command, Phase, Remedy, SnapshotInfo, Span
 from guardrail.decide.control_commands import registry
 from guardrail.decide.run_history import RunHistory
-from guardrail.decide.sample_order import SampleCursor, SampleOrder
+from guardrail.decide.sample_cursor import SampleCursor
+from guardrail.decide.sample_order import SampleOrder
 from guardrail.decide.undo import positions_of, span_in
 from guardrail.launch.log_printer import event_line
 from guardrail.operate.preview import preview_command as of
@@ -93,7 +94,7 @@ def test_a_state_that_is_not_there_is_said(step: float, said: str) -> None:
 def test_what_is_left_out_already_does_not_count_again() -> None:
     here = scene(info(20))
     assert here.ledger is not None
-    here.ledger.leave_out(Span(first=168, last=176, origin="rejected", step=22))
+    here.ledger.skip_span(Span(first=168, last=176, origin="rejected", step=22))
     assert of(here, wish("rollback", 20)).samples == 80 - 8
     assert of(here, wish("skip", 2)).window == (240, 256)
 
@@ -111,15 +112,14 @@ def test_what_would_leave_no_data_is_refused_as_the_guard_refuses_it(
     refused = of(here, wish(kind, value))
     assert not refused.possible
     assert (
-        refused.refusal
-        == f"all {order.n_samples:,} samples of the training split would be left out"
+        refused.refusal == f"all {order.n_samples:,} samples of the training split would be skipped"
     )
 
 
 def test_a_skip_of_two_batches_passes_over_what_is_left_out() -> None:
     here = scene()
     assert here.ledger is not None
-    here.ledger.leave_out(Span(first=244, last=252, origin="user", step=22))
+    here.ledger.skip_span(Span(first=244, last=252, origin="user", step=22))
     skip = of(here, wish("skip", 2))
     assert (skip.window, skip.samples) == ((240, 264), 16)
 

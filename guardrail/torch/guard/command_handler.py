@@ -10,7 +10,7 @@ from guardrail.decide.control_commands.answer import Answer
 from guardrail.decide.control_commands.base import ControlCommand
 from guardrail.decide.control_commands.registry import command_of, numbers_of
 from guardrail.decide.questions import ParkResult
-from guardrail.decide.sample_order import Batch
+from guardrail.decide.sample_cursor import Batch
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.command_actions import CommandActions
 from guardrail.torch.guard.command_inbox import NO_COMMAND, CommandInbox

@@ -9,7 +9,7 @@ import msgspec
 
 from guardrail.core.errors import GuardrailError
 from guardrail.core.records import Status, Verdict
-from guardrail.decide.sample_order import Batch
+from guardrail.decide.sample_cursor import Batch
 from guardrail.operate.preview import choices
 from guardrail.operate.run_state import RunState
 from guardrail.torch.guard.context import RunContext

@@ -8,7 +8,7 @@ from typing import Any
 from guardrail.core.records import Action, Mode, Phase, Span, Unresolved, Verdict
 from guardrail.decide.control_commands.base import ControlCommand, RestorableState
 from guardrail.decide.questions import ParkResult
-from guardrail.decide.sample_order import Batch
+from guardrail.decide.sample_cursor import Batch
 from guardrail.decide.step_setting import StepSetting
 from guardrail.decide.undo import UndoPlan, find, lines_of
 from guardrail.torch.checkpoint.snapshot_manager import Target
@@ -156,12 +156,12 @@ class UserCommands:
         batches: list[Batch] = []
         while len(batches) < count and (batch := order.next_batch()) is not None:
             batches.append(batch)
-            order.passed(batch, applied=False)
+            order.advance(batch, applied=False)
         order.restore(position)
         return batches
 
     def nothing_left(self, window: tuple[int, int]) -> str:
-        return self._ctx.order.nothing_left(*window)
+        return self._ctx.order.why_user_may_not_skip(*window)
 
     def skip(self, window: tuple[int, int], *, batches: int, reason: str) -> None:
         first, last = window

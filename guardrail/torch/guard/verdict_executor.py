@@ -13,7 +13,7 @@ from guardrail.core.records import Action, Diagnosis, Mode, Observation, Phase, 
 from guardrail.decide.advised_incidents import advised_words
 from guardrail.decide.diagnoses import signals_of
 from guardrail.decide.questions import ParkResult
-from guardrail.decide.sample_order import Batch
+from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
 from guardrail.torch.diagnose.attribution import Attribution, Texts, told
 from guardrail.torch.guard.context import RunContext
@@ -273,7 +273,7 @@ class VerdictExecutor:
             )
             self._quarantine.skip(span, verdict.remedies, samples=samples)
         if not span.positions:
-            ctx.order.passed(step.batch, applied=False)
+            ctx.order.advance(step.batch, applied=False)
         # Else it is given back, and the next batch is formed from the same place without those
         # samples.
 
@@ -289,7 +289,7 @@ class VerdictExecutor:
             overflow=True,
             loss_scale=scale,
         )
-        ctx.order.passed(batch, applied=False)
+        ctx.order.advance(batch, applied=False)
 
     def _roll_back(self, step: Step, verdict: Verdict, *, allowed: bool = False) -> None:
         assert verdict.window is not None
@@ -352,7 +352,7 @@ class VerdictExecutor:
             self._metrics.set_learning_rate(self._applier.learning_rate(step.number))
             self._applier.apply(step, reduced)
             self._metrics.set_action(Action.APPLY)
-        elif ctx.order.nothing_left(batch.first, batch.last):
+        elif ctx.order.why_user_may_not_skip(batch.first, batch.last):
             self.halt(verdict)
         else:
             self._skip(step, verdict, None, allowed=True)
