@@ -11,7 +11,8 @@ from guardrail.core.errors import RunDirectoryError
 from guardrail.core.events.event import Event
 from guardrail.core.files import as_int, read_file
 from guardrail.core.records import Span
-from guardrail.decide.sample_order import SampleCursor, SampleOrder
+from guardrail.decide.sample_cursor import SampleCursor
+from guardrail.decide.sample_order import SampleOrder
 from guardrail.decide.undo import undone_spans
 from guardrail.report.journal_entries import SKIPPED
 from guardrail.rundir.run_directory import RunDirectory, span_of
@@ -48,7 +49,7 @@ def quarantine_lines(run: RunDirectory) -> list[str]:
                 f"{file}: data.quarantine of this run cannot be read: {error}"
             ) from error
     for span in spans:
-        ledger.leave_out(span)
+        ledger.skip_span(span)
     return list(ledger.quarantine.lines())
 
 
@@ -63,7 +64,7 @@ def count_skipped(events: list[Event]) -> int:
             return -1
         return 0
     ledger = SampleCursor(order, batch_size=1)
-    return sum(ledger.leave_out(span) for span in spans)
+    return sum(ledger.skip_span(span) for span in spans)
 
 
 def _list_spans(events: Iterable[Event]) -> Iterator[Span]:

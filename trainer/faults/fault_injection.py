@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from guardrail.torch.measure.reduction import local
+from guardrail.torch.measure.gradient_norms import to_local
 from trainer.config.sections import FaultSection
 from trainer.data.loader import MicroBatch
 from trainer.faults.damage import damage_rows, damage_state, noise_gradient
@@ -216,9 +216,9 @@ class Faults:
             elif fault.kind == "spike_grad":
                 loss.register_hook(partial(operator.mul, fault.value))
             elif fault.kind == "inf_grad" or (fault.kind == "overflow" and scale > fault.value):
-                loss = loss + _Spoiled.apply(local(unwrap_model(model).root_weight), math.inf)
+                loss = loss + _Spoiled.apply(to_local(unwrap_model(model).root_weight), math.inf)
             elif fault.kind == "nan_grad":
-                loss = loss + _Spoiled.apply(local(unwrap_model(model).root_weight), math.nan)
+                loss = loss + _Spoiled.apply(to_local(unwrap_model(model).root_weight), math.nan)
         return loss
 
     def damage_gradients(self, model: nn.Module) -> None:
@@ -230,7 +230,7 @@ class Faults:
                 gradient = parameter.grad
                 if gradient is None:
                     continue
-                here = local(gradient)
+                here = to_local(gradient)
                 if here.numel():  # a rank may hold nothing of a small sharded parameter
                     here.view(-1)[0] = math.inf
                     return
