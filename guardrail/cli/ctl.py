@@ -121,12 +121,14 @@ def command(
     found = the_run(run, root)
     if preview:
         return _preview(found, action, value, question, as_json=as_json)
-    wanted = control.bound(found, control.parse(action, value, at_step=at_step), question)
-    answer = control.send(found, wanted, seconds=seconds)
+    wanted = control.bind_to_present(
+        found, control.parse_command(action, value, at_step=at_step), question
+    )
+    answer = control.send_and_wait(found, wanted, seconds=seconds)
     if as_json:
-        print_json(control.as_dict(answer))
+        print_json(control.answer_as_dict(answer))
     else:
-        click.echo(control.sentence(answer))
+        click.echo(control.format_answer(answer))
     return ExitCode.FINISHED
 
 
@@ -149,7 +151,7 @@ def _preview(
             values = values[:1]  # one refusal is enough
     previews = []
     for one in values:
-        wanted = msgspec.structs.replace(control.parse(action, one), question=question)
+        wanted = msgspec.structs.replace(control.parse_command(action, one), question=question)
         previews.append(preview_in_run(run, wanted))
     if as_json:
         print_json(previews if len(previews) > 1 else previews[0])

@@ -32,13 +32,13 @@ def command(
 
     Leaving its screen comes back to the list.
     """
-    from guardrail.operate.run_summary import RunSummary, glances
+    from guardrail.operate.run_summary import RunSummary, summarize_runs
     from guardrail.rundir.liveness import HeartbeatObserver
 
     observer = HeartbeatObserver()
 
     def look() -> list[RunSummary]:
-        return glances(root, observer.listed)
+        return summarize_runs(root, observer.listed)
 
     if not (as_json or plain) and can_draw():
 

@@ -22,7 +22,7 @@ from guardrail.decide.control_commands.base import ControlCommand, HoldsFor
 from guardrail.decide.control_commands.registry import command_from, command_names, find_command
 from guardrail.decide.control_commands.stop import Stop
 from guardrail.decide.questions import open_question
-from guardrail.operate.identity import who
+from guardrail.operate.identity import sender_name
 from guardrail.rundir import journal, processes
 from guardrail.rundir.liveness import is_alive
 from guardrail.rundir.run_directory import RunDirectory, check_command
@@ -44,7 +44,7 @@ def find_kind(name: str) -> type[ControlCommand]:
     return kind
 
 
-def parse(action: str, value: str | None, *, at_step: int = 0) -> Command:
+def parse_command(action: str, value: str | None, *, at_step: int = 0) -> Command:
     """Return the command of a command line.
 
     Args:
@@ -60,7 +60,7 @@ def parse(action: str, value: str | None, *, at_step: int = 0) -> Command:
         id=f"{time.time_ns():x}-{secrets.token_hex(4)}",
         kind=kind.name,
         value=kind.argument.parse(kind.name, value),
-        who=who(),
+        who=sender_name(),
         time=time.time(),
         at_step=at_step,
     )
@@ -69,7 +69,7 @@ def parse(action: str, value: str | None, *, at_step: int = 0) -> Command:
     return command
 
 
-def bound(run: RunDirectory, command: Command, question: int | None = None) -> Command:
+def bind_to_present(run: RunDirectory, command: Command, question: int | None = None) -> Command:
     """Return the command for the present question and timeline: it holds for no others.
 
     Of two `rollback` commands that are sent at the same instant, one restores a state. The other is
@@ -96,26 +96,26 @@ def bound(run: RunDirectory, command: Command, question: int | None = None) -> C
     return msgspec.structs.replace(command, question=question)
 
 
-class Tail:
-    """What is written to a journal from now on; each look reads only that.
+class JournalTail:
+    """Reads what is written to a journal from now on, and only that.
 
-    A journal that gets shorter has lost a torn line, or was copied back: it is read again from its
+    A journal that gets shorter has lost a torn line, or was copied back. It is read again from its
     beginning.
     """
 
     def __init__(self, run: RunDirectory) -> None:
         self._path = run.journal_path
         self._seq, self._offset = journal.end_of(self._path)
-        self._seen: tuple[int, int] | None = None  # size and inode at the last look
+        self._seen: tuple[int, int] | None = None  # size and inode at the last call
 
-    def new(self) -> list[Event]:
-        """The events since the last look, oldest first."""
+    def read_new(self) -> list[Event]:
+        """Return the events since the last call, oldest first."""
         try:
             info = os.stat(self._path)
             if (info.st_size, info.st_ino) == self._seen:
                 return []
-            other = self._seen is not None and info.st_ino != self._seen[1]
-            if info.st_size < self._offset or other:
+            is_other_file = self._seen is not None and info.st_ino != self._seen[1]
+            if info.st_size < self._offset or is_other_file:
                 self._offset = 0
             with open_file(self._path) as file:
                 file.seek(self._offset)
@@ -130,26 +130,28 @@ class Tail:
         return fresh
 
 
-def send(run: RunDirectory, command: Command, *, seconds: float) -> Event | None:
-    """Send and wait for the answer; None if `seconds` is 0.
+def send_and_wait(run: RunDirectory, command: Command, *, seconds: float) -> Event | None:
+    """Send a command and return its answer.
 
-    A stop during the set-up, when no rank reads the inbox yet, goes by signal as well and is
-    answered by the end.
+    A stop during the set-up, when no rank reads commands yet, is sent by signal as well. The end of
+    the run is its answer.
+
+    Args:
+        seconds: to wait for the answer; 0: return None at once.
 
     Raises:
         UsageError: the run is not running, refuses, or does not answer in time.
     """
     status = run.known_status()
     if status is None or not is_alive(run, status):
-        state = (
-            f"it {status.phase.value} at step {status.step}"
-            if status and status.phase.ended
-            else "no sign of life"
-        )
+        state = "no process of it responds"
+        if status is not None and status.phase.ended:
+            state = f"it {status.phase.value} at step {status.step}"
         raise UsageError(f"{run.name} is not running ({state})")
-    tail = Tail(run)
+    tail = JournalTail(run)
     run.send(command)
-    if command.kind == Stop.name and status.phase in (Phase.STARTING, Phase.SETUP):
+    is_stop = command.kind == Stop.name
+    if is_stop and status.phase in (Phase.STARTING, Phase.SETUP):
         supervisor = processes.supervisor_of(run.path, status.supervisor_pid)
         if supervisor is not None:
             processes.tell(supervisor, signal.SIGUSR1)
@@ -157,37 +159,40 @@ def send(run: RunDirectory, command: Command, *, seconds: float) -> Event | None
         return None
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        for event in tail.new():
+        for event in tail.read_new():
             if event.kind == "command" and event.data.get("id") == command.id:
-                if event.data.get("effect") != "applied":
-                    raise UsageError(
-                        f"{run.name} refuses: {event.data.get('reason') or event.message}"
-                    )
+                _raise_refusal(run, event)
                 return event
             if event.kind == "ended":
-                if command.kind == Stop.name:
+                if is_stop:
                     return event
                 raise UsageError(f"{run.name} ended before it answered ({event.message})")
         time.sleep(POLL_SECONDS)
     status = run.read_status()
     if status is not None and status.commands_problem:
         raise UsageError(
-            f"{run.name} cannot read commands: {status.commands_problem}; this one waits in its inbox"
+            f"{run.name} cannot read commands: {status.commands_problem}. The command is queued."
         )
     raise UsageError(
-        f"{run.name} has not answered within {seconds:g} s; the command waits in its inbox"
+        f"no answer from {run.name} after {seconds:g} s. The command is queued and runs when the "
+        "trainer responds."
     )
 
 
-def sentence(answer: Event | None) -> str:
-    """The answer for a person."""
+def _raise_refusal(run: RunDirectory, answer: Event) -> None:
+    if answer.data.get("effect") != "applied":
+        raise UsageError(f"{run.name} refuses: {answer.data.get('reason') or answer.message}")
+
+
+def format_answer(answer: Event | None) -> str:
+    """Return the answer in one line."""
     if answer is None:
         return "sent"
     return f"step {answer.step}: {answer.message}"
 
 
-def as_dict(answer: Event | None) -> dict[str, Any]:
-    """The answer for a script: effect, and the journal line's seq, step, timeline and data."""
+def answer_as_dict(answer: Event | None) -> dict[str, Any]:
+    """Return the answer for JSON: effect, and seq, step, timeline and data of its journal line."""
     if answer is None:
         return {"effect": "sent"}
     fixed = {

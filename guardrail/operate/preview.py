@@ -50,7 +50,7 @@ def preview_in_run(run: RunDirectory, command: Command, *, status: Status | None
         UsageError: the directory is damaged, or of another version.
     """
     try:
-        return preview_command(RunState.of(run, status=status), command)
+        return preview_command(RunState.read(run, status=status), command)
     except GuardrailError:
         raise
     except Exception as error:  # whatever a directory of another version, or a damaged one, holds

@@ -1,6 +1,4 @@
-"""Where a run stands, as its directory tells it: the states one can go back to, the rows since,
-what is left out.
-"""
+"""Where a run stands, from its directory: states to restore, the rows since, and what is skipped."""
 
 from __future__ import annotations
 
@@ -15,7 +13,15 @@ from guardrail.core.errors import ConfigError
 from guardrail.core.events.event import Event
 from guardrail.core.files import as_int
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Mode, Phase, Remedy, SnapshotInfo, Span, Status, Unresolved
+from guardrail.core.records import (
+    Mode,
+    Phase,
+    Remedy,
+    SnapshotInfo,
+    Span,
+    Status,
+    Unresolved,
+)
 from guardrail.decide.control_commands.run_facts import Rates
 from guardrail.decide.questions import open_question
 from guardrail.decide.run_history import RunHistory
@@ -27,11 +33,12 @@ if TYPE_CHECKING:
 
 # `next_window` looks this many times further than the batches, past positions in quarantine.
 MAX_QUARANTINED = 64
+LEAST_STEPS = 10  # `steps_in` returns at least this
 COLUMNS = ("step", "first", "last", "lr", "step_time")
 
 
-class Row(NamedTuple):
-    """An applied step of the present."""
+class AppliedStep(NamedTuple):
+    """A row of an applied step of the present timeline."""
 
     step: int
     first: int
@@ -42,17 +49,17 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stands.
+    """Where a run stands; see `RecordedFacts` in guardrail.decide.control_commands.run_facts.
 
     Attributes:
-        end: of the batch under question while the guard asks, which a rollback by hand leaves out
-        as well; else 0.
+        end: of the batch under question, which a rollback by command skips as well; else 0.
         question: journal line of the question that is open; 0: none is.
-        states: restorable ones of both tiers.
-        rows: applied steps of the present, ascending, from the oldest state on.
-        ledger: the order with all that is left out; None where the journal does not say the order.
+        states: snapshots and checkpoints that can be restored.
+        rows: applied steps of the present timeline, ascending, from the oldest state on.
+        history: what the journal says.
+        order: the sample order with all that is skipped; None where the journal does not say it.
         unresolved: the earliest incident that is not over.
-        settings: the guard's, for remedies that hold from the beginning.
+        settings: of the guard, for remedies that hold from the beginning.
     """
 
     step: int = 0
@@ -63,54 +70,66 @@ class RunState:
     mode: Mode = Mode.AUTO
     phase: Phase = Phase.STEP
     states: tuple[SnapshotInfo, ...] = ()
-    rows: Sequence[Row] = ()
-    past: RunHistory = field(default_factory=RunHistory)
+    rows: Sequence[AppliedStep] = ()
+    history: RunHistory = field(default_factory=RunHistory)
     events: Sequence[Event] = ()
-    ledger: SampleCursor | None = None
+    order: SampleCursor | None = None
     unresolved: Unresolved | None = None
     settings: GuardOptions = field(default_factory=GuardOptions)
 
     @classmethod
-    def of(cls, run: RunDirectory, *, status: Status | None = None) -> RunState:
-        """Read it from a run directory; `status` replaces what the directory says where somebody
-        knows better.
+    def read(cls, run: RunDirectory, *, status: Status | None = None) -> RunState:
+        """Return the state of a run directory.
+
+        Args:
+            status: replaces that of the directory.
         """
         events = run.events()
         status = status or run.known_status()
-        past = RunHistory.of(events)
-        settings = _settings_of(run)
+        history = RunHistory.of(events)
+        order = _build_order(events, history)
+        settings = _read_options(run)
         if status is None:
-            return cls(past=past, events=events, ledger=_ledger_of(events, past), settings=settings)
-        asked = open_question(events) if not status.phase.ended else None
-        # Of a long run only the rows behind the oldest state that anybody can go back to are read.
+            return cls(history=history, events=events, order=order, settings=settings)
+        end = question = 0
+        asked = open_question(events)
+        if asked is not None and not status.phase.ended:
+            question = asked.seq
+            if status.question:
+                end = as_int(asked.data.get("end"))
+        # A run may be long: only rows after the oldest state that can be restored are read.
         usable = [info.step for info in status.snapshots if info.state in ("good", "candidate")]
         oldest = min(usable, default=status.step)
         return cls(
             step=status.step,
             cursor=status.cursor,
-            end=as_int(asked.data.get("end")) if asked is not None and status.question else 0,
-            question=asked.seq if asked is not None else 0,
+            end=end,
+            question=question,
             timeline=status.timeline,
             mode=status.mode,
             phase=status.phase,
             states=status.snapshots,
-            rows=_rows(run, oldest),
-            past=past,
+            rows=_read_rows(run, oldest),
+            history=history,
             events=events,
-            ledger=_ledger_of(events, past),
+            order=order,
             unresolved=status.unresolved,
             settings=settings,
         )
 
     def seconds_since(self, step: int) -> float:
-        """What the applied steps after `step` took; NaN where one of them has no row."""
-        found = [row.seconds for row in self.rows if step < row.step <= self.step]
-        return math.fsum(found) if len(found) == self.step - step else math.nan
+        """Return the training time of the steps after `step`; NaN where a row is missing."""
+        seconds = [row.seconds for row in self.rows if step < row.step <= self.step]
+        if len(seconds) != self.step - step:
+            return math.nan
+        return math.fsum(seconds)
 
     def steps_in(self, seconds: float) -> int:
-        """Steps that the run makes in so many seconds, by its last rows; at least 10."""
+        """Return how many steps the run makes in this time, by its last rows; at least 10."""
         recent = [row.seconds for row in self.rows[-20:] if row.seconds > 0]
-        return max(10, math.ceil(seconds * len(recent) / math.fsum(recent))) if recent else 10
+        if not recent:
+            return LEAST_STEPS
+        return max(LEAST_STEPS, math.ceil(seconds * len(recent) / math.fsum(recent)))
 
     @property
     def is_paused(self) -> bool:
@@ -125,15 +144,15 @@ class RunState:
     @property
     def remedies(self) -> Sequence[tuple[Span | int | None, Remedy]]:
         """Remedies of the decisions that stand, each with its decision."""
-        return self.past.remedies
+        return self.history.remedies
 
     def setting_of(self, factor: str) -> StepSetting:
         """Return what users have set; `factor` is the kind of a remedy, LR or EMBED_ALPHA."""
-        return self.past.setting_of(factor)
+        return self.history.setting_of(factor)
 
     def next_rates(self) -> Rates:
         """Return what the next update is made with; NaN where that is not known."""
-        return self._rates(self.step + 1, self.past)
+        return self._rates(self.step + 1, self.history)
 
     def rates_after(self, step: int, remedies: Sequence[Remedy]) -> Rates:
         """Return what the update after `step` is made with, once `step` was restored.
@@ -143,7 +162,9 @@ class RunState:
         Args:
             remedies: in force then.
         """
-        after = RunHistory(lr=copy.deepcopy(self.past.lr), alpha=copy.deepcopy(self.past.alpha))
+        after = RunHistory(
+            lr=copy.deepcopy(self.history.lr), alpha=copy.deepcopy(self.history.alpha)
+        )
         after.remedies = [(None, remedy) for remedy in remedies]
         after.lr.rewind(step)
         after.alpha.rewind(step)
@@ -161,14 +182,14 @@ class RunState:
             row = self.rows[-1]
         if row is None:
             return math.nan
-        factor = self.past.effects(row.step, self.settings).lr
+        factor = self.history.effects(row.step, self.settings).lr
         if not factor:
             return math.nan
         return row.lr / factor
 
     def next_window(self, batches: int) -> tuple[int, int] | None:
         """Return the positions [first, last) of the next batches; None: the order is not known."""
-        if self.ledger is None or not self.rows:
+        if self.order is None or not self.rows:
             return None
         last = self.rows[-1]
         wanted = batches * max(1, len(self._usable(last.first, last.last)))
@@ -181,47 +202,46 @@ class RunState:
 
     def _usable(self, first: int, last: int) -> list[int]:
         """Return the positions of [first, last) that are not quarantined."""
-        if self.ledger is None:
+        if self.order is None:
             return []
-        order = self.ledger.order
-        held = self.ledger.quarantine.are_held(first, order.samples(first, last), order)
+        order = self.order.order
+        held = self.order.quarantine.are_held(first, order.samples(first, last), order)
         return [position for position, is_held in enumerate(held, first) if not is_held]
 
     def nothing_left(self, window: tuple[int, int]) -> str:
         """Return why a user cannot skip these positions; "" where a user can, or it is not known."""
-        if self.ledger is None:
+        if self.order is None:
             return ""
-        return self.ledger.why_user_may_not_skip(*window)
+        return self.order.why_user_may_not_skip(*window)
 
     def fresh(self, positions: Sequence[int]) -> int:
-        """Samples of these positions that are not left out yet."""
-        if self.ledger is None:
+        """Return how many samples of these positions are not skipped yet."""
+        if self.order is None:
             return len(positions)
-        order, quarantine = self.ledger.order, self.ledger.quarantine
+        order, quarantine = self.order.order, self.order.quarantine
+        fresh = set()
         if isinstance(positions, range):
-            ids = order.samples(positions.start, positions.stop)
-            held = quarantine.are_held(positions.start, ids, order)
-            return len({sample for sample, out in zip(ids, held, strict=True) if not out})
-        samples = ((position, order.sample(position)) for position in positions)
-        return len(
-            {
-                sample
-                for position, sample in samples
-                if not quarantine.holds(sample, order.epoch(position))
-            }
-        )
+            samples = order.samples(positions.start, positions.stop)
+            held = quarantine.are_held(positions.start, samples, order)
+            fresh = {sample for sample, is_held in zip(samples, held, strict=True) if not is_held}
+            return len(fresh)
+        for position in positions:
+            sample = order.sample(position)
+            if not quarantine.holds(sample, order.epoch(position)):
+                fresh.add(sample)
+        return len(fresh)
 
 
-def _settings_of(run: RunDirectory) -> GuardOptions:
-    """The guard's settings of a run; the defaults where another version wrote them."""
+def _read_options(run: RunDirectory) -> GuardOptions:
+    """Return the guard's settings of a run; the defaults where another version wrote them."""
     try:
         return load_guard_options(run.path / "config.toml", of_run=True)
     except ConfigError:
         return GuardOptions()
 
 
-def _ledger_of(events: Iterable[Event], past: RunHistory) -> SampleCursor | None:
-    """The order that the journal names, with all that the run itself has left out."""
+def _build_order(events: Iterable[Event], history: RunHistory) -> SampleCursor | None:
+    """Return the sample order that the journal names, with all that the run itself skips."""
     from guardrail.decide.sample_cursor import SampleCursor
     from guardrail.decide.sample_order import SampleOrder
 
@@ -230,25 +250,24 @@ def _ledger_of(events: Iterable[Event], past: RunHistory) -> SampleCursor | None
         samples = data.get("samples")
         if event.kind == "started" and isinstance(samples, int) and samples > 0:
             seed, shuffled = data.get("order_seed", data.get("seed", 0)), data.get("shuffled", True)
-            ledger = SampleCursor(
-                SampleOrder(samples=samples, seed=int(seed), shuffled=bool(shuffled)), batch_size=1
-            )
-            for span in past.spans:
-                ledger.skip_span(span)
-            return ledger
+            order = SampleOrder(samples=samples, seed=int(seed), shuffled=bool(shuffled))
+            cursor = SampleCursor(order, batch_size=1)
+            for span in history.spans:
+                cursor.skip_span(span)
+            return cursor
     return None
 
 
-def _rows(run: RunDirectory, oldest: int) -> list[Row]:
+def _read_rows(run: RunDirectory, oldest: int) -> list[AppliedStep]:
+    """Return the applied steps of the present timeline from step `oldest` on."""
     import numpy as np
 
     view = run.metrics()
     here = view.current() & (view.column("verdict") == 0) & (view.column("step") >= oldest)
     table = np.stack([view.column(name)[here] for name in COLUMNS], axis=1)
-    # A run of another version may lack a column: without step and positions a row says nothing
-    # here.
+    # A run of another version may lack a column. A row without step and positions is of no use.
     table = table[np.isfinite(table[:, :3]).all(axis=1)]
     return [
-        Row(int(step), int(first), int(last), lr, seconds)
+        AppliedStep(int(step), int(first), int(last), lr, seconds)
         for step, first, last, lr, seconds in table.tolist()
     ]

@@ -1,5 +1,6 @@
-"""What one line says of a run: its state, how far it is, its loss in a few points. Reads little of
-each, for there may be hundreds: the status, and some rows of the metrics.
+"""A run in one line: its state, its progress, its loss in a few points.
+
+There may be hundreds of runs, so little of each is read: the status and some rows of the metrics.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ from guardrail.core.text import clean_text
 from guardrail.rundir.metrics import read_layout
 from guardrail.rundir.run_directory import RunDirectory, list_runs
 
-Alive = Callable[[RunDirectory, Status], bool | None]
+IsAlive = Callable[[RunDirectory, Status], bool | None]
+_LOOK_BACK = 8  # rows in which the newest applied update is looked for
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run. Texts are clean.
+    """One run. Its texts hold no control characters.
 
     Attributes:
-        state: its phase; "lost" if it has not ended and nobody keeps its status fresh, "unknown"
-            while that takes another look, "new" without a status, "asking" while it is parked with
-            a question.
-        unresolved: the incident that is not over, in a few words, as "LOSS +8.5 since 400"; ""
-            without one, and while the guard deals with it.
+        state: its phase. "lost": it has not ended, and no process responds. "unknown": not known
+            yet whether a process responds. "new": it has no status. "asking": it waits for an
+            answer.
         loss: the newest one that was measured; None without one.
+        unresolved: the incident that is not over, as "LOSS +8.5 since 400"; "" without one, and
+            while the guard handles it.
     """
 
     run: str
@@ -53,24 +55,26 @@ class RunSummary:
         return asdict(self)
 
 
-def glance(run: RunDirectory, alive: Alive) -> RunSummary:
-    """One run as it is now.
+def summarize_run(run: RunDirectory, is_alive: IsAlive) -> RunSummary:
+    """Return one run as it is now.
 
     Args:
-        alive: whether somebody works on a run whose status has not ended; None while that is not
-        known.
+        is_alive: whether a process works on a run that has not ended; None: not known yet.
     """
     status = run.known_status()
     known = status or Status(run="", phase=Phase.STARTING)
-    state = "new" if status is None else status.phase.value
-    if status is not None and not status.phase.ended:
-        lives = alive(run, status)
-        if not lives:
-            state = "unknown" if lives is None else "lost"
-        elif status.question:
-            state = "asking"
-    losses = loss_points(run, 1)
-    going = state not in ("new", "lost", "unknown") and not known.phase.ended
+    state = _find_state(run, status, is_alive)
+    is_going = state not in ("new", "lost", "unknown") and not known.phase.ended
+    tokens_per_second, eta_seconds = 0.0, 0.0
+    if is_going:
+        tokens_per_second, eta_seconds = known.tokens_per_second, known.eta_seconds
+    loss = None
+    losses = read_losses(run, 1)
+    if losses and math.isfinite(losses[-1]):
+        loss = losses[-1]
+    unresolved = ""
+    if known.unresolved is not None:
+        unresolved = clean_text(known.unresolved.headline(), 80)
     return RunSummary(
         run=clean_text(run.name, 120),
         path=str(run.path),
@@ -81,61 +85,75 @@ def glance(run: RunDirectory, alive: Alive) -> RunSummary:
         heartbeat=known.heartbeat,
         host=clean_text(known.host, 80),
         mode=known.mode.value,
-        tokens_per_second=known.tokens_per_second if going else 0.0,
-        eta_seconds=known.eta_seconds if going else 0.0,
-        loss=losses[-1] if losses and math.isfinite(losses[-1]) else None,
-        unresolved=clean_text(known.unresolved.headline(), 80)
-        if known.unresolved is not None
-        else "",
+        tokens_per_second=tokens_per_second,
+        eta_seconds=eta_seconds,
+        loss=loss,
+        unresolved=unresolved,
     )
 
 
-def glances(root: str | os.PathLike[str], alive: Alive) -> list[RunSummary]:
-    """All runs under a root, newest first."""
-    return [glance(run, alive) for run in list_runs(root)]
+def _find_state(run: RunDirectory, status: Status | None, is_alive: IsAlive) -> str:
+    """Return the state of a run; see `RunSummary.state`."""
+    if status is None:
+        return "new"
+    if not status.phase.ended:
+        alive = is_alive(run, status)
+        if alive is None:
+            return "unknown"
+        if not alive:
+            return "lost"
+        if status.question:
+            return "asking"
+    return status.phase.value
 
 
-def loss_points(run: RunDirectory, points: int) -> list[float]:
-    """At most `points` losses of the present at even distances, the last one included; NaN and Inf
-    as they are.
+def summarize_runs(root: str | os.PathLike[str], is_alive: IsAlive) -> list[RunSummary]:
+    """Return all runs of a folder, newest first."""
+    return [summarize_run(run, is_alive) for run in list_runs(root)]
 
-    Rejected updates and abandoned stretches are no part of it. Only the rows asked for are read: a
-    million cost no more than a thousand. What cannot be read is no reason to fail.
+
+def read_losses(run: RunDirectory, points: int) -> list[float]:
+    """Return at most `points` losses of the present timeline, at even distances.
+
+    The last loss is included. NaN and Inf are returned as they are. Rejected updates and abandoned
+    timelines do not count. Only the rows asked for are read, so a million rows cost no more than a
+    thousand. Returns [] for what cannot be read.
     """
     with contextlib.suppress(OSError, RunDirectoryError, ValueError):
         layout = read_layout(run.path / "metrics.json")
         if layout is None or not {"step", LOSS} <= set(layout.columns):
             return []
-        rows = _rows(run, len(layout.columns), points)
-        where = {name: layout.columns.index(name) for name in ("step", LOSS)}
-        verdict = layout.columns.index("verdict") if "verdict" in layout.columns else -1
-        found: list[float] = []
+        columns = layout.columns
+        step_at, loss_at, verdict_at = columns.index("step"), columns.index(LOSS), -1
+        if "verdict" in columns:
+            verdict_at = columns.index("verdict")
+        losses: list[float] = []
         earliest = math.inf
-        for row in reversed(rows):  # what a later row has run again is abandoned
-            step = row[where["step"]]
-            if 1 <= step < earliest and (verdict < 0 or row[verdict] == 0):
+        for row in reversed(_read_rows(run, len(columns), points)):
+            step = row[step_at]
+            is_applied = verdict_at < 0 or row[verdict_at] == 0
+            # A step that a later row has made again is abandoned.
+            if is_applied and 1 <= step < earliest:
                 earliest = step
-                found.append(row[where[LOSS]])
-        return found[::-1][-points:]
+                losses.append(row[loss_at])
+        return losses[::-1][-points:]
     return []
 
 
-def _rows(run: RunDirectory, columns: int, points: int) -> list[tuple[float, ...]]:
-    """Rows at even distances up to the last complete one."""
+def _read_rows(run: RunDirectory, columns: int, points: int) -> list[tuple[float, ...]]:
+    """Return `points` rows at even distances up to the last complete one.
+
+    For one point, returns the last rows, in which the newest applied one is looked for.
+    """
     record = struct.Struct(f"<{columns}d")
     with open_file(run.metrics_path) as file:
         descriptor = file.fileno()
         total = os.fstat(descriptor).st_size // record.size
-        wanted = min(points, total)
-        # The last `points` rows at distance total / wanted; of one point it is the last row, or the
-        # one before it that was applied.
-        places = sorted(
-            {max(0, total - 1 - round(index * total / wanted)) for index in range(wanted)}
-        )
         if points == 1:
             places = list(range(max(0, total - _LOOK_BACK), total))
+        else:
+            wanted = min(points, total)
+            distances = {round(index * total / wanted) for index in range(wanted)}
+            places = sorted({max(0, total - 1 - distance) for distance in distances})
         data = [os.pread(descriptor, record.size, place * record.size) for place in places]
     return [record.unpack(part) for part in data if len(part) == record.size]
-
-
-_LOOK_BACK = 8  # rows in which the newest applied update is looked for

@@ -51,7 +51,9 @@ def main() -> None:
         trainer.start()
         began, cpu = time.monotonic(), time.process_time()
         try:
-            control.send(run, control.parse("checkpoint", None), seconds=options.seconds)
+            control.send_and_wait(
+                run, control.parse_command("checkpoint", None), seconds=options.seconds
+            )
         except UsageError as error:
             print(error)
         left.set()

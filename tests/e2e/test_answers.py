@@ -330,11 +330,11 @@ def test_two_that_answer_from_the_command_line_at_once(tmp_path: Path) -> None:
         told: list[str] = []
 
         def give(word: str) -> None:
-            command = control.bound(asking.run, control.parse("answer", word))
+            command = control.bind_to_present(asking.run, control.parse_command("answer", word))
             assert command.question == question and command.value == CONTINUE
             barrier.wait()
             try:
-                told.append(control.send(asking.run, command, seconds=60).message)  # type: ignore[union-attr]
+                told.append(control.send_and_wait(asking.run, command, seconds=60).message)  # type: ignore[union-attr]
             except UsageError as error:
                 told.append(str(error))
 
@@ -359,7 +359,10 @@ def test_two_that_roll_back_from_the_command_line_at_once_go_back_once(tmp_path:
         wait_for(
             lambda: (status := asking.run.read_status()) and status.step > 12, what="some steps"
         )
-        commands = [control.bound(asking.run, control.parse("rollback", None)) for _ in range(2)]
+        commands = [
+            control.bind_to_present(asking.run, control.parse_command("rollback", None))
+            for _ in range(2)
+        ]
         for command in commands:
             asking.run.send(command)
         effects = asking.outcomes(*(command.id for command in commands))
@@ -367,11 +370,14 @@ def test_two_that_roll_back_from_the_command_line_at_once_go_back_once(tmp_path:
         refused = commands[effects.index("refused")].id
         assert "the run has gone back meanwhile" in asking.reason(refused)
         # What is sent after it holds again; and what waits for a step holds on any timeline.
-        again = control.bound(asking.run, control.parse("rollback", None))
+        again = control.bind_to_present(asking.run, control.parse_command("rollback", None))
         asking.run.send(again)
         assert asking.outcomes(again.id) == ["applied"]
         assert (
-            control.bound(asking.run, control.parse("rollback", None, at_step=10**6)).shown is None
+            control.bind_to_present(
+                asking.run, control.parse_command("rollback", None, at_step=10**6)
+            ).shown
+            is None
         )
 
 

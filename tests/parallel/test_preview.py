@@ -25,7 +25,7 @@ from guardrail.decide.undo import positions_of, span_in
 from guardrail.launch.log_printer import event_line
 from guardrail.operate.preview import preview_command as of
 from guardrail.operate.preview import rollback_for
-from guardrail.operate.run_state import Row, RunState
+from guardrail.operate.run_state import AppliedStep, RunState
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.fake_run import FakeRun
 from tests.support.lab import wait_for
@@ -43,15 +43,15 @@ def info(step: int, tier: str = "memory", state: str = "good", **fields: Any) ->
 
 def scene(*states: SnapshotInfo, step: int = 30, **fields: Any) -> RunState:
     """30 steps of 2 s each; the learning rate of step n is n."""
-    rows = [Row(n, (n - 1) * BATCH, n * BATCH, float(n), 2.0) for n in range(1, step + 1)]
-    ledger = SampleCursor(SampleOrder(samples=1000, shuffled=False), batch_size=1)
+    rows = [AppliedStep(n, (n - 1) * BATCH, n * BATCH, float(n), 2.0) for n in range(1, step + 1)]
+    order = SampleCursor(SampleOrder(samples=1000, shuffled=False), batch_size=1)
     return RunState(
         **{
             "step": step,
             "cursor": step * BATCH,
             "states": states,
             "rows": rows,
-            "ledger": ledger,
+            "order": order,
             **fields,
         }
     )
@@ -93,8 +93,8 @@ def test_a_state_that_is_not_there_is_said(step: float, said: str) -> None:
 
 def test_what_is_left_out_already_does_not_count_again() -> None:
     here = scene(info(20))
-    assert here.ledger is not None
-    here.ledger.skip_span(Span(first=168, last=176, origin="rejected", step=22))
+    assert here.order is not None
+    here.order.skip_span(Span(first=168, last=176, origin="rejected", step=22))
     assert of(here, wish("rollback", 20)).samples == 80 - 8
     assert of(here, wish("skip", 2)).window == (240, 256)
 
@@ -104,11 +104,11 @@ def test_what_would_leave_no_data_is_refused_as_the_guard_refuses_it(
     kind: str, value: float
 ) -> None:
     here = scene(info(20))
-    assert here.ledger is not None and of(here, wish(kind, value)).possible
-    order = here.ledger.order
+    assert here.order is not None and of(here, wish(kind, value)).possible
+    order = here.order.order
     kept = order.samples(160, 240) if kind == "rollback" else order.samples(240, 320)
     for sample in set(range(order.n_samples)) - set(kept):
-        here.ledger.quarantine.add(sample)
+        here.order.quarantine.add(sample)
     refused = of(here, wish(kind, value))
     assert not refused.possible
     assert (
@@ -118,8 +118,8 @@ def test_what_would_leave_no_data_is_refused_as_the_guard_refuses_it(
 
 def test_a_skip_of_two_batches_passes_over_what_is_left_out() -> None:
     here = scene()
-    assert here.ledger is not None
-    here.ledger.skip_span(Span(first=244, last=252, origin="user", step=22))
+    assert here.order is not None
+    here.order.skip_span(Span(first=244, last=252, origin="user", step=22))
     skip = of(here, wish("skip", 2))
     assert (skip.window, skip.samples) == ((240, 264), 16)
 
@@ -127,7 +127,7 @@ def test_a_skip_of_two_batches_passes_over_what_is_left_out() -> None:
 def test_a_rate_set_by_hand_holds_from_the_target_on_and_a_remedy_comes_on_top() -> None:
     past = RunHistory()
     past.lr.set(26, 0.5)
-    here = scene(info(20), past=past)
+    here = scene(info(20), history=past)
     assert of(here, wish("rollback", NAN)).lr == 21 * 0.5
     remedy = Remedy(kind="lr", value=0.5, from_step=21, hold_steps=9)
     lowered = rollback_for(here, (176, 240), remedies=[remedy])
@@ -179,7 +179,7 @@ def test_remedies_in_force_count_for_what_is_and_what_will_be() -> None:
     )  # of the rows 16 to 25
     alpha = Remedy(kind="embed_alpha", value=0.2, from_step=16, hold_steps=40)
     past.remedies = [(1, rate), (2, alpha)]
-    here = scene(info(20), past=past, settings=GuardOptions(embed_floor=0.15))
+    here = scene(info(20), history=past, settings=GuardOptions(embed_floor=0.15))
     back = of(here, wish("rollback", NAN))
     assert (back.lr_before, back.lr) == (30.0, 21.0), (
         "the row of step 21 was made with the rate that it will have"
@@ -193,7 +193,7 @@ def test_remedies_in_force_count_for_what_is_and_what_will_be() -> None:
     # Undone, a decision takes its remedy with it.
     events = [decision(4, "skipped", 232, 240, "rejected", 29)]
     past.remedies[1] = (span_in(events[0]), alpha)
-    gone = of(scene(info(20), past=past, events=events), wish("undo", NAN))
+    gone = of(scene(info(20), history=past, events=events), wish("undo", NAN))
     assert (gone.alpha_before, gone.alpha, gone.lr) == (0.2, 1.0, 21.0)
 
 
@@ -231,7 +231,7 @@ def test_resume_does_nothing_while_a_question_is_open_and_its_preview_says_so(
     tmp_path: Path,
 ) -> None:
     run = FakeRun().begin().advance(300).spike().ask("proposed: rollback").write(tmp_path)
-    shown = of(RunState.of(run), wish("resume"))
+    shown = of(RunState.read(run), wish("resume"))
     assert not shown.possible and "answer accept, answer continue or answer stop" in shown.refusal
 
 
@@ -241,7 +241,7 @@ def test_a_preview_of_a_damaged_run_is_a_sentence(tmp_path: Path) -> None:
     run.append("rollback", "of another version", step=200)
     run.append("undo", "of another version", step=200, spans=7, lines="x")
     run.append("command", "of another version", command="lr", effect="applied", value="much")
-    assert of(RunState.of(run), wish("stop")).possible
+    assert of(RunState.read(run), wish("stop")).possible
     (run.path / "metrics.json").write_text('{"columns": ["step", "loss"]}')
     done = CliRunner().invoke(ctl, [str(run.path), "rollback", "--preview"], standalone_mode=False)
     assert done.exception is None or isinstance(done.exception, GuardrailError)

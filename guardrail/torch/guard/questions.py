@@ -95,7 +95,7 @@ def question_line(
     if ctx.ranks.rank or ctx.run is None:
         return {"proposals": proposals, **data}
     try:
-        state = RunState.of(ctx.run, status=status())
+        state = RunState.read(ctx.run, status=status())
         settled = ctx.controller.is_settled
         previews = choices(state, verdict, first=batch.first, last=batch.last, settled=settled)
     except (OSError, GuardrailError, KeyError, ValueError):

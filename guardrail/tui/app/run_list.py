@@ -18,7 +18,7 @@ from textual.events import Click, Key
 from textual.message import Message
 
 from guardrail.core.format import clean_and_shorten, format_age, format_count, format_plural
-from guardrail.operate.run_summary import RunSummary, loss_points
+from guardrail.operate.run_summary import RunSummary, read_losses
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.draw.lines import Lines, Row, fit_row, make_row, row_width, spread_row
 from guardrail.tui.model.failures import format_reason
@@ -157,7 +157,7 @@ class RunList(ThemedApp[str]):
     ) -> None:
         super().__init__(theme)
         self._look, self._root, self._clock = look, clean_and_shorten(root, 80), clock
-        self._points = points or (lambda path: loss_points(RunDirectory(path), _SPARK))
+        self._points = points or (lambda path: read_losses(RunDirectory(path), _SPARK))
         self._known: dict[str, tuple[int, list[float]]] = {}  # path -> (step, its curve)
         # (path, step) of curves to read
         self._wanted: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()

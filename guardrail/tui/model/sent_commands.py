@@ -18,7 +18,7 @@ from guardrail.core.format import (
 )
 from guardrail.core.records import Command, Shown, SnapshotInfo, Status
 from guardrail.decide.control_commands.base import ControlCommand
-from guardrail.operate.identity import who
+from guardrail.operate.identity import sender_name
 from guardrail.tui.model.health import HEARTBEAT_SECONDS
 from guardrail.tui.model.reader import Reader
 from guardrail.tui.model.view import View
@@ -104,7 +104,7 @@ class SentCommands:
                 id=sent.id,
                 kind=kind,
                 value=value,
-                who=who(),
+                who=sender_name(),
                 time=now,
                 question=question,
                 shown=shown,
@@ -117,7 +117,7 @@ class SentCommands:
             id=f"preview-{secrets.token_hex(8)}",
             kind=kind,
             value=value,
-            who=who(),
+            who=sender_name(),
             time=self._clock(),
         )
         return LivePreview(command, self._preview)
@@ -125,7 +125,7 @@ class SentCommands:
     def write_note(self, text: str) -> None:
         """Write a note into the journal; it is seen there."""
         self._notice = None
-        self._note(f"{text} ({who()})")
+        self._note(f"{text} ({sender_name()})")
 
     def newest_waiting(self, *kinds: str) -> str | None:
         """The newest command of these kinds that has no answer yet."""

@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from guardrail.cli.main import main
 from guardrail.cli.runs import ago
 from guardrail.core.records import Phase, Status
-from guardrail.operate.run_summary import RunSummary, glance, glances, loss_points
+from guardrail.operate.run_summary import RunSummary, read_losses, summarize_run, summarize_runs
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.app.run_list import RunList, draw_curve, draw_run, matching_runs
 from guardrail.tui.draw.lines import Row
@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_glance_says_how_a_run_is(root: Path) -> None:
-    found = {one.run.split("/")[0]: one for one in glances(root, alive)}
+    found = {one.run.split("/")[0]: one for one in summarize_runs(root, alive)}
     assert {name: one.state for name, one in found.items()} == {
         "ended": "finished", "asks": "asking", "quickstart": "step",
     }  # fmt: skip
@@ -53,7 +53,7 @@ def test_a_glance_says_how_a_run_is(root: Path) -> None:
     assert one.loss == pytest.approx(2.3, abs=0.3) and one.tokens_per_second > 0
     assert found["ended"].exit_code == 0 and found["ended"].tokens_per_second == 0
     (lost,) = (
-        one for one in glances(root, lambda run, status: False) if one.run.startswith("asks")
+        one for one in summarize_runs(root, lambda run, status: False) if one.run.startswith("asks")
     )
     assert (lost.state, lost.eta_seconds) == ("lost", 0)
 
@@ -66,20 +66,20 @@ def test_points_are_of_the_present_and_end_with_the_last_step(tmp_path: Path) ->
     run = fake.spike(back_to=300).advance(310).write(tmp_path)
     rows = fake.rows
     assert max(rows[:, 5]) > 9, "the spike is in the file"
-    points = loss_points(run, len(rows))
+    points = read_losses(run, len(rows))
     assert len(points) == 310 and max(points[100:]) < 5
     for count in (1, 2, 7, 40):
-        few = loss_points(run, count)
+        few = read_losses(run, count)
         assert 1 <= len(few) <= count and few[-1] == rows[-1, 5]
 
 
 def test_points_of_what_is_no_run_yet_are_none(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "new", "")
-    assert loss_points(run, 5) == [] and glance(run, alive).state == "new"
+    assert read_losses(run, 5) == [] and summarize_run(run, alive).state == "new"
     (run.path / "metrics.json").write_bytes(b"\xff{")
     (run.path / "metrics.bin").write_bytes(b"torn")
     (run.path / "status.json").write_bytes(b"[")
-    assert loss_points(run, 5) == [] and glance(run, alive).loss is None
+    assert read_losses(run, 5) == [] and summarize_run(run, alive).loss is None
 
 
 def test_json_has_numbers_and_no_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +132,7 @@ def test_filter_looks_at_names_hosts_and_states() -> None:
 
 
 async def test_choosing_with_the_keys(root: Path) -> None:
-    runs = glances(root, alive)
+    runs = summarize_runs(root, alive)
     app = RunList(lambda: runs, root=str(root), clock=lambda: time.time())
     async with app.run_test(size=(100, 20)) as pilot:
         await pilot.pause(0.1)
@@ -169,7 +169,7 @@ def test_status_of_a_newer_version_is_no_status(tmp_path: Path) -> None:
     run = FakeRun().begin().advance(5).write(tmp_path)
     status = msgspec.to_builtins(run.read_status())
     (run.path / "status.json").write_bytes(msgspec.json.encode(status | {"phase": "dreaming"}))
-    assert glance(run, alive).state == "new"
+    assert summarize_run(run, alive).state == "new"
 
 
 @pytest.mark.parametrize("moment", [0.0, -1.0, -1e308, math.inf, -math.inf, math.nan])

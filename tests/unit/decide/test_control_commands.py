@@ -112,15 +112,15 @@ def test_a_wrong_value_is_refused_with_the_name_and_what_is_expected(
     assert len(refused) >= 2
     for text in refused:
         with pytest.raises(UsageError) as raised:
-            control.parse(kind.name, text)
+            control.parse_command(kind.name, text)
         assert kind.name in str(raised.value) and kind.argument.expected in str(raised.value)
         problem = check_command(Command(id="x", kind=kind.name, value=_read(kind, text)))
         assert problem is not None and kind.argument.expected in problem
     if kind.argument.omitted is None:
         with pytest.raises(UsageError, match="needs"):
-            control.parse(kind.name, None)
+            control.parse_command(kind.name, None)
     else:
-        assert control.parse(kind.name, None).kind == kind.name
+        assert control.parse_command(kind.name, None).kind == kind.name
 
 
 def _read(kind: type[ControlCommand], text: str) -> float:
@@ -134,7 +134,7 @@ def _read(kind: type[ControlCommand], text: str) -> float:
 def test_what_it_writes_can_be_read_again(kind: type[ControlCommand]) -> None:
     command = made(kind)
     name, _, text = command.write().partition(" ")
-    again = control.parse(name, text or None)
+    again = control.parse_command(name, text or None)
     assert (again.kind, repr(again.value)) == (kind.name, repr(float(command.value)))
     assert command.describe() and command.label()
 
@@ -165,10 +165,14 @@ def test_a_preview_sends_nothing_and_changes_nothing(
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     command = Command(id="x", kind=kind.name, value=made(kind).value)
     assert preview_in_run(run, command).sentence().startswith(kind.name)
-    state = RunState.of(run)
-    history = (list(state.past.lr.changes), list(state.past.alpha.changes), state.past.mode)
+    state = RunState.read(run)
+    history = (
+        list(state.history.lr.changes),
+        list(state.history.alpha.changes),
+        state.history.mode,
+    )
     preview_command(state, command)
-    assert history == (state.past.lr.changes, state.past.alpha.changes, state.past.mode)
+    assert history == (state.history.lr.changes, state.history.alpha.changes, state.history.mode)
     after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     assert before == after and not run.commands_pending()
 
@@ -211,11 +215,11 @@ def test_the_old_names_are_those_of_the_commands() -> None:
 
 def test_an_answer_is_a_word_or_as_before_a_number() -> None:
     for index, word in enumerate(("accept", "continue", "stop")):
-        assert control.parse("answer", word).value == index
-        assert control.parse("answer", str(index)).value == index
+        assert control.parse_command("answer", word).value == index
+        assert control.parse_command("answer", str(index)).value == index
         assert Answer(float(index)).describe() == f"answer {word}"
     with pytest.raises(UsageError):
-        control.parse("mode", "0")
+        control.parse_command("mode", "0")
 
 
 # -- a command of one file -------------------------------------------------------------------------
@@ -231,7 +235,7 @@ def extended(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_example_command_takes_effect(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "damped", "")
     for at_step in (5, 9):
-        run.send(control.parse("damp", None, at_step=at_step))
+        run.send(control.parse_command("damp", None, at_step=at_step))
     loop = Loop(run=run, steps=20).train()
     assert loop.guard.phase is Phase.FINISHED
     answers = [event.data["effect"] for event in run.events() if event.kind == "command"]

@@ -33,7 +33,7 @@ from guardrail.decide.recovery import fit_trend
 from guardrail.launch.log_printer import step_line
 from guardrail.operate import preview
 from guardrail.operate.run_state import RunState
-from guardrail.operate.run_summary import glance
+from guardrail.operate.run_summary import summarize_run
 from guardrail.report.output import summary_text
 from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
 from guardrail.rundir.run_directory import RunDirectory
@@ -247,7 +247,7 @@ def test_a_run_in_advise_keeps_the_last_good_state_from_before_what_no_one_dealt
     memory = [info for info in loop.guard.snapshots.ring.infos() if info.state == "good"]
     assert memory and max(info.step for info in memory) < loop.onset
     shown = preview.preview_command(
-        RunState.of(loop.run, status=loop.status()),
+        RunState.read(loop.run, status=loop.status()),
         Command(id="x", kind="rollback", value=math.nan),
     )
     assert shown.to_step is not None and shown.to_step < loop.onset
@@ -284,7 +284,7 @@ def test_accept_lets_later_states_become_good_and_is_refused_where_nothing_is_to
     shown = None
     for step in loop.guard:
         if step.number == 122:
-            scene = RunState.of(loop.run, status=loop.status())
+            scene = RunState.read(loop.run, status=loop.status())
             shown = preview.preview_command(scene, Command(id="x", kind="accept"))
         loop.take(step)
     answers = [event.data for event in loop.run.events() if event.kind == "command"]
@@ -355,7 +355,9 @@ def test_lines_list_and_report_say_what_is_unresolved(
     assert "LOSS" not in step_line({**values, "step": 59}, status)
     assert main(["runs", "--root", str(tmp_path)]) == 0
     assert capsys.readouterr().out.rstrip().endswith("LOSS +8.5 since 60")
-    assert glance(run, lambda run, status: True).as_dict()["unresolved"] == "LOSS +8.5 since 60"
+    assert (
+        summarize_run(run, lambda run, status: True).as_dict()["unresolved"] == "LOSS +8.5 since 60"
+    )
     assert one.sentence()[1:] in summary_text(run)
     in_hand = Unresolved(incident=1, since=60, is_open=True, acted=True, loss=2.0, expected=1.8)
     assert (

@@ -149,5 +149,5 @@ def test_a_command_to_a_dead_run_is_refused(
 
     monkeypatch.setattr("guardrail.rundir.liveness.FIRST_SECONDS", 0.3)
     run.write_status(status(run, time.time() - 3600.0))
-    with pytest.raises(UsageError, match="no sign of life"):
-        control.send(run, Command(id="x", kind="pause"), seconds=0.0)
+    with pytest.raises(UsageError, match="no process of it responds"):
+        control.send_and_wait(run, Command(id="x", kind="pause"), seconds=0.0)

@@ -39,7 +39,7 @@ from guardrail.core.records import (
 from guardrail.core.toml_file import read_toml
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.launch.supervisor_journal import read_last_lines
-from guardrail.operate.run_summary import loss_points
+from guardrail.operate.run_summary import read_losses
 from guardrail.rundir import journal
 from guardrail.rundir.follow import Follower
 from guardrail.rundir.manifest import checkpoint_dirs
@@ -658,7 +658,7 @@ def test_a_follower_of_a_pipe_does_not_wait(run: RunDirectory) -> None:
         assert not Follower(run).poll()
     as_pipe(run.metrics_path)
     with without_waiting():
-        assert loss_points(run, 3) == []
+        assert read_losses(run, 3) == []
 
 
 def test_a_configuration_that_is_of_no_run_may_be_a_pipe(tmp_path: Path) -> None:

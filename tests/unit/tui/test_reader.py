@@ -230,7 +230,7 @@ def test_a_failing_preview_stops_no_command(
     def damaged(*given: object, **named: object) -> RunState:
         raise KeyError("slowest_rank")
 
-    monkeypatch.setattr(RunState, "of", damaged)
+    monkeypatch.setattr(RunState, "read", damaged)
     reading.preview(Command(id="shown", kind="undo", value=1.0))
     reading.send(Command(id="sent", kind="pause"))
     wait_for(lambda: [command.id for command in run.commands_pending()] == ["sent"], seconds=20)
