@@ -1,4 +1,4 @@
-"""guardrail backtest: what the guard would have said about runs that are over."""
+"""guardrail backtest: print what the guard would have done in recorded runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from guardrail.cli.common import FirstNameOption, given_columns, json_option, print_json
+from guardrail.cli.common import FirstNameOption, json_option, parse_columns, print_json
 from guardrail.core.text import escape_text
 
 if TYPE_CHECKING:
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from guardrail.core.guard_options import GuardOptions
 
 
-MOST_LABELS = 16 << 20  # characters of a file of labels; one of 37 runs has 30,000
+MAX_LABEL_CHARACTERS = 16 << 20  # of a file of labels; one of 37 runs has 30,000
 
 
 def log_options(function: Any) -> Any:
-    """Arguments that `backtest` and `tune` share."""
+    """Add the arguments that `backtest` and `tune` share."""
     function = click.option(
         "--column",
         "columns",
         multiple=True,
         metavar="SIGNAL=NAME",
-        help="Which column holds a signal; repeatable.",
+        help="Name of the column that holds a signal; repeatable.",
     )(function)
     return click.argument("logs", nargs=-1, required=True, metavar="LOG...")(function)
 
@@ -44,9 +44,7 @@ class BacktestCommand(click.Command):
         super().format_help_text(context, formatter)
 
 
-@click.command(
-    cls=BacktestCommand, short_help="Print what the guard would have done in recorded runs."
-)
+@click.command(cls=BacktestCommand)
 @log_options
 @click.option(
     "--config",
@@ -61,9 +59,11 @@ class BacktestCommand(click.Command):
     "overrides",
     multiple=True,
     metavar="guard.KEY=VALUE",
-    help="Override a setting; repeatable.",
+    help="Set a key; repeatable.",
 )
-@click.option("--labels", metavar="FILE", help="Score the verdicts against labels made by hand.")
+@click.option(
+    "--labels", metavar="FILE", help="Score the verdicts against the labels of this JSON file."
+)
 @click.option("--plot", metavar="DIR", help="Draw each run into this folder (needs matplotlib).")
 @click.option("--svg", is_flag=True, help="Draw SVG instead of PNG.")
 @json_option
@@ -82,7 +82,7 @@ def command(
     Reads {formats}. Folders are searched. A run directory is judged with its own settings, unless
     --config or --set is given.
 
-    Exit code 2 means that nothing could be read. What could not be read is named on stderr.
+    Exit code 2: nothing could be read. A log that could not be read is named on stderr.
     """
     from guardrail.backtest import backtest, plotting
     from guardrail.core.config import load_guard_options
@@ -90,7 +90,7 @@ def command(
 
     settings = load_guard_options(policy, overrides=overrides)
     given = policy is not None or bool(overrides)
-    marks = _labels(labels) if labels is not None else None
+    marks = _read_labels(labels) if labels is not None else None
     if plot is not None:
         plotting.require()
     results = []
@@ -108,7 +108,7 @@ def command(
                 click.echo(line)
     if not results:
         return ExitCode.USAGE
-    scored = _score(marks, results) if marks is not None else None
+    scored = _score_results(marks, results) if marks is not None else None
     if as_json:
         answer: dict[str, Any] = {"runs": [result.as_dict() for result in results]}
         answer["summary"] = backtest.summary(results)
@@ -122,7 +122,7 @@ def command(
         for line in backtest.summary_lines(results):
             click.echo(line)
         if scored is not None:
-            for line in _figures(*scored):
+            for line in _format_scores(*scored):
                 click.echo(line)
     return ExitCode.FINISHED
 
@@ -138,34 +138,30 @@ def read_logs(
     *,
     required: bool = False,
 ) -> Iterator[Log]:
-    """The logs at `paths`, one after the other; what cannot be read is named on stderr and left
-    out.
+    """Yield the logs at `paths`. One that cannot be read is named on stderr.
 
     Args:
         columns: SIGNAL=NAME each; a log without such a column is not read.
-        signals: further signals to be judged, each the name of a column or what `names.FURTHER`
-        calls it.
-        required: a log without one of `signals` is not read; otherwise it is read without it, with
-        a note.
+        signals: further signals to judge, each the name of a column or its name in `names.FURTHER`.
+        required: a log without one of `signals` is not read. If False, it is read without that
+            signal, with a note.
     """
     from guardrail.backtest.importers.sources import find_sources
     from guardrail.core.errors import DataError
 
-    given = given_columns(columns)
+    given = parse_columns(columns)
     wanted = {signal: signal for signal in signals if signal not in given}
     for source in find_sources(paths):
         try:
-            yield from _read(source, given, wanted, required=required)
+            yield from _read_source(source, given, wanted, required=required)
         except (DataError, OSError) as error:
-            reason = (
-                error
-                if isinstance(error, DataError)
-                else f"{source.path}: {error.strerror or error}"
-            )
+            reason = str(error)
+            if isinstance(error, OSError):
+                reason = f"{source.path}: {error.strerror or error}"
             click.echo(f"guardrail: {reason}", err=True)
 
 
-def _read(
+def _read_source(
     source: Source, given: dict[str, str], wanted: dict[str, str], *, required: bool
 ) -> list[Log]:
     from guardrail.backtest.importers.names import ColumnError
@@ -173,30 +169,28 @@ def _read(
     missing: dict[str, str] = {}  # signal -> why
     while True:
         try:
-            logs = source.read(
-                {signal: name for signal, name in wanted.items() if signal not in missing} | given
-            )
+            present = {signal: name for signal, name in wanted.items() if signal not in missing}
+            logs = source.read(present | given)
             break
         except ColumnError as error:
             if required or error.signal not in wanted or error.signal in given:
                 raise
             missing[error.signal] = str(error)
     for log in logs:
-        log.notes += (
-            f"guard.extra_signals: {reason.removeprefix(log.path + ': ')}"
-            for reason in missing.values()
-        )
+        for reason in missing.values():
+            log.notes.append(f"guard.extra_signals: {reason.removeprefix(log.path + ': ')}")
         if log.folder is not None:
-            unused = [*given, *(signal for signal in wanted if signal not in log.columns)]
-            log.notes += (
-                f"a run directory has its own signals, and {name} is none of them"
-                for name in unused
-            )
+            absent = [signal for signal in wanted if signal not in log.columns]
+            for name in (*given, *absent):
+                log.notes.append(f"{name} is not among the signals of this run directory")
     return logs
 
 
 def _settings_for(log: Log, settings: GuardOptions, *, given: bool) -> tuple[GuardOptions, bool]:
-    """A run directory is judged under its own settings, unless the command line gives some."""
+    """Return the settings for a log, and whether they are those of its run directory.
+
+    A run directory is judged with its own settings, unless the command line gives some.
+    """
     from guardrail.core.config import load_guard_options
 
     if log.folder is None or given:
@@ -204,15 +198,15 @@ def _settings_for(log: Log, settings: GuardOptions, *, given: bool) -> tuple[Gua
     return load_guard_options(log.folder / "config.toml", of_run=True), True
 
 
-def _labels(path: str) -> dict[str, Any]:
+def _read_labels(path: str) -> dict[str, Any]:
     import json
 
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read(MOST_LABELS + 1)
-        if len(text) > MOST_LABELS:
+            text = file.read(MAX_LABEL_CHARACTERS + 1)
+        if len(text) > MAX_LABEL_CHARACTERS:
             raise click.UsageError(
-                f"--labels {path}: expected at most {MOST_LABELS >> 20} MiB of JSON"
+                f"--labels {path}: expected at most {MAX_LABEL_CHARACTERS >> 20} MiB of JSON"
             )
         labels = json.loads(text)
     except RecursionError as error:
@@ -231,17 +225,20 @@ def _labels(path: str) -> dict[str, Any]:
 
 
 def _check_label(label: Any, place: str) -> None:
-    """Refuse an entry that `scoring.score` could not read."""
+    """Refuse an entry that `scoring.score` cannot use. Raises click.UsageError."""
     from guardrail.backtest.scoring import why_no_label
 
     if reason := why_no_label(label):
         raise click.UsageError(f"{place}: {escape_text(reason, 200)}")
 
 
-def _score(
+def _score_results(
     labels: dict[str, Any], results: list[Result]
 ) -> tuple[dict[str, Any], dict[str, Marks]]:
-    """A run is called what its file, or the folder of its file, is called."""
+    """Score the results against the labels of their runs.
+
+    A label belongs to the run whose path, file or folder has its name.
+    """
     from pathlib import Path
 
     from guardrail.backtest.scoring import score
@@ -258,7 +255,7 @@ def _score(
     return score(labels, runs)
 
 
-def _figures(total: dict[str, Any], marks: dict[str, Marks]) -> list[str]:
+def _format_scores(total: dict[str, Any], marks: dict[str, Marks]) -> list[str]:
     width = max((len(name) for name in marks), default=3)
     table = [
         f"{'RUN':<{width}}  {'ACTED':>7}  {'NOTED':>7}  FALSE: {'ROLLBACKS':>9} {'SKIPS':>5} {'NOTES':>5}  DELAYS"

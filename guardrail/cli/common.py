@@ -1,4 +1,4 @@
-"""Options and small output helpers that several commands share."""
+"""Options and output functions that several commands share."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON f
 
 
 def screen_options(command: Callable[..., int]) -> Callable[..., int]:
-    """How the screen looks: `theme` and `no_mouse`."""
+    """Add the options `theme` and `no_mouse`."""
     theme = click.option(
         "--theme",
         type=click.Choice(themes.THEMES),
         envvar=themes.ENVIRONMENT,
-        help=f"Colours of the screen (${themes.ENVIRONMENT}). Default: dark, or the terminal's own where it has few.",
+        help=f"Colours of the screen (${themes.ENVIRONMENT}). Default: dark; on a terminal with few "
+        "colours, the terminal's own.",
     )
     no_mouse = click.option(
-        "--no-mouse", is_flag=True, help="Leave the mouse to the terminal, to select text."
+        "--no-mouse", is_flag=True, help="Let the terminal use the mouse, to select text."
     )
     return theme(no_mouse(command))
 
 
 def has_terminal() -> bool:
-    """Whether a person sits at a terminal: keys come from stdin, and textual draws on stderr."""
+    """Return whether a terminal is there for keys (stdin), output, and the screen (stderr)."""
     import sys
 
     return sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()
 
 
 def can_draw() -> bool:
-    """Whether the terminal is one that a screen can be drawn on; TERM = dumb, or none, takes plain
-    lines only.
-    """
+    """Return whether a screen can be drawn. TERM = dumb, or no TERM, takes plain lines only."""
     return has_terminal() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
 
 def show_screen(screen: Callable[[], int]) -> int:
-    """Run a screen in a process of its own, so that whatever ends it leaves the terminal usable;
-    its exit code.
+    """Run a screen in its own process, and return its exit code.
+
+    However that process ends, the terminal stays usable.
     """
     from guardrail.tui.terminal.screen_process import in_child
 
@@ -67,9 +67,10 @@ def show_screen(screen: Callable[[], int]) -> int:
 
 
 @contextlib.contextmanager
-def imports() -> Iterator[None]:
-    """Around the import of a large library: what it makes stays, and looking it through for garbage
-    takes a tenth of the time. It is not looked through later either.
+def no_garbage_collection() -> Iterator[None]:
+    """Turn off garbage collection around the import of a large library.
+
+    Its objects stay, and collecting takes a tenth of the import. They are not scanned later either.
     """
     import gc
 
@@ -81,9 +82,15 @@ def imports() -> Iterator[None]:
         gc.enable()
 
 
-def the_run(spec: str | None, root: str) -> RunDirectory:
-    """RUN on a command line: a path, NAME, NAME/DATE-NN, the beginning of one, or nothing for the
-    newest.
+def open_run(spec: str | None, root: str) -> RunDirectory:
+    """Return the run that RUN names on a command line.
+
+    Args:
+        spec: a path, NAME, NAME/DATE-NN or the beginning of one; None: the newest run.
+        root: folder of all runs.
+
+    Raises:
+        RunDirectoryError: there is no such run.
     """
     from guardrail.rundir.run_directory import find_run
 
@@ -91,12 +98,12 @@ def the_run(spec: str | None, root: str) -> RunDirectory:
 
 
 def root_folder() -> str:
-    """The folder of all runs where no option names one."""
+    """Return the folder of all runs where no option names one."""
     return os.environ.get("GUARDRAIL_ROOT") or "runs"
 
 
 def complete_run(context: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Names of runs for shell completion, the newest first."""
+    """Return the names of runs for shell completion, the newest first."""
     from guardrail.rundir.run_directory import list_runs
 
     root = context.params.get("root") or root_folder()
@@ -113,7 +120,7 @@ def complete_configuration(
 
 
 class FirstNameOption(click.Option):
-    """An option whose help shows its first name alone; the others are its old names."""
+    """An option whose help shows only its first name; the others are its old names."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         names, self.opts = self.opts, self.opts[:1]
@@ -124,8 +131,9 @@ class FirstNameOption(click.Option):
 
 
 class FiniteFloat(click.FloatRange):
-    """A number that is neither NaN nor infinite: every comparison with NaN is false, so a range
-    lets it pass.
+    """A number that is neither NaN nor infinite.
+
+    A range alone accepts NaN: every comparison with it is false.
     """
 
     def convert(
@@ -139,21 +147,25 @@ class FiniteFloat(click.FloatRange):
         return number
 
 
-def given_columns(columns: tuple[str, ...]) -> dict[str, str]:
-    """SIGNAL=NAME of --column -> signal and name. Raises click.UsageError."""
-    given = {}
+def parse_columns(columns: tuple[str, ...]) -> dict[str, str]:
+    """Return the name of the column of each signal, from `--column SIGNAL=NAME`.
+
+    Raises:
+        click.UsageError: a text is not SIGNAL=NAME.
+    """
+    names = {}
     for text in columns:
         signal, equals, name = text.partition("=")
         if not equals or not signal or not name:
             raise click.UsageError(
                 f"--column {escape_text(text, 160)}: expected SIGNAL=NAME, e.g. loss=train/ce"
             )
-        given[signal] = name
-    return given
+        names[signal] = name
+    return names
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout; records, paths and numbers that JSON lacks included."""
+    """Print one JSON document of records, paths and plain data, NaN and Inf as text."""
     import msgspec
 
     from guardrail.core.files import encode_json

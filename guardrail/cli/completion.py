@@ -12,7 +12,6 @@ PLACES = {
 
 
 @click.command(
-    short_help="Print the completion script of a shell.",
     epilog="\b\n" + "\n".join(f"Add to {line}" for line in PLACES.values()),
 )
 @click.argument("shell", type=click.Choice(tuple(PLACES)))
@@ -22,8 +21,8 @@ def command(shell: str) -> int:
 
     from guardrail.cli.main import COMPLETION_VARIABLE, guardrail
 
-    made = get_completion_class(shell)
-    assert made is not None, "click knows the shells of PLACES"
-    script = made(guardrail, {}, "guardrail", COMPLETION_VARIABLE)
+    shell_class = get_completion_class(shell)
+    assert shell_class is not None, "click supports the shells of PLACES"
+    script = shell_class(guardrail, {}, "guardrail", COMPLETION_VARIABLE)
     click.echo(script.source_template % script.source_vars())
     return 0

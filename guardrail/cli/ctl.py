@@ -14,9 +14,9 @@ from guardrail.cli.common import (
     FiniteFloat,
     complete_run,
     json_option,
+    open_run,
     print_json,
     root_option,
-    the_run,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ LIST = "{commands}"  # where the help has the list of commands
 
 
 class CtlCommand(click.Command):
-    """A command whose help lists the commands to a run. It is made when it is asked for."""
+    """A command whose help lists the commands to a run. The list is loaded only to print it."""
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         template = inspect.cleandoc(self.help or "")
@@ -63,7 +63,7 @@ def complete_value(context: click.Context, param: click.Parameter, incomplete: s
     return [word for word in kind.argument.words if word.startswith(incomplete)]
 
 
-@click.command(cls=CtlCommand, short_help="Send a command to a run and wait for its answer.")
+@click.command(cls=CtlCommand)
 @click.argument("run", shell_complete=complete_run)
 @click.argument("action", metavar="ACTION", shell_complete=complete_action)
 @click.argument("value", required=False, shell_complete=complete_value)
@@ -118,7 +118,7 @@ def command(
 
     if question is not None and action != Answer.name:
         raise click.UsageError(f"--question needs the command {Answer.name}, not {action}")
-    found = the_run(run, root)
+    found = open_run(run, root)
     if preview:
         return _preview(found, action, value, question, as_json=as_json)
     wanted = control.bind_to_present(

@@ -1,4 +1,4 @@
-"""guardrail doctor: what this machine can do."""
+"""guardrail doctor: check this machine, and a configuration on it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ import click
 from guardrail.cli.common import json_option, print_json
 
 
-@click.command(short_help="Say what this machine can do.")
+@click.command()
 @click.argument("config", required=False, metavar="[CONFIG.toml]")
 @click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="SECTION.KEY=VALUE",
-    help="Override a setting; repeatable.",
+    help="Set a key; repeatable.",
 )
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Meant for other machines: check what can be, and say what it asks of them.",
+    help="The configuration is for other machines: check what can be checked here, and print what "
+    "it needs of them.",
 )
 @json_option
 def command(config: str | None, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> int:
-    """Say what this machine can do, and what of a configuration will not work on it.
+    """Check this machine, and check whether a configuration can run on it.
 
-    Exit code 2 if the configuration cannot run here; with --dry-run, if it cannot run anywhere.
+    Exit code 2: the configuration cannot run here; with --dry-run, it cannot run on any machine.
     """
     if dry_run and config is None:
         raise click.UsageError(
@@ -33,10 +34,10 @@ def command(config: str | None, overrides: tuple[str, ...], dry_run: bool, as_js
         )
     from guardrail.launch import doctor
 
-    report = doctor.examine(config, overrides, dry_run=dry_run)
+    report = doctor.check_machine(config, overrides, dry_run=dry_run)
     if as_json:
         print_json(report)
     else:
-        for line in doctor.lines(report):
+        for line in doctor.format_lines(report):
             click.echo(line)
-    return doctor.exit_code(report)
+    return doctor.find_exit_code(report)

@@ -143,7 +143,7 @@ clip = 1.0
 steps = {steps}
 # Samples of one update over all processes: {batch_size} x {sequence_length} = {batch_tokens:,} tokens.
 batch_size = {batch_size}
-# Samples of one forward and backward pass of one process; 0: its whole share of the batch.
+# Samples of one forward and backward pass of one process; 0: its full share of the batch.
 micro_batch_size = {micro_batch_size}
 # "bf16" halves the memory of activations on GPUs that support it.
 precision = "fp32"
@@ -152,16 +152,18 @@ eval_every = {eval_every}
 """
 
 
-@click.command(short_help="Write a commented config.toml.")
+@click.command()
 @click.argument("path", default="config.toml", metavar="[FILE]")
 @click.option("--data", multiple=True, metavar="PATH", help="Text to train on; repeatable.")
 @click.option(
     "--size",
     type=click.Choice(tuple(SIZES)),
-    help="Model size: " + "; ".join(f"{name}: {size.text}" for name, size in SIZES.items()) + ".",
+    help=f"Model size. {'; '.join(f'{name}: {size.text}' for name, size in SIZES.items())}.",
 )
 @click.option(
-    "--processes", type=click.IntRange(1, 1024), help="Processes; by default one for each GPU."
+    "--processes",
+    type=click.IntRange(1, 1024),
+    help="Number of processes. Default: one for each GPU.",
 )
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 def command(
@@ -169,8 +171,8 @@ def command(
 ) -> int:
     """Write a commented configuration to FILE (config.toml; - prints it).
 
-    Asks for the data, the size of the model and the number of processes. Options answer these
-    questions; without a terminal a question that no option answers gets its default.
+    Asks for the data, the size of the model and the number of processes. An option answers its
+    question. Without a terminal, the defaults answer the rest.
     """
     target = Path(path)
     if path != "-" and target.exists() and not force:
@@ -179,8 +181,8 @@ def command(
     sources = data or ask_sources(asks)
     chosen = size or ask_size(asks)
     count = processes or ask_processes(asks)
-    text = render(path, sources, SIZES[chosen], count)
-    check(text, path)
+    text = render_config(path, sources, SIZES[chosen], count)
+    check_config(text, path)
     if path == "-":
         click.echo(text, nl=False)
         return 0
@@ -192,6 +194,7 @@ def command(
 
 
 def ask_sources(asks: bool) -> tuple[str, ...]:
+    """Return the text to train on: the answer, or the default where nothing is asked."""
     if not asks:
         return (BUILT_IN_TEXT,)
     answer = click.prompt("Text to train on (folder, file or glob)", default=BUILT_IN_TEXT)
@@ -199,6 +202,7 @@ def ask_sources(asks: bool) -> tuple[str, ...]:
 
 
 def ask_size(asks: bool) -> str:
+    """Return a name of SIZES: the answer, or "tiny" where nothing is asked."""
     if not asks:
         return "tiny"
     for name, size in SIZES.items():
@@ -207,24 +211,25 @@ def ask_size(asks: bool) -> str:
 
 
 def ask_processes(asks: bool) -> int:
-    from guardrail.launch.preflight import cuda_devices
+    """Return the number of processes: the answer, or one for each GPU where nothing is asked."""
+    from guardrail.launch.preflight import count_cuda_devices
 
-    default = cuda_devices() or 1
+    default = count_cuda_devices() or 1
     if not asks:
         return default
     return int(click.prompt("Processes", type=click.IntRange(1, 1024), default=default))
 
 
-def render(path: str, sources: tuple[str, ...], size: Size, processes: int) -> str:
+def render_config(path: str, sources: tuple[str, ...], size: Size, processes: int) -> str:
     """Return the text of the configuration."""
     per_process = size.micro_batch_size or 1
     step = processes * per_process
     batch_size = -(-size.batch_size // step) * step
     return TEMPLATE.format(
         path="config.toml" if path == "-" else path,
-        name=run_name(path),
+        name=suggest_run_name(path),
         processes=processes,
-        sources=", ".join(quote(source) for source in sources),
+        sources=", ".join(quote_toml(source) for source in sources),
         snapshot_every=max(10, size.checkpoint_every // 10),
         checkpoint_every=size.checkpoint_every,
         tokenizer=size.tokenizer,
@@ -242,8 +247,8 @@ def render(path: str, sources: tuple[str, ...], size: Size, processes: int) -> s
     )
 
 
-def run_name(path: str) -> str:
-    """The name of the file where it can be the name of a run, else "run"."""
+def suggest_run_name(path: str) -> str:
+    """Return the name of the file where it can be the name of a run, else "run"."""
     from guardrail.rundir.run_directory import is_run_name
 
     stem = Path(path).stem
@@ -252,15 +257,15 @@ def run_name(path: str) -> str:
     return stem
 
 
-def quote(text: str) -> str:
-    """A TOML string."""
+def quote_toml(text: str) -> str:
+    """Return the text as a TOML string."""
     import tomli_w
 
     return tomli_w.dumps({"v": text}).removeprefix("v = ").strip()
 
 
-def check(text: str, path: str) -> None:
-    """Refuse answers that cannot work, such as a path without files, before a file is written."""
+def check_config(text: str, path: str) -> None:
+    """Refuse answers that cannot work, such as a path without files. Raises ConfigError."""
     import tomllib
 
     from guardrail.core.config import build_config

@@ -1,4 +1,4 @@
-"""guardrail launch: check, create the run directory, start the supervisor, then watch."""
+"""guardrail launch: check, create the run directory, start the supervisor, watch the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from guardrail.cli.common import (
     can_draw,
     complete_configuration,
     complete_run,
-    imports,
+    no_garbage_collection,
     root_option,
     screen_options,
     show_screen,
@@ -24,33 +24,33 @@ if TYPE_CHECKING:
     from guardrail.rundir.run_directory import RunDirectory
 
 
-@click.command(short_help="Start a training run and watch it.")
+@click.command()
 @click.argument(
     "config", required=False, metavar="CONFIG.toml", shell_complete=complete_configuration
 )
 @click.option(
     "--headless",
     is_flag=True,
-    help="Print lines instead of the screen; the default without a terminal.",
+    help="Print lines instead of the screen. The default without a terminal.",
 )
-@click.option("--detach", is_flag=True, help="Return as soon as the run lives.")
+@click.option("--detach", is_flag=True, help="Return as soon as the run has started.")
 @click.option(
     "--run-dir",
     metavar="DIR",
-    help="Use this folder as the run directory instead of ROOT/NAME/DATE-NN.",
+    help="Use this folder as the run directory, not ROOT/NAME/DATE-NN.",
 )
 @click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="SECTION.KEY=VALUE",
-    help="Override a setting; repeatable.",
+    help="Set a key; repeatable.",
 )
 @click.option(
     "--resume",
     metavar="RUN",
     shell_complete=complete_run,
-    help="Go on with a run that has ended in any way, with its own configuration.",
+    help="Continue a run that has ended or crashed, with its saved configuration.",
 )
 @root_option
 @click.option("--read-only", is_flag=True, help="The screen sends no commands.")
@@ -69,58 +69,61 @@ def command(
 ) -> int:
     """Start a training run and watch it.
 
-    Prints the run directory on stdout. The run lives in its own session: closing the terminal,
-    leaving the screen or Ctrl-C do not touch it; `guardrail ctl RUN stop` ends it.
+    Prints the run directory on stdout. The run has its own session: it continues when you close the
+    terminal, leave the screen or press Ctrl-C. `guardrail ctl RUN stop` ends it.
     """
-
     from guardrail.core.errors import ExitCode
-    from guardrail.launch import launcher as launching
+    from guardrail.launch import launcher
 
     if (config is None) == (resume is None):
         raise click.UsageError("give either CONFIG.toml or --resume RUN")
     if resume is not None:
         if run_dir is not None:
-            raise click.UsageError("--run-dir does not go with --resume: the run has its directory")
-        prepared = launching.prepare_resume(resume, overrides, root=root)
+            raise click.UsageError(
+                "--run-dir and --resume exclude each other: a run keeps its directory"
+            )
+        prepared = launcher.prepare_resume(resume, overrides, root=root)
         if prepared is None:
             return 0
     else:
         assert config is not None
-        prepared = launching.prepare(config, overrides, run_dir, root=given_root(overrides))
+        prepared = launcher.prepare_run(config, overrides, run_dir, root=find_given_root(overrides))
     with prepared.lock or contextlib.nullcontext():
-        supervisor = launching.start(prepared.run, prepared.node_rank, prepared.secrets)
+        supervisor = launcher.start_supervisor(prepared.run, prepared.node_rank, prepared.secrets)
     run = prepared.run
     print(run.path, flush=True)
     if detach:
         return 0
     if headless or not can_draw():
-        from guardrail.launch.log_printer import follow
+        from guardrail.launch.log_printer import follow_run
 
-        code = follow(run, supervisor, past=None if resume is None else 0)
+        past = None if resume is None else 0
+        code = follow_run(run, supervisor, past=past)
     else:
-        code = show(run, supervisor, read_only=read_only, theme=theme, mouse=not no_mouse)
+        code = watch_on_screen(
+            run, supervisor, read_only=read_only, theme=theme, mouse=not no_mouse
+        )
     if code == ExitCode.WORKERS_FAILED:
-        run.check_writable()  # on a full disk the journal could not say why
+        run.check_writable()  # on a full disk the journal cannot hold the reason
     return code
 
 
-def given_root(overrides: tuple[str, ...]) -> str | None:
-    """The folder of all runs that --root or $GUARDRAIL_ROOT names, which wins over `run.root` of
-    the file; else None.
+def find_given_root(overrides: tuple[str, ...]) -> str | None:
+    """Return the folder of all runs that --root or $GUARDRAIL_ROOT names, else None.
 
-    --set run.root=DIR is meant for this one run: it wins over the variable.
+    It replaces `run.root` of the file. --set run.root=DIR replaces the variable, but not --root.
     """
     context = click.get_current_context()
     source = context.get_parameter_source("root")
-    by_set = any(override.partition("=")[0].strip() == "run.root" for override in overrides)
-    if source is ParameterSource.COMMANDLINE or (
-        source is ParameterSource.ENVIRONMENT and not by_set
-    ):
+    if source is ParameterSource.COMMANDLINE:
+        return str(context.params["root"])
+    is_overridden = any(text.partition("=")[0].strip() == "run.root" for text in overrides)
+    if source is ParameterSource.ENVIRONMENT and not is_overridden:
         return str(context.params["root"])
     return None
 
 
-def show(
+def watch_on_screen(
     run: RunDirectory,
     supervisor: subprocess.Popen[bytes],
     *,
@@ -128,20 +131,23 @@ def show(
     theme: str | None,
     mouse: bool,
 ) -> int:
-    """The screen; then the run's exit code, or how to come back to a run that goes on."""
+    """Show the screen, and return the run's exit code.
+
+    Of a run that continues, the commands to return to it are printed, and 0 is returned.
+    """
     import sys
     import time
 
-    from guardrail.launch.launcher import exit_code_of, way_back
+    from guardrail.launch.launcher import find_exit_code, format_way_back
 
     def screen() -> int:
-        with imports():
+        with no_garbage_collection():
             from guardrail.tui.app.app import run_screen
 
         return run_screen(run.path, read_only=read_only, theme=theme, mouse=mouse)
 
     show_screen(screen)
-    # a run that the screen saw end is about to have its exit code
+    # The screen ends with the run; the supervisor writes the exit code shortly after.
     deadline = time.monotonic() + 2.0
     status = run.read_status()
     while (
@@ -151,8 +157,8 @@ def show(
         and supervisor.poll() is None
     ):
         time.sleep(0.05)
-    code = exit_code_of(supervisor)
+    code = find_exit_code(supervisor)
     if code is None:
-        print(f"training goes on\n{way_back(run)}", file=sys.stderr)
+        print(f"training continues\n{format_way_back(run)}", file=sys.stderr)
         return 0
     return code

@@ -1,5 +1,6 @@
-"""The `guardrail` command. Subcommands are imported when they are used, and their bodies import
-what they run.
+"""The `guardrail` command.
+
+A subcommand is imported when it is used, and its body imports what it runs.
 """
 
 from __future__ import annotations
@@ -15,27 +16,29 @@ import click
 from guardrail.core.errors import ExitCode, GuardrailError, UsageError, hide_assignments
 from guardrail.core.text import escape_lines, escape_text
 
-# name -> what the list of `guardrail --help` says, so that it needs no import. The command stands
-# in guardrail/cli/NAME.py under the name `command`.
+# name -> its line in `guardrail --help`, which so needs no import. The command is `command` in
+# guardrail/cli/NAME.py.
 COMMANDS = {
     "init": "Write a commented config.toml.",
     "launch": "Start a training run and watch it.",
-    "attach": "Watch a run, running or ended.",
+    "attach": "Watch a run that is running or has ended.",
     "runs": "List the runs; in a terminal, choose one to watch.",
-    "view": "Look at a recorded log, or at a run directory.",
+    "view": "Show a recorded log or a run directory on the screen.",
     "ctl": "Send a command to a run and wait for its answer.",
-    "report": "Say what happened in a run.",
-    "backtest": "Say what the guard would have done about recorded runs.",
+    "report": "Print what happened in a run.",
+    "backtest": "Print what the guard would have done in recorded runs.",
     "tune": "Propose a [guard] section for recorded runs.",
-    "replay": "Make steps again and compare every number.",
+    "replay": "Run steps again and compare every number.",
     "verify": "Check the hashes of a checkpoint.",
-    "doctor": "Say what this machine can do, and what of a configuration it cannot.",
+    "doctor": "Check this machine, and a configuration on it.",
     "completion": "Print the completion script of a shell.",
 }
 COMPLETION_VARIABLE = "_GUARDRAIL_COMPLETE"  # click reads it: the shell asks for completions
 
 
 class LazyGroup(click.Group):
+    """Imports a subcommand when it is used."""
+
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -43,6 +46,7 @@ class LazyGroup(click.Group):
         if name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"guardrail.cli.{name}").command
+        command.short_help = COMMANDS[name]
         return command
 
     def resolve_command(
@@ -78,26 +82,27 @@ def guardrail(context: click.Context) -> None:
     guardrail launch config.toml                 start a run and watch it
     guardrail attach                             watch the newest run again
 
-    Exit codes: 0 finished, 2 bad usage or configuration, 3 halted by the guard, 4 the training
-    processes failed or the end could not be saved, 5 a check did not hold, 130 interrupted.
+    Exit codes: 0 finished, 2 wrong usage or configuration, 3 halted by the guard, 4 the training
+    processes failed or the end could not be saved, 5 a check failed, 130 interrupted.
     """
     if context.invoked_subcommand is None:
         from guardrail.cli.common import root_folder
-        from guardrail.cli.next_steps import next_steps
+        from guardrail.cli.next_steps import suggest_commands
 
-        steps = list(next_steps(root_folder()))
+        steps = list(suggest_commands(root_folder()))
         width = max(len(words) for words, _ in steps)
         for words, purpose in steps:
             click.echo(f"{words:<{width}}   {purpose}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the one place that turns an error into a message on stderr and an exit
-    code.
+    """Run one command, and return its exit code.
+
+    Every error becomes a message on stderr and an exit code here.
     """
-    _print_anything()
+    _escape_unprintable()
     try:
-        _refuse_impossible(sys.argv[1:] if arguments is None else arguments)
+        _check_arguments(sys.argv[1:] if arguments is None else arguments)
         result = guardrail.main(
             args=arguments,
             prog_name="guardrail",
@@ -111,40 +116,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(file=shown)
-        # An override without its --set is an argument too many, which click repeats.
+        # click repeats an override without its --set as an unexpected argument.
         print(escape_lines(hide_assignments(shown.getvalue().rstrip("\n")), 400), file=sys.stderr)
         return ExitCode.USAGE
     except (KeyboardInterrupt, click.Abort):
         return ExitCode.INTERRUPTED
     except SystemExit:
-        # How click ends when the reader of our output has gone: `guardrail runs | head` is no
+        # click ends so when the reader of the output has closed it: `guardrail runs | head` is no
         # failure.
         return ExitCode.FINISHED
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        place = f"{error.filename}: " if error.filename is not None else ""
-        print(f"guardrail: {escape_lines(f'{place}{error.strerror or error}')}", file=sys.stderr)
+        message = str(error.strerror or error)
+        if error.filename is not None:
+            message = f"{error.filename}: {message}"
+        print(f"guardrail: {escape_lines(message)}", file=sys.stderr)
         return ExitCode.USAGE
 
 
-def _print_anything() -> None:
-    """A name that is no UTF-8, or a terminal that knows ASCII alone, must not end a command."""
+def _escape_unprintable() -> None:
+    """Make stdout and stderr escape what they cannot encode.
+
+    A file name that is not UTF-8, or an ASCII terminal, must not end a command.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-def _refuse_impossible(arguments: Sequence[str]) -> None:
-    """NUL and lone surrogates: no file, run or setting can have them, and the system refuses them
-    in its own ways.
-    """
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse NUL and lone surrogates, which no file, run or setting can have. Raises UsageError."""
     for argument in arguments:
         try:
-            possible = b"\0" not in os.fsencode(argument)
+            is_possible = b"\0" not in os.fsencode(argument)
         except UnicodeEncodeError:
-            possible = False
-        if not possible:
+            is_possible = False
+        if not is_possible:
             raise UsageError(
-                f"{escape_text(argument, 160)}: expected an argument of characters that a file name may have"
+                f"{escape_text(argument, 160)}: expected an argument of characters that a file "
+                "name may have"
             )

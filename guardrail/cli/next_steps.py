@@ -1,4 +1,4 @@
-"""What `guardrail` alone prints: what one can do next in this folder."""
+"""The commands that `guardrail` without arguments prints."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 CONFIGURATION = "config.toml"
 
 
-def next_steps(root: str) -> Iterator[tuple[str, str]]:
-    """Commands that make sense here and what each does, the most useful first.
+def suggest_commands(root: str) -> Iterator[tuple[str, str]]:
+    """Yield commands that fit this folder and what each does, the most useful first.
 
     Args:
         root: folder of all runs.
@@ -22,7 +22,7 @@ def next_steps(root: str) -> Iterator[tuple[str, str]]:
         status = newest.read_status()
         ended = status is not None and status.phase.ended
         if ended:
-            yield f"guardrail report {newest.name}", "read what happened in the newest run"
+            yield f"guardrail report {newest.name}", "print what happened in the newest run"
         else:
             yield f"guardrail attach {newest.name}", "watch the newest run"
         yield "guardrail runs", f"list the runs ({len(runs)})"
@@ -31,5 +31,5 @@ def next_steps(root: str) -> Iterator[tuple[str, str]]:
         yield f"guardrail doctor {CONFIGURATION}", "check this machine and the configuration"
     else:
         yield "guardrail init", f"write a commented {CONFIGURATION}"
-    yield "guardrail backtest FILE", "see what the guard would have done in a recorded run"
+    yield "guardrail backtest FILE", "print what the guard would have done in a recorded run"
     yield "guardrail --help", "list all commands"

@@ -1,19 +1,19 @@
-"""guardrail replay: make steps again, and check that every number is the same."""
+"""guardrail replay: run steps again, and check that every number is the same."""
 
 from __future__ import annotations
 
 import click
 
-from guardrail.cli.common import complete_run, json_option, print_json, root_option, the_run
+from guardrail.cli.common import complete_run, json_option, open_run, print_json, root_option
 
 
-@click.command(short_help="Make steps again and compare every number.")
+@click.command()
 @click.argument("run", required=False, shell_complete=complete_run)
 @click.option(
     "--incident",
     type=click.IntRange(min=1),
     metavar="N",
-    help="From the checkpoint before this incident.",
+    help="Begin at the checkpoint before this incident.",
 )
 @click.option(
     "--keep",
@@ -23,11 +23,11 @@ from guardrail.cli.common import complete_run, json_option, print_json, root_opt
 @json_option
 @root_option
 def command(run: str | None, incident: int | None, keep: bool, as_json: bool, root: str) -> int:
-    """Make steps again with the decisions of the journal, and compare every number with metrics.bin.
+    """Run steps again with the decisions of the journal, and compare every number with metrics.bin.
 
     Without --incident the replay begins at step 0. With it, the replay begins at the newest
-    checkpoint from before that incident, and ends where the incident ended. It needs the same ranks
-    and devices as the run had. The run directory is only read.
+    checkpoint from before that incident, and ends where the incident ended. It needs the ranks and
+    devices of the run. The run directory is only read.
 
     Exit code 5: a number differs. The first such step and column are printed.
     """
@@ -45,11 +45,10 @@ def command(run: str | None, incident: int | None, keep: bool, as_json: bool, ro
         now = time.monotonic()
         if done != shown[1] and now - shown[0] >= (0.0 if live else 5.0):
             shown[:] = [now, done]
-            click.echo(
-                f"{chr(13) if live else ''}replayed {done:,} of {of:,} steps", err=True, nl=not live
-            )
+            start = "\r" if live else ""
+            click.echo(f"{start}replayed {done:,} of {of:,} steps", err=True, nl=not live)
 
-    found = the_run(run, root)
+    found = open_run(run, root)
     for remark in machine_remarks(found):
         click.echo(f"note: {remark}; numbers may differ", err=True)
     outcome = replay_run(found, incident=incident, keep=keep, report=report)

@@ -1,4 +1,4 @@
-"""guardrail report: what happened in a run."""
+"""guardrail report: print what happened in a run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import click
 from guardrail.cli.common import (
     complete_run,
     json_option,
+    open_run,
     print_json,
     root_folder,
     root_option,
-    the_run,
 )
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ FORMATS = ("terminal", "markdown", "html")
 _PARTS = ("--incident", "--quarantine", "--commands", "--json")  # each is a report of its own
 
 
-@click.command(short_help="Say what happened in a run.")
+@click.command()
 @click.argument("run", required=False, shell_complete=complete_run)
 @click.option(
     "--incident",
@@ -60,8 +60,8 @@ def command(
     output: str | None,
     root: str,
 ) -> None:
-    """Print what happened in a run: its incidents with cause, action and cost, its checkpoints, and
-    the commands to go on with.
+    """Print what happened in a run: incidents with cause, action and cost, checkpoints, and the
+    next commands.
 
     Markdown and HTML hold the details of every incident; HTML is one file with the curves in it.
     --quarantine prints the format that `[data] quarantine = "FILE"` reads.
@@ -70,7 +70,7 @@ def command(
     part = "".join(_only_one([name for name, given in zip(_PARTS, flags, strict=True) if given]))
     shape = form or _find_form(output)
     _refuse_others(part, form=form, shape=shape, excerpts=excerpts, chart=chart)
-    found = the_run(run, root)
+    found = open_run(run, root)
     if as_json and output is None:
         from guardrail.report.output import report_as_dict
 
@@ -92,7 +92,7 @@ def command(
 
 def _only_one(parts: list[str]) -> list[str]:
     if len(parts) > 1:
-        raise click.UsageError(f"{parts[0]} and {parts[1]} are two reports; ask for one")
+        raise click.UsageError(f"{parts[0]} and {parts[1]} exclude each other; give one of them")
     return parts
 
 
@@ -109,7 +109,7 @@ def _refuse_others(part: str, *, form: str | None, shape: str, excerpts: bool, c
 
 
 def _render_part(found: RunDirectory, part: str, incident: int | None, excerpts: bool) -> str:
-    """The text of a report that is not the summary."""
+    """Return the text of a report that is not the summary."""
     from guardrail.report import output as reports
 
     if part == "--incident":
@@ -127,8 +127,9 @@ def _render_part(found: RunDirectory, part: str, incident: int | None, excerpts:
 
 
 def _find_spec(found: RunDirectory, typed: str | None) -> str:
-    """What names the run on a command line: its name where that is enough, else what was typed, or
-    its path.
+    """Return what names the run on a command line.
+
+    That is its name where this is enough, else the path that was typed, else its path.
     """
     usual = root_folder()
     path = os.path.abspath(found.path)

@@ -1,4 +1,4 @@
-"""guardrail runs: a chooser of runs in a terminal, a table elsewhere."""
+"""guardrail runs: choose a run in a terminal, print a table elsewhere."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from guardrail.cli.common import (
 from guardrail.core.format import format_age
 
 
-@click.command(short_help="List the runs; in a terminal, choose one to watch.")
+@click.command()
 @json_option
 @click.option("--plain", is_flag=True, help="Print the table in a terminal too.")
-@click.option("--read-only", is_flag=True, help="Send no commands to the run that is chosen.")
+@click.option("--read-only", is_flag=True, help="The screen of a chosen run sends no commands.")
 @screen_options
 @root_option
 def command(
     as_json: bool, plain: bool, read_only: bool, theme: str | None, no_mouse: bool, root: str
 ) -> int:
-    """List the runs, the newest first. In a terminal: choose one with the arrows and Enter, and
-    watch it.
+    """List the runs, the newest first.
 
-    Leaving its screen comes back to the list.
+    In a terminal, choose one with the arrow keys and Enter to watch it. Leaving its screen returns
+    to the list.
     """
     from guardrail.operate.run_summary import RunSummary, summarize_runs
     from guardrail.rundir.liveness import HeartbeatObserver
@@ -51,7 +51,7 @@ def command(
 
         return show_screen(screen)
     rows = look()
-    # on other hosts: their next heartbeat shows that they live
+    # Runs of other hosts: their next heartbeat shows whether they are alive.
     while any(row.state == "unknown" for row in rows):
         time.sleep(0.2)
         rows = look()
@@ -69,13 +69,14 @@ def command(
         step = f"{row.step:,} / {row.total_steps:,}" if row.total_steps else f"{row.step:,}"
         code = "" if row.exit_code is None else row.exit_code
         loss = "" if row.loss is None else f"{row.loss:.4g}"
-        line = f"{row.run:<{width}}  {row.state:<9}  {step:>15}  {loss:>8}  {code:>4}  {ago(row.heartbeat):>12}"
+        sign = format_last_sign(row.heartbeat)
+        line = f"{row.run:<{width}}  {row.state:<9}  {step:>15}  {loss:>8}  {code:>4}  {sign:>12}"
         click.echo(f"{line}  {row.unresolved}".rstrip())
     return 0
 
 
-def ago(moment: float) -> str:
-    """ "3 s ago", "2 h ago"; "" for never, and for what is no moment."""
+def format_last_sign(moment: float) -> str:
+    """Return "3 s ago" or "2 h ago" of a time stamp, "" for 0 and for an impossible one."""
     if not 0.0 < moment < math.inf:
         return ""
     seconds = max(0.0, time.time() - moment)

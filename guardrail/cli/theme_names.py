@@ -1,6 +1,4 @@
-"""Names of the screen's themes, for the command line, which must not load the screen to know
-them.
-"""
+"""Names of the screen's themes, for the command line, which must not load the screen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""guardrail tune: thresholds for runs like the recorded ones."""
+"""guardrail tune: propose thresholds for runs like the recorded ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from guardrail.cli.backtest import log_options, read_logs
 from guardrail.cli.common import FiniteFloat, FirstNameOption
 
 
-@click.command(short_help="Propose a [guard] section for recorded runs.")
+@click.command()
 @log_options
 @click.option(
     "--config",
@@ -23,7 +23,7 @@ from guardrail.cli.common import FiniteFloat, FirstNameOption
     "overrides",
     multiple=True,
     metavar="guard.KEY=VALUE",
-    help="Override a setting; repeatable.",
+    help="Set a key; repeatable.",
 )
 @click.option(
     "--budget",
@@ -31,7 +31,7 @@ from guardrail.cli.common import FiniteFloat, FirstNameOption
     show_default=True,
     metavar="N",
     type=FiniteFloat(min=0.0),
-    help="Single rejections in 10,000 records that a run may cost.",
+    help="Single rejections in 10,000 records that a healthy run may have.",
 )
 def command(
     logs: tuple[str, ...],
@@ -40,13 +40,13 @@ def command(
     overrides: tuple[str, ...],
     budget: float,
 ) -> int:
-    """Propose a [guard] section for runs like these: how many alarms there would have been at which
-    thresholds.
+    """Propose a [guard] section for runs like these.
 
-    Prints TOML on stdout, with the numbers behind it as comments, and writes no file. LOG... is
-    what `backtest` reads. The logs should be of runs that went well for the most part.
+    Counts the alarms that each threshold would have raised. Prints TOML on stdout, with these
+    counts as comments, and writes no file. LOG... is what `backtest` reads. Most of each run should
+    be healthy.
 
-    Exit code 2 if nothing could be read.
+    Exit code 2: nothing could be read.
     """
     from guardrail.backtest import tune
     from guardrail.core.config import load_guard_options

@@ -1,4 +1,4 @@
-"""guardrail verify: does a checkpoint hold what its manifest says?"""
+"""guardrail verify: check a checkpoint against its manifest."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any
 
 import click
 
-from guardrail.cli.common import json_option, print_json, root_option, the_run
+from guardrail.cli.common import json_option, open_run, print_json, root_option
 
 
-@click.command(short_help="Check the hashes of a checkpoint.")
+@click.command()
 @click.argument("target", metavar="RUN|CHECKPOINT")
 @click.option(
     "--fingerprint",
     is_flag=True,
-    help="Print one SHA-256 over all parameters, the same for any sharding.",
+    help="Print one SHA-256 of all parameters. It is the same for every sharding.",
 )
 @json_option
 @root_option
 def command(target: str, fingerprint: bool, as_json: bool, root: str) -> None:
-    """Check sizes and SHA-256 of every file of a checkpoint; of a run, its newest one.
+    """Check the size and the SHA-256 of every file of a checkpoint. Of a run, its newest one.
 
-    Exit code 5, and one sentence that names the file, when a check does not hold.
+    Exit code 5: a check failed. The file is named on stderr.
     """
     from guardrail.rundir import manifest
 
-    folder = checkpoint_of(target, root)
+    folder = find_checkpoint(target, root)
     manifest.verify(folder)
     answer: dict[str, Any] = {"checkpoint": str(folder), "valid": True}
     if fingerprint:
@@ -39,9 +39,11 @@ def command(target: str, fingerprint: bool, as_json: bool, root: str) -> None:
         click.echo(f"{folder}: every hash holds")
 
 
-def checkpoint_of(target: str, root: str) -> Path:
-    """A checkpoint folder itself, or the newest one of a run. Raises CheckFailed if a run has
-    none.
+def find_checkpoint(target: str, root: str) -> Path:
+    """Return the checkpoint folder that `target` is, or the newest one of the run that it names.
+
+    Raises:
+        CheckFailed: the run has no checkpoint.
     """
     from guardrail.core.errors import CheckFailed
     from guardrail.rundir import manifest
@@ -49,7 +51,7 @@ def checkpoint_of(target: str, root: str) -> Path:
     folder = Path(target)
     if folder.name.startswith("step-") and folder.is_dir():
         return folder
-    run = the_run(target, root)
+    run = open_run(target, root)
     folders = manifest.checkpoint_dirs(run.checkpoints)
     if not folders:
         raise CheckFailed(f"{run.name} has no checkpoint")

@@ -1,4 +1,4 @@
-"""guardrail view: the screen of a run that is over, or of a log that something else has written."""
+"""guardrail view: show the screen of a recorded run, of guardrail or of another program."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import click
 from guardrail.cli.common import (
     FirstNameOption,
     can_draw,
-    given_columns,
     has_terminal,
+    parse_columns,
     screen_options,
     show_screen,
 )
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from guardrail.core.guard_options import GuardOptions
 
 
-@click.command(short_help="Look at a recorded log, or at a run directory.")
+@click.command()
 @click.argument("log")
 @click.option(
     "--column",
     "columns",
     multiple=True,
     metavar="SIGNAL=NAME",
-    help="Which column holds a signal; repeatable.",
+    help="Name of the column that holds a signal; repeatable.",
 )
 @click.option(
     "--config",
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     "policy",
     cls=FirstNameOption,
     metavar="FILE",
-    help="Judge by the [guard] of this TOML file.",
+    help="Judge with [guard] of this TOML file.",
 )
 @click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="guard.KEY=VALUE",
-    help="Override a setting; repeatable.",
+    help="Set a key; repeatable.",
 )
 @screen_options
 def command(
@@ -55,20 +55,17 @@ def command(
     theme: str | None,
     no_mouse: bool,
 ) -> int:
-    """The screen over LOG: its curves, and the incidents as the live controller would have seen
-    them.
+    """Show LOG on the screen: its curves, and the incidents that the live controller would find.
 
-    Reads whatever `guardrail backtest` reads, one recorded run of it, and writes nothing. A run
-    directory of guardrail is shown with what has happened in it; with --policy or --set, with what
-    those settings would have said. With TERM=dumb it prints lines.
+    LOG is one recorded run of a kind that `guardrail backtest` reads. Nothing is written. A run
+    directory of guardrail is shown with what happened in it; with --config or --set, with what those
+    settings would have done. With TERM=dumb, view prints lines.
     """
     from guardrail.backtest import recorded_run as viewing
     from guardrail.core.config import load_guard_options
 
     if not has_terminal():
-        raise click.UsageError(
-            f"view needs a terminal; guardrail backtest {log} prints what it would show"
-        )
+        raise click.UsageError(f"view needs a terminal. Without one: guardrail backtest {log}")
     given = policy is not None or bool(overrides)
     settings = load_guard_options(policy, overrides=overrides)
     if not can_draw():
@@ -80,7 +77,7 @@ def command(
         if viewing.is_run(log) and not given:
             return run_screen(log, read_only=True, theme=theme, mouse=not no_mouse)
         background = viewing.Background(
-            viewing.RecordedRun(viewing.the_log(log, given_columns(columns)), settings)
+            viewing.RecordedRun(viewing.the_log(log, parse_columns(columns)), settings)
         )
         try:
             return run_log(background, theme=theme, mouse=not no_mouse)
@@ -91,33 +88,34 @@ def command(
 
 
 def _print_lines(log: str, columns: tuple[str, ...], settings: GuardOptions, *, given: bool) -> int:
-    """For a terminal that takes plain lines only: what the screen would show, on stderr."""
+    """Print what the screen would show, on stderr, for a terminal that takes plain lines only."""
     from guardrail.backtest import recorded_run as viewing
-    from guardrail.launch import log_printer as headless
+    from guardrail.launch.log_printer import attach_run
     from guardrail.rundir.run_directory import RunDirectory
 
     if viewing.is_run(log) and not given:
-        return headless.attach(RunDirectory.open(log))
-    recorded = viewing.RecordedRun(viewing.the_log(log, given_columns(columns)), settings)
-    for line in recorded_lines(recorded):
+        return attach_run(RunDirectory.open(log))
+    recorded = viewing.RecordedRun(viewing.the_log(log, parse_columns(columns)), settings)
+    for line in format_recorded_run(recorded):
         click.echo(line, err=True)
     return 0
 
 
-def recorded_lines(recorded: RecordedRun) -> Iterator[str]:
-    """A log that something else has written: what it is, and what the guard would have said of
-    it.
-    """
+def format_recorded_run(recorded: RecordedRun) -> Iterator[str]:
+    """Yield lines about a log of another program: what it is, and what the guard would have done."""
     from guardrail.decide.advised_incidents import AdvisedIncidents
-    from guardrail.launch.log_printer import event_line
+    from guardrail.launch.log_printer import format_event
 
     rows = f"{len(recorded):,} rows ({recorded.format})"
     yield f"{clean_text(recorded.name, 400)}: {rows}, last step {recorded.last_step:,}"
-    advised, said = AdvisedIncidents(), 0
+    advised = AdvisedIncidents()
+    is_empty = True
     for part in recorded.judged():
         for event in part.events:
-            line = "" if advised.is_repeated(event) else event_line(event)
-            said += bool(line)
-            yield from [line] if line else []
-    if not said:
+            if advised.is_repeated(event):
+                continue
+            if line := format_event(event):
+                is_empty = False
+                yield line
+    if is_empty:
         yield "the guard would have done nothing"

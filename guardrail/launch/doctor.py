@@ -85,7 +85,7 @@ class Report(Record, frozen=True, kw_only=True):
     configuration: tuple[Check, ...] | None = None
 
 
-def examine(
+def check_machine(
     path: str | None = None, overrides: tuple[str, ...] = (), *, dry_run: bool = False
 ) -> Report:
     """Look at everything. Nothing is changed on the machine.
@@ -109,7 +109,7 @@ def examine(
     return Report(machine=machine, configuration=tuple(look(settings, path, overrides, torch)))
 
 
-def lines(report: Report) -> Iterator[str]:
+def format_lines(report: Report) -> Iterator[str]:
     """The report for a person: a glyph and a word beside each other."""
     marks = {"ok": "●", "note": "▲ note:", "problem": "✗ problem:"}
     width = max(len(check.name) for check in (*report.machine, *(report.configuration or ())))
@@ -121,7 +121,7 @@ def lines(report: Report) -> Iterator[str]:
             yield f"{check.name:<{width}}  {marks[check.level]} {check.text}"
 
 
-def exit_code(report: Report) -> int:
+def find_exit_code(report: Report) -> int:
     """2 if the configuration cannot run here."""
     broken = any(check.level == "problem" for check in report.configuration or ())
     return ExitCode.USAGE if broken else ExitCode.FINISHED
@@ -185,7 +185,7 @@ def _torch(torch: dict[str, Any]) -> Iterator[Check]:
     if "error" in torch:
         yield Check(name="torch import", level="problem", text=torch["error"])
         return
-    files = preflight.cuda_devices()
+    files = preflight.count_cuda_devices()
     devices = torch["devices"]
     if devices:
         names = ", ".join(
@@ -326,7 +326,7 @@ def _configuration(
     settings: GuardConfig, path: str, overrides: tuple[str, ...], torch: dict[str, Any]
 ) -> Iterator[Check]:
     """Everything that stops it, and then what makes it slow."""
-    problems = preflight.problems(settings, file=path, overrides=overrides)
+    problems = preflight.find_problems(settings, file=path, overrides=overrides)
     found = [Check(name=CONFIGURATION, level="problem", text=str(error)) for error in problems]
     if "error" in torch:
         found.append(Check(name=CONFIGURATION, level="problem", text="torch cannot be imported"))
@@ -356,7 +356,9 @@ def _dry_run(
     yield from (
         Check(name=OUTLINE, level="ok", text=line) for line in ask_trainer(settings, "outline")
     )
-    here = [str(error) for error in preflight.problems(settings, file=path, overrides=overrides)]
+    here = [
+        str(error) for error in preflight.find_problems(settings, file=path, overrides=overrides)
+    ]
     if "error" not in torch:
         here += [check.text for check in _devices(settings, torch)]
     yield from (Check(name=ELSEWHERE, level="note", text=text) for text in here)
@@ -380,7 +382,7 @@ def _dry_run(
 def _devices(settings: GuardConfig, torch: dict[str, Any]) -> Iterator[Check]:
     launch, devices = settings.launch, torch["devices"]
     wants_cuda = launch.device == "cuda" or (launch.device == "auto" and devices)
-    if launch.device == "cuda" and not devices and preflight.cuda_devices() != 0:
+    if launch.device == "cuda" and not devices and preflight.count_cuda_devices() != 0:
         text = 'launch.device = "cuda": torch sees no device (driver? a build for the CPU?)'
         yield Check(name=CONFIGURATION, level="problem", text=text)
     backend = "nccl" if wants_cuda else "gloo"

@@ -63,7 +63,7 @@ class Prepared(NamedTuple):
     lock: RunLock | None = None
 
 
-def prepare(
+def prepare_run(
     path: str, overrides: tuple[str, ...], run_dir: str | None, *, root: str | None = None
 ) -> Prepared:
     """Load and check a configuration, check the machine, make the run directory. Raises ConfigError
@@ -81,7 +81,7 @@ def prepare(
             settings, run=msgspec.structs.replace(settings.run, root=absolute)
         )
     given = {} if root is None else {"run.root": "--root or $GUARDRAIL_ROOT"}
-    preflight.check(settings, file=path, overrides=overrides, given=given)
+    preflight.check_launch(settings, file=path, overrides=overrides, given=given)
     node_rank, text = settings.launch.node_rank, _shared(settings)
     written_out = _warn_before_launch(settings)
     if run_dir is not None:
@@ -253,7 +253,7 @@ def _resumed(
                 file=sys.stderr,
             )
             return None
-    preflight.check(settings, file=file, overrides=overrides)
+    preflight.check_launch(settings, file=file, overrides=overrides)
     end_orphans(run, settings.launch.stop_timeout)
     if settings.launch.node_rank == 0:
         _refuse_stale(run)
@@ -336,7 +336,7 @@ def end_orphans(run: RunDirectory, seconds: float) -> None:
 # -- the supervisor
 
 
-def start(
+def start_supervisor(
     run: RunDirectory, node_rank: int = 0, secrets: dict[str, Any] | None = None
 ) -> subprocess.Popen[bytes]:
     """Start the supervisor in its own session and wait until it has taken over. Raises
@@ -402,7 +402,7 @@ def start(
     raise WorkersFailed("the supervisor did not start:\n" + "\n".join(words))
 
 
-def exit_code_of(supervisor: subprocess.Popen[bytes]) -> int | None:
+def find_exit_code(supervisor: subprocess.Popen[bytes]) -> int | None:
     """The run's exit code once its supervisor has ended, else None."""
     code = supervisor.poll()
     if code is None or code >= 0:
@@ -410,5 +410,5 @@ def exit_code_of(supervisor: subprocess.Popen[bytes]) -> int | None:
     return ExitCode.WORKERS_FAILED  # the supervisor itself was killed
 
 
-def way_back(run: RunDirectory) -> str:
+def format_way_back(run: RunDirectory) -> str:
     return f"  guardrail attach {run.path}\n  guardrail ctl {run.path} stop"

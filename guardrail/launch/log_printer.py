@@ -20,7 +20,7 @@ from guardrail.core.text import clean_text
 from guardrail.decide.advised_incidents import AdvisedIncidents
 from guardrail.decide.questions import CHOICES
 from guardrail.decide.timelines import LARGEST, sensible
-from guardrail.launch.launcher import exit_code_of, way_back
+from guardrail.launch.launcher import find_exit_code, format_way_back
 from guardrail.rundir.follow import Follower
 from guardrail.rundir.liveness import HeartbeatObserver
 from guardrail.rundir.run_directory import MetricsView, RunDirectory
@@ -61,12 +61,15 @@ class LogLines:
         status = self._run.read_status()
         update = self._follower.poll()
         events = [event for event in update.events if not self._advised.is_repeated(event)]
-        found = [(event.time, line) for event in events if (line := event_line(event))]
+        found = [(event.time, line) for event in events if (line := format_event(event))]
         found += self._steps(*update.rows, status)
         if found:
-            return [f"{moment(at)} {line}" for at, line in sorted(found, key=lambda pair: pair[0])]
+            return [
+                f"{format_moment(at)} {line}"
+                for at, line in sorted(found, key=lambda pair: pair[0])
+            ]
         return (
-            [f"{moment(time.time())} {line}" for line in self._set_up(status)]
+            [f"{format_moment(time.time())} {line}" for line in self._set_up(status)]
             if status is not None
             else []
         )
@@ -86,7 +89,7 @@ class LogLines:
         found = []
         for row in rows[chosen].tolist():
             values = dict(zip(view.columns, view.array[first + row].tolist(), strict=True))
-            line = step_line(values, status, _pace(view, first + row))
+            line = format_step(values, status, _pace(view, first + row))
             found.append((values.get("time", math.nan), line))
         return found
 
@@ -130,7 +133,7 @@ def _pace(view: MetricsView, row: int) -> Pace:
     return Pace(float(tokens[used].sum()) / total, total / int(used.sum()))
 
 
-def step_line(values: dict[str, float], status: Status | None, pace: Pace | None = None) -> str:
+def format_step(values: dict[str, float], status: Status | None, pace: Pace | None = None) -> str:
     """One step in fixed columns: "step   120/600  loss 2.3456  grad 0.913  embed 0.214  lr 1.00e-03".
 
     Args:
@@ -165,7 +168,7 @@ def _four_places(loss: float) -> str:
     return f"{loss:.4f}" if abs(loss) < 1e6 else f"{loss:.5g}"
 
 
-def moment(when: float) -> str:
+def format_moment(when: float) -> str:
     """The time of day, with the date where it is not today's; dashes for one that is unknown."""
     try:
         at = time.localtime(when)
@@ -176,7 +179,7 @@ def moment(when: float) -> str:
     return time.strftime("%H:%M:%S" if same else "%Y-%m-%d %H:%M:%S", at)
 
 
-def event_line(event: Event) -> str:
+def format_event(event: Event) -> str:
     """The journal's sentence, or "" for an event that is routine."""
     if event.kind == "checkpoint" and event.data.get("state") not in SPOKEN_CHECKPOINTS:
         return ""
@@ -238,7 +241,7 @@ class Printer:
         return code
 
 
-def follow(
+def follow_run(
     run: RunDirectory, supervisor: subprocess.Popen[bytes], *, past: int | None = None
 ) -> int:
     """For `launch`: print until the run has ended; returns its exit code, or 130 when left.
@@ -266,13 +269,13 @@ def follow(
     ):
         printer = Printer(run)
         try:
-            return printer.until(lambda: exit_code_of(supervisor), past=past)
+            return printer.until(lambda: find_exit_code(supervisor), past=past)
         except _Left:
-            printer.say("training goes on", way_back(run))
+            printer.say("training goes on", format_way_back(run))
             return ExitCode.INTERRUPTED
 
 
-def attach(run: RunDirectory) -> int:
+def attach_run(run: RunDirectory) -> int:
     """For `attach` without a terminal: the last lines, then new ones until the run has ended; its
     exit code.
     """

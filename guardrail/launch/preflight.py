@@ -28,7 +28,7 @@ _UNCOUNTED = ("kfd", "dxg", "nvhost-gpu", "nvgpu")
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
-def cuda_devices() -> int | None:
+def count_cuda_devices() -> int | None:
     """GPUs that torch may find here as CUDA devices, by the device files and CUDA_VISIBLE_DEVICES.
 
     None where there may be some, and only torch can count them; 0 where there can be none.
@@ -52,7 +52,7 @@ def cuda_devices() -> int | None:
     return min([present, *map(len, named)])
 
 
-def check(
+def check_launch(
     settings: GuardConfig,
     *,
     file: str,
@@ -65,11 +65,11 @@ def check(
         file, overrides: where it came from, for the message.
         given: key -> where else its value came from, such as "--root".
     """
-    for problem in problems(settings, file=file, overrides=overrides, given=given):
+    for problem in find_problems(settings, file=file, overrides=overrides, given=given):
         raise problem
 
 
-def problems(
+def find_problems(
     settings: GuardConfig,
     *,
     file: str,
@@ -126,7 +126,7 @@ def _secrets(settings: GuardConfig) -> Iterator[ConfigError]:
 
 
 def _devices(settings: GuardConfig) -> Iterator[ConfigError]:
-    launch, devices = settings.launch, cuda_devices()
+    launch, devices = settings.launch, count_cuda_devices()
     if launch.device == "cuda" and devices == 0:
         yield ConfigError(
             "a CUDA device on this machine (/dev/nvidia0; /dev/kfd for ROCm, /dev/dxg for WSL2)",

@@ -112,7 +112,7 @@ def replay_run(
     scratch = make_scratch_run(run, plan)
     try:
         comparison = Comparison(run, scratch, plan)
-        _follow(scratch, launcher.start(scratch), comparison, plan, report)
+        _follow(scratch, launcher.start_supervisor(scratch), comparison, plan, report)
         return make_outcome(run, scratch, plan, comparison, keep=keep)
     finally:
         if not keep:
@@ -228,7 +228,7 @@ def _follow(
 ) -> None:
     """Compare until the replay has ended, or until the first difference."""
     with _ended_with_us(scratch, supervisor):
-        while (code := launcher.exit_code_of(supervisor)) is None:
+        while (code := launcher.find_exit_code(supervisor)) is None:
             comparison.compare_new_rows()
             report(comparison.steps, plan.to_step - plan.from_step)
             if comparison.first is not None:

@@ -12,7 +12,7 @@ from guardrail.core.errors import CheckpointInvalid, UsageError
 from guardrail.core.events.event import Event
 from guardrail.core.text import clean_text
 from guardrail.decide.run_history import RunHistory
-from guardrail.launch.preflight import cuda_devices
+from guardrail.launch.preflight import count_cuda_devices
 from guardrail.report.incident import Incident
 from guardrail.report.incident_builder import ENDS, IncidentBuilder
 from guardrail.rundir.manifest import Manifest, checkpoint_dirs, read_manifest
@@ -162,5 +162,5 @@ def _refuse_other_machine(run: RunDirectory, events: Sequence[Event], plan: Repl
                 f"configuration has {here}: sums over another number of ranks round differently, "
                 "so the numbers cannot be the same"
             )
-        if event.data.get("device") == "cuda" and cuda_devices() == 0:
+        if event.data.get("device") == "cuda" and count_cuda_devices() == 0:
             raise UsageError(f"{run.name} was trained on CUDA devices; this machine has none")

@@ -105,11 +105,11 @@ BAD = [
         ["--set: snapshots.keep = 9", "a ring that fits", "of memory"],
     ),
     (["launch", "--resume", "words/1999-01-01-01"], ["no such run: words/1999-01-01-01"]),
-    (["launch", "--resume", "words", "--run-dir", "x"], ["--run-dir does not go with --resume"]),
+    (["launch", "--resume", "words", "--run-dir", "x"], ["--run-dir", "--resume"]),
     (["attach", "nobody"], ["no such run: nobody"]),
     (["ctl", "nobody", "stop"], ["no such run: nobody"]),
     (["report", "nobody"], ["no such run: nobody"]),
-    (["report", "--json", "--quarantine"], ["ask for one"]),
+    (["report", "--json", "--quarantine"], ["--json", "--quarantine"]),
     (["verify", "nobody"], ["no such run: nobody"]),
     (["doctor", "missing.toml", "--nope"], ["No such option"]),
 ]
@@ -126,7 +126,7 @@ def test_bad_usage_ends_with_2_before_anything_happens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (folder / "broken.toml").write_text("[run\n")
-    monkeypatch.setattr("guardrail.launch.preflight.cuda_devices", lambda: 0)
+    monkeypatch.setattr("guardrail.launch.preflight.count_cuda_devices", lambda: 0)
     before = sorted(folder.rglob("*"))
     assert main(arguments) == 2
     output, errors = capsys.readouterr()
@@ -140,7 +140,7 @@ def test_bad_usage_ends_with_2_before_anything_happens(
 def test_more_processes_than_devices(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("guardrail.launch.preflight.cuda_devices", lambda: 2)
+    monkeypatch.setattr("guardrail.launch.preflight.count_cuda_devices", lambda: 2)
     assert (
         main(["launch", "good.toml", "--set", "launch.processes=4", "--set", "launch.device=auto"])
         == 2
@@ -467,7 +467,7 @@ def test_the_root_that_is_named_wins_for_a_new_run(
 ) -> None:
     """As it does for attach, ctl and report: else they look for the run in another folder."""
     (folder / "good.toml").write_text(CONFIG.replace("[run]", '[run]\nroot = "by-file"'))
-    monkeypatch.setattr(launching, "start", lambda *arguments: None)
+    monkeypatch.setattr(launching, "start_supervisor", lambda *arguments: None)
     if variable:
         monkeypatch.setenv("GUARDRAIL_ROOT", variable)
     assert main(["launch", "good.toml", "--detach", *options]) == 0

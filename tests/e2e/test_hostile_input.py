@@ -250,7 +250,7 @@ def place() -> Iterator[Path]:
         def start(*arguments: Any) -> None:
             raise WorkersFailed("nothing is started in this test")
 
-        patch.setattr(launching, "start", start)
+        patch.setattr(launching, "start_supervisor", start)
         patch.setattr(doctor, "_ask_torch", lambda: {"error": "not asked in this test"})
         yield folder
 

@@ -66,7 +66,7 @@ def test_an_address_that_is_none_and_a_package_that_is_missing_are_refused_early
         GuardConfig(notify=NotifySection(webhook="file:///etc/passwd")).check(base=tmp_path)
     found = [
         error.key
-        for error in preflight.problems(
+        for error in preflight.find_problems(
             GuardConfig(notify=NotifySection(apprise=("json://x",))), file="c"
         )
     ]

@@ -207,7 +207,7 @@ def test_the_launcher_wants_to_read_what_is_referred_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def problems(**notify: Any) -> list[str]:
-        found = preflight.problems(GuardConfig(notify=NotifySection(**notify)), file="c.toml")
+        found = preflight.find_problems(GuardConfig(notify=NotifySection(**notify)), file="c.toml")
         return [
             str(error)
             for error in found
@@ -246,9 +246,9 @@ def test_the_launcher_wants_to_read_what_is_referred_to(
 def test_a_secret_that_an_override_refers_to_is_missed_there(tmp_path: Path, override: str) -> None:
     settings = loaded(tmp_path, STEPS, override)
     with pytest.raises(ConfigError, match=r"^--set: notify\."):
-        preflight.check(settings, file="c.toml", overrides=[override])
+        preflight.check_launch(settings, file="c.toml", overrides=[override])
     with pytest.raises(ConfigError, match=r"^c\.toml: notify\."):
-        preflight.check(settings, file="c.toml", overrides=["notify.on=[]"])
+        preflight.check_launch(settings, file="c.toml", overrides=["notify.on=[]"])
 
 
 # -- older run directories, and files that are none

@@ -285,7 +285,7 @@ def test_the_slurm_script_starts_and_resumes_what_the_command_line_takes(
     for node, (name, *words) in enumerate(slurm(tmp_path, RUN=str(run.path))):
         options = command.make_context(name, words).params
         assert options["config"] is None and options["run_dir"] is None
-        monkeypatch.setattr("guardrail.launch.preflight.cuda_devices", lambda: 8)
+        monkeypatch.setattr("guardrail.launch.preflight.count_cuda_devices", lambda: 8)
         # 16 ranks share out a batch of 8 badly, and say so: what the job gives reaches the run's
         # own configuration.
         with pytest.raises(

@@ -22,7 +22,7 @@ from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.decide.undo import positions_of, span_in
-from guardrail.launch.log_printer import event_line
+from guardrail.launch.log_printer import format_event
 from guardrail.operate.preview import preview_command as of
 from guardrail.operate.preview import rollback_for
 from guardrail.operate.run_state import AppliedStep, RunState
@@ -288,7 +288,7 @@ def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_t
     proposed, going_on, stop = paused.data["proposals"]
     assert [p["action"] for p in (proposed, going_on, stop)] == ["rollback", "go on", "stop"]
     assert "taken as the new normal" in going_on["remark"] and going_on["samples"] == 0
-    said = event_line(paused).splitlines()
+    said = format_event(paused).splitlines()
     assert (
         "proposed: rollback" in said[0]
         and said[1].strip() == f"answer accept: {proposed['text']}"

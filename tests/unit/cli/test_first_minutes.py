@@ -23,7 +23,7 @@ from trainer.config import Config
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GUARDRAIL_ROOT", raising=False)
-    monkeypatch.setattr("guardrail.launch.preflight.cuda_devices", lambda: 0)
+    monkeypatch.setattr("guardrail.launch.preflight.count_cuda_devices", lambda: 0)
 
 
 def read(path: str = "config.toml") -> Config:

@@ -14,7 +14,7 @@ import pytest
 from rich.cells import cell_len
 
 from guardrail.cli.main import main
-from guardrail.cli.runs import ago
+from guardrail.cli.runs import format_last_sign
 from guardrail.core.records import Phase, Status
 from guardrail.operate.run_summary import RunSummary, read_losses, summarize_run, summarize_runs
 from guardrail.rundir.run_directory import RunDirectory
@@ -174,4 +174,4 @@ def test_status_of_a_newer_version_is_no_status(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("moment", [0.0, -1.0, -1e308, math.inf, -math.inf, math.nan])
 def test_what_is_no_moment_was_never(moment: float) -> None:
-    assert ago(moment) == ""
+    assert format_last_sign(moment) == ""

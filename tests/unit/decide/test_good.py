@@ -30,7 +30,7 @@ from guardrail.core.records import (
 from guardrail.decide.controller import Controller
 from guardrail.decide.incidents import Incidents
 from guardrail.decide.recovery import fit_trend
-from guardrail.launch.log_printer import step_line
+from guardrail.launch.log_printer import format_step
 from guardrail.operate import preview
 from guardrail.operate.run_state import RunState
 from guardrail.operate.run_summary import summarize_run
@@ -351,8 +351,8 @@ def test_lines_list_and_report_say_what_is_unresolved(
         "lr": 0.1,
         "eval_loss": math.nan,
     }
-    assert "LOSS +8.5 since 60" in step_line(values, status)
-    assert "LOSS" not in step_line({**values, "step": 59}, status)
+    assert "LOSS +8.5 since 60" in format_step(values, status)
+    assert "LOSS" not in format_step({**values, "step": 59}, status)
     assert main(["runs", "--root", str(tmp_path)]) == 0
     assert capsys.readouterr().out.rstrip().endswith("LOSS +8.5 since 60")
     assert (

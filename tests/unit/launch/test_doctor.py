@@ -37,7 +37,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("guardrail.launch.preflight.cuda_devices", lambda: 0)
+    monkeypatch.setattr("guardrail.launch.preflight.count_cuda_devices", lambda: 0)
 
 
 def with_torch(monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]) -> None:
@@ -115,21 +115,21 @@ def test_a_configuration_that_cannot_run_ends_with_2(
 def test_more_processes_than_cores_is_a_note(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_torch(monkeypatch, CPU)
     monkeypatch.setattr("guardrail.rundir.processes.cores", lambda: 1)
-    report = doctor.examine(str(config))
+    report = doctor.check_machine(str(config))
     assert [check.level for check in report.configuration or ()] == ["note", "ok"]
-    assert doctor.exit_code(report) == 0
+    assert doctor.find_exit_code(report) == 0
 
 
 def test_a_device_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     with_torch(monkeypatch, CPU)
-    monkeypatch.setattr("guardrail.launch.preflight.cuda_devices", lambda: 8)
-    (cuda,) = named(doctor.examine().machine, "cuda")
+    monkeypatch.setattr("guardrail.launch.preflight.count_cuda_devices", lambda: 8)
+    (cuda,) = named(doctor.check_machine().machine, "cuda")
     assert cuda.level == "problem" and "built for the CPU only" in cuda.text
 
 
 def test_devices_are_listed_without_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     with_torch(monkeypatch, GPU)
-    (cuda,) = named(doctor.examine().machine, "cuda")
+    (cuda,) = named(doctor.check_machine().machine, "cuda")
     assert cuda.text == "2: H100 80.0 GiB, H100 80.0 GiB"
 
 
@@ -139,7 +139,7 @@ def test_a_torch_that_does_not_import(
     monkeypatch.setattr(
         "guardrail.launch.doctor._ASK_TORCH", "raise OSError('libcudart.so: cannot open')"
     )
-    (line,) = named(doctor.examine().machine, "torch import")
+    (line,) = named(doctor.check_machine().machine, "torch import")
     assert line.level == "problem" and line.text == "OSError: libcudart.so: cannot open"
 
 
@@ -151,13 +151,13 @@ def test_a_slow_import_is_talked_about(
         'import time; time.sleep(0.5); print(\'{"error": "x"}\')',
     )
     monkeypatch.setattr("guardrail.launch.doctor.PATIENCE_SECONDS", 0.1)
-    doctor.examine()
+    doctor.check_machine()
     assert "importing torch" in capfd.readouterr().err
 
 
 def test_lines_carry_a_word_beside_the_glyph() -> None:
     report = Report(machine=(Check(name="disk", level="problem", text="full"),))
-    assert list(doctor.lines(report)) == ["disk  ✗ problem: full"]
+    assert list(doctor.format_lines(report)) == ["disk  ✗ problem: full"]
 
 
 BLOOM = ROOT / "configs" / "bloom-3d.toml"
@@ -220,11 +220,11 @@ def test_a_gpu_whose_use_cannot_be_read_is_named(
         "find_spec",
         lambda name, *more: spec if name == "pynvml" else found(name, *more),
     )
-    told = [check.text for check in doctor.examine().machine if check.name == "GPU use"]
+    told = [check.text for check in doctor.check_machine().machine if check.name == "GPU use"]
     assert bool(told) is not installed and all(
         "pip install 'guardrail[gpu]'" in text for text in told
     )
     with_torch(monkeypatch, CPU)
-    assert not [check for check in doctor.examine().machine if check.name == "GPU use"], (
+    assert not [check for check in doctor.check_machine().machine if check.name == "GPU use"], (
         "without a GPU it is not missed"
     )

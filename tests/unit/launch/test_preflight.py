@@ -36,7 +36,7 @@ def refused(folder: Path, **launch: object) -> list[str]:
     )
     return [
         error.key
-        for error in preflight.problems(settings, file="c.toml")
+        for error in preflight.find_problems(settings, file="c.toml")
         if error.key.startswith("launch.")
     ]
 
@@ -73,14 +73,14 @@ def test_devices_that_are_hidden_do_not_count(
     files += ["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"]
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert preflight.cuda_devices() == expected
+    assert preflight.count_cuda_devices() == expected
 
 
 def test_hidden_devices_of_rocm_are_none(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     files.append("kfd")
-    assert preflight.cuda_devices() is None
+    assert preflight.count_cuda_devices() is None
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "-1")
-    assert preflight.cuda_devices() == 0
+    assert preflight.count_cuda_devices() == 0
 
 
 def test_a_machine_without_devices_is_refused_in_one_sentence(
@@ -88,7 +88,7 @@ def test_a_machine_without_devices_is_refused_in_one_sentence(
 ) -> None:
     settings = msgspec.structs.replace(GuardConfig(), launch=LaunchSection(device="cuda"))
     with pytest.raises(ConfigError, match=r"launch\.device") as caught:
-        preflight.check(settings, file="c.toml")
+        preflight.check_launch(settings, file="c.toml")
     assert "/dev/nvidia0" in str(caught.value) and "/dev/kfd" in str(caught.value)
 
 
@@ -104,7 +104,7 @@ def test_a_root_that_no_folder_can_have(
         ((f"run.root={root}",), None, "--set"),
     ):
         with pytest.raises(ConfigError, match="hint: File name too long") as caught:
-            launching.prepare(str(file), overrides, None, root=given)
+            launching.prepare_run(str(file), overrides, None, root=given)
         assert caught.value.file == source and caught.value.key == "run.root"
 
 
@@ -115,4 +115,4 @@ def test_a_name_that_no_run_can_have(name: str, tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text('[train]\nsteps = 300\n[launch]\ndevice = "cpu"\n')
     with pytest.raises(ConfigError, match=r"^--set: run\.name = .*expected 1 to 100 letters"):
-        launching.prepare(str(file), (f"run.name={name}",), None, root=str(tmp_path))
+        launching.prepare_run(str(file), (f"run.name={name}",), None, root=str(tmp_path))
