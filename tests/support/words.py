@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import io
+import random
 import re
 import sys
 import tokenize
@@ -255,12 +256,45 @@ def long_sentences(texts: Iterable[Text]) -> tuple[list[tuple[Text, str]], int]:
     return found, count
 
 
+# Where the sentences of a surface stand, for `--sample`.
+SURFACES = {
+    "README": ("README.md",),
+    "help": ("tests/golden/help.txt",),
+    "report": ("tests/golden/report_*.txt",),
+    "errors": ("tests/golden/errors.txt",),
+}
+
+
+def sample_sentences(surface: str, count: int, seed: str) -> list[str]:
+    """Return random sentences of a surface, the same ones for the same seed.
+
+    A line of help, of a report or of an error counts as a sentence if it has four words or more.
+    """
+    sentences = set()
+    for pattern in SURFACES[surface]:
+        for path in ROOT.glob(pattern):
+            if path.suffix == ".md":
+                for text in texts_of_document(path):
+                    sentences.update(sentences_of(text))
+            else:
+                sentences.update(line.strip() for line in path.read_text().splitlines())
+    readable = sorted(one for one in sentences if len(re.findall(r"[A-Za-z]{2,}", one)) >= 4)
+    return random.Random(f"{surface} {seed}").sample(readable, min(count, len(readable)))
+
+
 @click.command()
 @click.argument("places", nargs=-1)
 @click.option("--list", "listed", is_flag=True, help="Print each place.")
 @click.option("--long", "long_", is_flag=True, help="Print each sentence that is too long.")
-def main(places: tuple[str, ...], listed: bool, long_: bool) -> None:
+@click.option("--sample", default=0, help="Print this many random sentences of each surface.")
+@click.option("--seed", default="", help="Seed of --sample, such as the hash of a commit.")
+def main(places: tuple[str, ...], listed: bool, long_: bool, sample: int, seed: str) -> None:
     """Count old words and long sentences. Exit code 1 if an old word is left."""
+    if sample:
+        for surface in SURFACES:
+            for sentence in sample_sentences(surface, sample, seed):
+                print(f"{surface}: {sentence}")
+        return
     texts = list(texts_of(all_files(places)))
     hits = list(find_old_words(texts))
     long, count = long_sentences(texts)
