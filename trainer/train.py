@@ -221,7 +221,7 @@ class Trainer:
             "scaler": self.scaler,
             "faults": self.faults,
             "rank": self.rank,
-            "settle": lambda: self.guard.state.settle(),
+            "settle": lambda: self.guard.state.reshard(),
         }
         place = find_stage_position(self.model)
         if place is None:

@@ -93,11 +93,11 @@ class Subject:
         """Not timed: the background is done and the disk is emptied before the next line."""
         assert self.store.wait(120)
         self.committed += [
-            event.seconds for event in self.store.poll() if event.state == "candidate"
+            event.seconds for event in self.store.take_events() if event.state == "candidate"
         ]
 
     def load(self) -> None:
-        path = self.store.newest_valid().path
+        path = self.store.find_newest_valid().path
         assert path is not None
         self.store.load(path)
 
@@ -159,7 +159,7 @@ def beside_saves(subject: Subject, *, saves: int, interval: float) -> dict[str, 
         while subject.store.busy:
             time.sleep(interval)
             lines["snapshot, a checkpoint is written"].append(timed(subject.take))
-    subject.store.adopt({info.path: "good" for info in subject.store.infos()})
+    subject.store.set_states({info.path: "good" for info in subject.store.infos()})
     lines["pruning"] = [timed(lambda: subject.store.prune(subject.step))]
     assert subject.store.wait(120)
     return lines

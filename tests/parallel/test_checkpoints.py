@@ -33,17 +33,14 @@ from guardrail.rundir.manifest import (
 )
 from guardrail.torch.checkpoint import commit as commit_module
 from guardrail.torch.checkpoint import disk_checkpoints as checkpoints_module
+from guardrail.torch.checkpoint import rank_share
 from guardrail.torch.checkpoint import safetensors_file as shards_module
-from guardrail.torch.checkpoint.disk_checkpoints import INVALID, CheckpointEvent, CheckpointStore
+from guardrail.torch.checkpoint.checkpoint_index import CheckpointEvent
+from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
 from guardrail.torch.checkpoint.loader import CheckpointLoader
-from guardrail.torch.checkpoint.memory_snapshots import (
-    CANDIDATE,
-    GOOD,
-    SUSPECT,
-    Snapshot,
-    SnapshotRing,
-)
-from guardrail.torch.checkpoint.retention import superfluous
+from guardrail.torch.checkpoint.memory_snapshots import Snapshot, SnapshotRing
+from guardrail.torch.checkpoint.retention import find_superfluous
+from guardrail.torch.checkpoint.snapshot_states import CANDIDATE, GOOD, INVALID, SUSPECT
 from guardrail.torch.state import rng_state as rng
 from guardrail.torch.state.training_state import TrainingState
 from tests.support.ranks import run_ranks
@@ -78,7 +75,7 @@ class Run(Setup):
         """Save and wait; the events of it."""
         self.store.save(self.take(step, timeline, **extra), {"config": "abc"})
         assert self.store.wait(SECONDS)
-        return self.store.poll()
+        return self.store.take_events()
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +113,7 @@ def test_without_a_ring_a_save_alone_holds_a_copy(tmp_path: Path) -> None:
             break
         time.sleep(0.05)
     assert held() is None
-    assert [event.state for event in run.store.poll()] == ["candidate"]
+    assert [event.state for event in run.store.take_events()] == ["candidate"]
 
 
 def names(folder: Path) -> list[str]:
@@ -146,7 +143,7 @@ def resumed_run(
     rank: int, folder: Path, kind: str, optimizer: str
 ) -> tuple[list[float], dict[str, str], Any]:
     run = Run(folder, kind, optimizer, seed=77)
-    selection = run.store.newest_valid()
+    selection = run.store.find_newest_valid()
     assert selection.path is not None and selection.refused == ()
     loaded = run.store.load(selection.path)
     assert (
@@ -218,7 +215,7 @@ def reshard_source(rank: int, folder: Path, kind: str) -> None:
 
 def reshard(rank: int, source: Path, target: Path, kind: str) -> dict[str, str]:
     run = Run(source, kind, seed=5)
-    path = run.store.newest_valid().path
+    path = run.store.find_newest_valid().path
     assert path is not None
     checks = run.store.load(path).checks
     other = CheckpointStore(target, run.state, rank=run.rank, world=run.world)
@@ -234,13 +231,13 @@ def test_the_folder_is_there_before_another_rank_can_write_into_it(
     vain.
     """
     folder, seen = tmp_path / "new" / "checkpoints", []
-    gathered = CheckpointLoader.gathered
+    gather = CheckpointLoader.gather
 
     def looked(loader: CheckpointLoader, value: Any) -> list[Any]:
         seen.append(folder.is_dir())
-        return gathered(loader, value)
+        return gather(loader, value)
 
-    monkeypatch.setattr(CheckpointLoader, "gathered", looked)
+    monkeypatch.setattr(CheckpointLoader, "gather", looked)
     CheckpointStore(folder, Run(tmp_path / "run", "plain").state)
     assert seen[-1]
 
@@ -273,7 +270,7 @@ def test_more_ranks_than_tensors(tmp_path: Path) -> None:
         store.save(SnapshotRing(state, 2).take(1, 1, 0, {}))
         assert store.wait(SECONDS)
         dist.barrier()
-        path = store.newest_valid().path
+        path = store.find_newest_valid().path
         assert path is not None
         return store.load(path).checks
 
@@ -298,7 +295,7 @@ def test_a_checkpoint_without_moments_is_refused_unless_weights_are_all_that_is_
     other.steps(1, 3)
     before = other.state.digests()
     with pytest.raises(
-        CheckpointInvalid, match=r"after step 50 and holds no optimizer state.*weights_only=True"
+        CheckpointInvalid, match=r"no optimizer state .*after step 50.*weights_only=True"
     ):
         other.store.load(path)
     assert other.state.digests() == before
@@ -323,7 +320,7 @@ def test_an_optimizer_that_keeps_nothing_by_nature_resumes(tmp_path: Path) -> No
     other.store.load(checkpoint_dirs(tmp_path)[0])
     assert other.steps(4, 7) == run.steps(4, 7)
     momentum = Run(tmp_path, optimizer="momentum", seed=1)
-    with pytest.raises(CheckpointInvalid, match="holds no optimizer state"):
+    with pytest.raises(CheckpointInvalid, match="no optimizer state"):
         momentum.store.load(checkpoint_dirs(tmp_path)[0])
 
 
@@ -341,12 +338,12 @@ def test_learning_rate_and_dice_go_on_where_they_were(tmp_path: Path) -> None:
     run.steps(1, 31)
     torch.manual_seed(4)
     torch.rand(7)
-    run.save(30, rng=rng.capture())
+    run.save(30, rng=rng.capture_rng_states())
     rate, dice = run.optimizers[0].param_groups[0]["lr"], torch.rand(5)
     other = Run(tmp_path, seed=8)
     assert other.optimizers[0].param_groups[0]["lr"] != rate
     loaded = other.store.load(checkpoint_dirs(tmp_path)[0])
-    rng.restore(loaded.extra["rng"])
+    rng.restore_rng_states(loaded.extra["rng"])
     assert other.optimizers[0].param_groups[0]["lr"] == rate
     assert torch.equal(torch.rand(5), dice)
     assert other.steps(31, 40) == run.steps(31, 40)
@@ -429,7 +426,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_reason_told(
     break_it(tmp_path / "step-00000003")
     before = run.state.digests()
     store = CheckpointStore(tmp_path, run.state)
-    selection = store.newest_valid()
+    selection = store.find_newest_valid()
     assert selection.path == tmp_path / "step-00000002"
     ((path, reason),) = selection.refused
     assert (
@@ -447,18 +444,18 @@ def test_the_hashes_are_checked_again_when_another_is_loaded_than_was_chosen(
 ) -> None:
     run = three_saves(tmp_path)
     flip(tmp_path / "step-00000001" / "rank-00000.safetensors")
-    assert run.store.newest_valid().path == tmp_path / "step-00000003"
+    assert run.store.find_newest_valid().path == tmp_path / "step-00000003"
     with pytest.raises(CheckpointInvalid, match="its content is not what was written"):
         run.store.load(tmp_path / "step-00000001")
 
 
 def test_all_damaged_or_none_there(tmp_path: Path) -> None:
     run = Run(tmp_path / "empty")
-    assert run.store.newest_valid().path is None
+    assert run.store.find_newest_valid().path is None
     run = three_saves(tmp_path / "full")
     for path in checkpoint_dirs(tmp_path / "full"):
         flip(path / "rank-00000.safetensors")
-    selection = run.store.newest_valid()
+    selection = run.store.find_newest_valid()
     assert selection.path is None and [path.name[-1] for path, _ in selection.refused] == [
         "3",
         "2",
@@ -468,14 +465,15 @@ def test_all_damaged_or_none_there(tmp_path: Path) -> None:
 
 def test_what_is_not_allowed_is_passed_over_without_being_called_invalid(tmp_path: Path) -> None:
     run = three_saves(tmp_path)
-    selection = run.store.newest_valid(
+    selection = run.store.find_newest_valid(
         lambda manifest: manifest.step < 3 or "a rollback found it polluted"
     )
     assert selection.path == tmp_path / "step-00000002"
     assert selection.refused == ((tmp_path / "step-00000003", "a rollback found it polluted"),)
     assert selection.invalid == frozenset()
     assert (
-        run.store.newest_valid(lambda manifest: manifest.step < 2).refused[0][1] == "not to be used"
+        run.store.find_newest_valid(lambda manifest: manifest.step < 2).refused[0][1]
+        == "not to be used"
     )
 
 
@@ -505,12 +503,12 @@ def verified_in_shares(rank: int, folder: Path) -> tuple[list[str], str]:
     from guardrail.torch.checkpoint import loader as loading
 
     loading.verify = watched  # type: ignore[attr-defined]
-    assert run.store.newest_valid().path == folder / "step-00000001"
+    assert run.store.find_newest_valid().path == folder / "step-00000001"
     dist.barrier()
     if rank == 0:
         flip(folder / "step-00000001" / "rank-00001.safetensors")
     dist.barrier()
-    return hashed, run.store.newest_valid().refused[0][1]
+    return hashed, run.store.find_newest_valid().refused[0][1]
 
 
 def test_ranks_share_the_hashing_and_agree_on_what_one_has_found(tmp_path: Path) -> None:
@@ -530,7 +528,9 @@ def refused_by_one(rank: int, folder: Path) -> str:
     run.step(2)
     before = run.state.digests()
     if rank == 1:
-        run.store._loader._wanted = lambda *_, **__: (_ for _ in ()).throw(CheckpointInvalid("no"))  # type: ignore[method-assign]
+        run.store._loader._boxes_to_load = lambda *_, **__: (_ for _ in ()).throw(
+            CheckpointInvalid("no")
+        )  # type: ignore[method-assign]
     with pytest.raises(CheckpointInvalid) as caught:
         run.store.load(folder / "step-00000001")
     assert run.state.digests() == before
@@ -581,15 +581,27 @@ class DcpLike(BaseException):
     ids=lambda error: type(error).__name__ + str(getattr(error, "errno", "") or ""),
 )
 @pytest.mark.parametrize(
-    "where", ["write_file", "replace_file", "sealed", "verify", "_rename", "component_digests"]
+    ("module", "where"),
+    [
+        (rank_share, "write_file"),
+        (rank_share, "replace_file"),
+        (commit_module, "sealed"),
+        (commit_module, "verify"),
+        (commit_module, "_rename"),
+        (rank_share, "component_digests"),
+    ],
 )
 def test_a_save_that_fails_leaves_nothing_and_the_next_succeeds(
-    where: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: Any,
+    where: str,
+    error: BaseException,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = Run(tmp_path, retry_seconds=0.0)
     run.step(1)
     assert run.save(1)[0].state == "candidate"
-    fails_once(monkeypatch, commit_module, where, error)
+    fails_once(monkeypatch, module, where, error)
     (event,) = run.save(2)
     assert event.state == "failed" and event.step == 2 and event.reason
     assert "\n" not in event.reason
@@ -604,7 +616,7 @@ def test_a_save_that_fails_leaves_nothing_and_the_next_succeeds(
 
 def test_the_retry_waits_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, retry_seconds=3600.0)
-    fails_once(monkeypatch, commit_module, "write_file", OSError(errno.EIO, "Input/output error"))
+    fails_once(monkeypatch, rank_share, "write_file", OSError(errno.EIO, "Input/output error"))
     assert run.save(1)[0].reason == "Input/output error"
     assert run.store.degraded and not run.store.retry_due
     run.store.retry_seconds = 0.0
@@ -646,7 +658,7 @@ def test_a_full_disk_is_seen_beforehand_and_after_making_room_the_save_succeeds(
         def save(step: int) -> CheckpointEvent:
             store.save(ring.take(step, step, 0, {}))
             assert store.wait(SECONDS)
-            return store.poll()[-1]
+            return store.take_events()[-1]
 
         assert [save(step).state for step in (1, 2)] == ["candidate", "candidate"]
         (folder / "other").write_bytes(bytes(1_500_000))
@@ -671,11 +683,11 @@ def test_a_disk_that_fills_up_while_it_is_written_to(
         store.save(ring.take(1, 1, 0, {}))
         assert store.wait(SECONDS)
         monkeypatch.setattr(
-            commit_module, "_check_room", lambda job: (folder / "o").write_bytes(bytes(3_400_000))
+            rank_share, "_check_room", lambda job: (folder / "o").write_bytes(bytes(3_400_000))
         )
         store.save(ring.take(2, 2, 0, {}))
         assert store.wait(SECONDS)
-        assert [event.state for event in store.poll()] == ["candidate", "failed"]
+        assert [event.state for event in store.take_events()] == ["candidate", "failed"]
         assert names(folder / "checkpoints") == ["step-00000001"]
 
 
@@ -690,7 +702,7 @@ def test_a_file_size_limit_stops_a_save_and_nothing_else(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         store.save(ring.take(2, 2, 0, {}))
         assert store.wait(SECONDS)
-        return store.poll()
+        return store.take_events()
 
     (events,) = run_ranks(limited, 1, folder=tmp_path / "a", init=False)
     assert [(event.state, event.reason) for event in events] == [
@@ -714,7 +726,7 @@ def test_a_disk_that_gives_other_bytes_back_is_found_out(
     monkeypatch.setattr(os, "fsync", rotting)
     store.save(ring.take(1, 1, 0, {}))
     assert store.wait(SECONDS)
-    (event,) = store.poll()
+    (event,) = store.take_events()
     assert event.state == "failed" and "reads back other bytes than were written" in event.reason
     assert names(tmp_path) == []
 
@@ -725,18 +737,18 @@ def one_rank_fails(
     run = Run(folder, "ddp", retry_seconds=0.0)
     run.step(1)
     if rank == 1:
-        original = commit_module.write_file
-        commit_module.write_file = lambda *_: (_ for _ in ()).throw(
+        original = rank_share.write_file
+        rank_share.write_file = lambda *_: (_ for _ in ()).throw(
             OSError(errno.ENOSPC, "No space left on device")
         )
         if not room:
-            commit_module.write_all = lambda *_: (_ for _ in ()).throw(
+            rank_share.write_all = lambda *_: (_ for _ in ()).throw(
                 OSError(errno.ENOSPC, "No space")
             )
     failed = run.save(1)
     run.step(2)
     if rank == 1:
-        commit_module.write_file = original
+        rank_share.write_file = original
     dist.barrier()
     again = run.save(2)
     dist.barrier()
@@ -753,7 +765,7 @@ def test_one_rank_that_fails_fails_the_save_for_all_at_once(room: bool, tmp_path
     ((failed,), (again,)) = outcome[0]
     assert failed.state == "failed"
     assert failed.reason == (
-        "rank 1: No space left on device" if room else "rank 1: no room to say why"
+        "rank 1: No space left on device" if room else "rank 1: no room to write the reason"
     )
     assert again.state == "candidate"
     assert names(folder) == ["step-00000002"]
@@ -811,15 +823,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     straight = Run(tmp_path / "straight")
     straight.steps(1, 4)
     straight.save(3)
-    gate, write = threading.Event(), commit_module.write_file
-    monkeypatch.setattr(commit_module, "write_file", lambda *a: (gate.wait(SECONDS), write(*a))[1])
+    gate, write = threading.Event(), rank_share.write_file
+    monkeypatch.setattr(rank_share, "write_file", lambda *a: (gate.wait(SECONDS), write(*a))[1])
     run = Run(tmp_path / "busy")
     run.steps(1, 4)
     run.store.save(run.take(3))
     for step in range(4, 12):
         run.step(step)
         run.take(step)
-    assert run.store.busy and run.store.poll() == []
+    assert run.store.busy and run.store.take_events() == []
     assert not run.store.wait(0.01)
     gate.set()
     assert run.store.wait(SECONDS)
@@ -831,14 +843,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 def test_a_newer_save_takes_the_place_of_one_that_still_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, begun, write = threading.Event(), threading.Event(), commit_module.write_file
+    gate, begun, write = threading.Event(), threading.Event(), rank_share.write_file
 
     def slow(*arguments: Any) -> Any:
         begun.set()
         gate.wait(SECONDS)
         return write(*arguments)
 
-    monkeypatch.setattr(commit_module, "write_file", slow)
+    monkeypatch.setattr(rank_share, "write_file", slow)
     run = Run(tmp_path)
     snapshots = []
     for step in (1, 2, 3):
@@ -848,7 +860,7 @@ def test_a_newer_save_takes_the_place_of_one_that_still_waits(
     assert [snapshot.pinned for snapshot in snapshots] == [True, False, True]
     gate.set()
     assert run.store.wait(SECONDS)
-    events = run.store.poll()
+    events = run.store.take_events()
     assert [(event.state, event.step) for event in events] == [
         ("candidate", 1),
         ("failed", 2),
@@ -915,7 +927,7 @@ def test_sigkill_at_any_moment_leaves_valid_checkpoints_or_none(tmp_path: Path) 
         assert {f"step-{step:08d}" for step in reported} <= {path.name for path in found}
         run = Run(folder)
         assert all(not name.startswith(TEMPORARY) for name in names(folder))
-        assert run.store.newest_valid().path == (found[0] if found else None)
+        assert run.store.find_newest_valid().path == (found[0] if found else None)
         if found:
             assert run.store.load(found[0]).checks == ALL_OK
 
@@ -990,7 +1002,7 @@ C, G, S, X = CANDIDATE, GOOD, SUSPECT, INVALID
 )
 def test_retention(held: list[tuple[int, str]], now: int, delay: int, going: list[int]) -> None:
     infos = [info(step, state) for step, state in held]
-    assert [i.step for i in superfluous(infos, keep=2, now=now, delay=delay)] == going
+    assert [i.step for i in find_superfluous(infos, keep=2, now=now, delay=delay)] == going
 
 
 @pytest.mark.parametrize(("every", "delay"), [(5, 36), (50, 449), (200, 300), (1000, 10)])
@@ -998,7 +1010,7 @@ def test_there_is_always_one_that_is_old_enough_and_not_much_older(every: int, d
     held: list[SnapshotInfo] = []
     for now in range(0, 100 * every + 1, every):
         held.append(info(now))
-        held = [i for i in held if i not in superfluous(held, keep=2, now=now, delay=delay)]
+        held = [i for i in held if i not in find_superfluous(held, keep=2, now=now, delay=delay)]
         newest_old = max((i.step for i in held if i.step <= now - delay), default=0)
         assert now - newest_old <= 2 * (delay + every)
         assert len(held) <= 4
@@ -1012,7 +1024,7 @@ def test_retention_counts_by_timeline_first() -> None:
         info(140, timeline=1),
         info(150, C, timeline=1),
     ]
-    assert superfluous(infos, keep=2, now=151, delay=100) == [info(200, S)]
+    assert find_superfluous(infos, keep=2, now=151, delay=100) == [info(200, S)]
 
 
 def test_the_last_good_one_is_never_among_those_that_go() -> None:
@@ -1021,7 +1033,7 @@ def test_the_last_good_one_is_never_among_those_that_go() -> None:
         steps = sorted(chance.sample(range(0, 1000, 10), chance.randint(0, 8)))
         infos = [info(step, chance.choice([C, G, S, X])) for step in steps]
         keep, now = chance.randint(2, 4), 1000
-        going = superfluous(infos, keep=keep, now=now, delay=chance.choice([0, 300, 2000]))
+        going = find_superfluous(infos, keep=keep, now=now, delay=chance.choice([0, 300, 2000]))
         good = [i for i in infos if i.state == GOOD]
         assert not set(good[-keep:]) & set(going)
         if going:
@@ -1036,7 +1048,7 @@ def test_while_an_incident_is_not_over_the_good_ones_stay_and_of_the_candidates_
     held = [info(step, G) for step in (0, 100, 200)] + [info(300, C)]
     for step in range(400, 2001, 100):
         held.append(info(step, C))
-        going = superfluous(held, keep=2, now=step, delay=250, since=350)
+        going = find_superfluous(held, keep=2, now=step, delay=250, since=350)
         held = [one for one in held if one not in going]
     assert [(one.step, one.state) for one in held] == [
         (100, G),
@@ -1051,7 +1063,7 @@ def test_while_an_incident_is_not_over_the_good_ones_stay_and_of_the_candidates_
 def test_good_ones_from_within_an_incident_are_candidates_again(tmp_path: Path) -> None:
     store = three_saves(tmp_path).store
     store.confirm(lambda step: True)
-    assert [one.step for one in store.withdraw(2)] == [2, 3] and store.withdraw(2) == []
+    assert [one.step for one in store.withdraw_good(2)] == [2, 3] and store.withdraw_good(2) == []
     assert [one.state for one in store.infos()] == [G, C, C]
 
 
@@ -1070,7 +1082,7 @@ def test_states_follow_the_steps(tmp_path: Path) -> None:
     assert {i.state for i in again.infos()} == {CANDIDATE}
     flip(tmp_path / "step-00000003" / MANIFEST)
     again = CheckpointStore(tmp_path, run.state)
-    again.adopt({"step-00000001": GOOD, "step-00000003": GOOD, "gone": GOOD})
+    again.set_states({"step-00000001": GOOD, "step-00000003": GOOD, "gone": GOOD})
     assert [i.state for i in again.infos() if i.step == 1] == [GOOD]
     assert [i.state for i in again.infos() if i.step == 3] == [INVALID]
 
@@ -1079,15 +1091,15 @@ def test_states_follow_the_steps(tmp_path: Path) -> None:
 def test_a_save_that_is_under_way_when_its_state_becomes_suspect_is_committed_as_suspect(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, write = threading.Event(), commit_module.write_file
-    monkeypatch.setattr(commit_module, "write_file", lambda *a: (gate.wait(SECONDS), write(*a))[1])
+    gate, write = threading.Event(), rank_share.write_file
+    monkeypatch.setattr(rank_share, "write_file", lambda *a: (gate.wait(SECONDS), write(*a))[1])
     run = Run(tmp_path)
     run.steps(1, 4)
     run.store.save(run.take(3))
     assert run.store.mark_suspect(2) == []
     gate.set()
     assert run.store.wait(SECONDS)
-    assert [event.state for event in run.store.poll()] == [SUSPECT]
+    assert [event.state for event in run.store.take_events()] == [SUSPECT]
     later = Run(tmp_path)  # another process, which the journal tells nothing of it
     assert [(info.step, info.state) for info in later.store.infos()] == [(3, SUSPECT)]
 
@@ -1101,7 +1113,7 @@ def test_pruning_deletes_in_the_background_and_says_so(tmp_path: Path) -> None:
     run.store.confirm(lambda step: True)
     run.store.prune(4)
     assert run.store.wait(SECONDS)
-    assert [(event.state, event.name) for event in run.store.poll()] == [
+    assert [(event.state, event.name) for event in run.store.take_events()] == [
         ("pruned", "step-00000001"),
         ("pruned", "step-00000002"),
     ]
@@ -1123,10 +1135,10 @@ def test_pruning_reads_no_file_on_the_thread_of_the_training_step(
     run = Run(tmp_path, keep=2)
     for step in range(1, 5):
         run.save(step)
-    run.store.adopt(dict.fromkeys(names(tmp_path), GOOD))
+    run.store.set_states(dict.fromkeys(names(tmp_path), GOOD))
     run.store.prune(4)
     assert run.store.wait(SECONDS)
-    assert [event.state for event in run.store.poll()] == ["pruned", "pruned"]
+    assert [event.state for event in run.store.take_events()] == ["pruned", "pruned"]
     assert readers and set(readers) == {"guardrail-checkpoints"}
 
 
@@ -1141,7 +1153,7 @@ def test_a_damaged_good_one_keeps_no_other_from_staying(tmp_path: Path) -> None:
     cut_off(tmp_path / "step-00000004" / "rank-00000.safetensors")
     run.store.prune(4)
     assert run.store.wait(SECONDS)
-    events = run.store.poll()
+    events = run.store.take_events()
     assert [(event.state, event.name) for event in events] == [
         ("invalid", "step-00000004"),
         ("pruned", "step-00000001"),
@@ -1161,16 +1173,19 @@ def test_a_deletion_that_fails_is_told_and_tried_again(
         run.save(step)
     run.store.confirm(lambda step: True)
     fails_once(
-        monkeypatch, checkpoints, "remove", PermissionError(errno.EACCES, "Permission denied")
+        monkeypatch,
+        checkpoints,
+        "remove_checkpoint",
+        PermissionError(errno.EACCES, "Permission denied"),
     )
     run.store.prune(3)
     assert run.store.wait(SECONDS)
-    (event,) = run.store.poll()
+    (event,) = run.store.take_events()
     assert event.state == "failed" and event.reason == "could not be deleted: Permission denied"
     assert not run.store.degraded
     run.store.prune(3)
     assert run.store.wait(SECONDS)
-    assert [event.state for event in run.store.poll()] == ["pruned"]
+    assert [event.state for event in run.store.take_events()] == ["pruned"]
 
 
 def test_keeping_one_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import guardrail.torch.checkpoint.commit
+import guardrail.torch.checkpoint.rank_share
 from guardrail.core.errors import ExitCode
 from guardrail.core.records import Command, Mode, Phase, Status
 from guardrail.core.sections import LaunchSection
@@ -174,9 +175,9 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 @pytest.mark.parametrize(
     ("module", "name", "error", "said"),
     [
-        (guardrail.torch.checkpoint.commit, "write_file", FULL, "checkpoint: No space left"),
+        (guardrail.torch.checkpoint.rank_share, "write_file", FULL, "checkpoint: No space left"),
         (
-            guardrail.torch.checkpoint.commit,
+            guardrail.torch.checkpoint.rank_share,
             "write_file",
             RuntimeError("enforce fail at inline_container.cc"),
             "enforce fail",
@@ -228,9 +229,9 @@ def test_a_run_whose_end_could_not_be_saved_has_failed_and_can_be_resumed(
     supervisor = SupervisorJournal(run, LaunchSection(), socket.gethostname(), Mode.AUTO)
     with prompt_disk(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            guardrail.torch.checkpoint.commit,
+            guardrail.torch.checkpoint.rank_share,
             "write_file",
-            refused.wrapped(guardrail.torch.checkpoint.commit.write_file),
+            refused.wrapped(guardrail.torch.checkpoint.rank_share.write_file),
         )
         at_steps(patch, s35=refused.turn(on=True))
         assert train(run, 2) == "failed"
@@ -271,13 +272,13 @@ def test_a_rank_whose_disk_refuses_everything_does_not_make_the_others_wait(tmp_
 
     write_share, withdraw = (
         guardrail.torch.checkpoint.disk_checkpoints.write_share,
-        guardrail.torch.checkpoint.disk_checkpoints.withdraw,
+        guardrail.torch.checkpoint.disk_checkpoints.report_failure,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(guardrail.torch.checkpoint.disk_checkpoints, "write_share", refused)
         patch.setattr(
             guardrail.torch.checkpoint.disk_checkpoints,
-            "withdraw",
+            "report_failure",
             lambda job, why: None if job.rank else withdraw(job, why),
         )
         assert train(run, 2) == "failed"  # not after launch.save_timeout, which are 1800

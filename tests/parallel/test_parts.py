@@ -503,11 +503,11 @@ def test_dice_survive_json() -> None:
     torch.manual_seed(5)
     np.random.normal()  # leaves a second normal value in the cache
     random.gauss(0, 1)
-    state = json.loads(json.dumps(rng.capture()))
+    state = json.loads(json.dumps(rng.capture_rng_states()))
     draw = lambda: (random.gauss(0, 1), random.random(), np.random.normal(), torch.rand(3).tolist())  # noqa: E731
     first = draw()
     assert draw() != first
-    rng.restore(state)
+    rng.restore_rng_states(state)
     assert draw() == first
 
 

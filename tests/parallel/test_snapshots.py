@@ -10,13 +10,9 @@ import pytest
 import torch
 
 from guardrail.torch.checkpoint import memory_snapshots as snapshots_module
-from guardrail.torch.checkpoint.memory_snapshots import (
-    CANDIDATE,
-    GOOD,
-    SUSPECT,
-    Layout,
-    SnapshotRing,
-)
+from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
+from guardrail.torch.checkpoint.snapshot_layout import SnapshotLayout
+from guardrail.torch.checkpoint.snapshot_states import CANDIDATE, GOOD
 from guardrail.torch.state.training_state import TrainingState
 from tests.support.ranks import run_ranks
 from tests.support.tiny import Setup
@@ -183,7 +179,7 @@ def test_a_full_ring_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(1, 4):
         ring.take(step, step, 0, {})
     before = places(ring)
-    monkeypatch.setattr(Layout, "allocate", lambda self: pytest.fail("allocated"))
+    monkeypatch.setattr(SnapshotLayout, "allocate", lambda self: pytest.fail("allocated"))
     for step in range(4, 9):
         ring.take(step, step, 0, {})
         assert places(ring) == before
@@ -219,19 +215,19 @@ def test_a_snapshot_being_written_keeps_its_buffers() -> None:
 def test_no_step_allocates_a_buffer_in_place_of_one_that_a_slow_writer_holds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(snapshots_module, "_AHEAD", 0, raising=False)
+    monkeypatch.setattr(snapshots_module, "_AHEAD_BYTES", 0, raising=False)
     run = Setup()
     ring = ring_of(run, keep=3)
     run.step(1)
     for step in range(1, 4):
         ring.take(step, step, 0, {})
-    allocate, step_thread = Layout.allocate, threading.current_thread()
+    allocate, step_thread = SnapshotLayout.allocate, threading.current_thread()
 
-    def checked(self: Layout) -> list[torch.Tensor]:
+    def checked(self: SnapshotLayout) -> list[torch.Tensor]:
         assert threading.current_thread() is not step_thread, "the step waits for fresh memory"
         return allocate(self)
 
-    monkeypatch.setattr(Layout, "allocate", checked)
+    monkeypatch.setattr(SnapshotLayout, "allocate", checked)
     seen: set[int] = set()
     step = 3
     for _ in range(3):  # one save is being written and another one waits; then both are done
@@ -290,16 +286,10 @@ def test_good_after_enough_healthy_steps() -> None:
     assert ring.newest_good(before_step=0) is None
 
 
-def test_suspects_are_those_that_hold_the_onset_whatever_they_were() -> None:
+def test_later_snapshots_are_dropped() -> None:
     ring = ring_of(Setup(), keep=4)
     for step in (0, 10, 20, 30):
         ring.take(step, step, 0, {})
-    ring.confirm(healthy_through(38, 8))
-    assert [s.step for s in ring.mark_suspect(20)] == [20, 30]
-    assert ring.mark_suspect(20) == []
-    assert ring.newest_good().step == 10  # type: ignore[union-attr]
-    ring.confirm(healthy_through(100, 8))
-    assert steps_of(ring, SUSPECT) == [20, 30]
     ring.drop_after(10)
     assert steps_of(ring) == [0, 10]
 
@@ -316,16 +306,6 @@ def test_the_newest_good_one_outlives_any_number_of_candidates() -> None:
     ring.take(100, 100, 0, {})
     assert steps_of(ring) == [80, 90, 100]
     assert ring.newest_good().step == 90  # type: ignore[union-attr]
-
-
-def test_suspects_make_room_first() -> None:
-    ring = ring_of(Setup(), keep=3)
-    for step in (0, 10, 20):
-        ring.take(step, step, 0, {})
-    ring.confirm(healthy_through(28, 8))
-    ring.mark_suspect(20)
-    ring.take(11, 11, 1, {})
-    assert steps_of(ring) == [0, 10, 11]
 
 
 def test_the_same_step_again_takes_the_place_of_the_old() -> None:

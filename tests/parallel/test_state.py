@@ -287,7 +287,7 @@ def test_what_accelerate_prepares_is_unwrapped() -> None:
 
 def test_what_could_not_be_restored_is_refused_at_once() -> None:
     model, stranger = nn.Linear(2, 2), nn.Linear(2, 2)
-    with pytest.raises(UsageError, match="no parameter of the model"):
+    with pytest.raises(UsageError, match="not a parameter of the model"):
         TrainingState(model, torch.optim.SGD(stranger.parameters(), lr=0.1))
     twice = [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)]
     with pytest.raises(UsageError, match=r"weight is trained by two optimizers"):

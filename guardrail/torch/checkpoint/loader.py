@@ -1,13 +1,12 @@
-"""Finding and loading a checkpoint: every hash is checked before a live tensor is touched, by the
-ranks in shares.
+"""Find and load a checkpoint. Every hash is checked before a live tensor changes.
 
-All methods are collectives: every rank calls them, and all get the same answer or raise the same
-error.
+Each rank checks a share of the files. All methods are collectives: every rank calls them, and all
+get the same answer or raise the same error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,22 @@ from guardrail.rundir.manifest import (
     read_manifest,
     verify,
 )
-from guardrail.torch.checkpoint.commit import reason_of
 from guardrail.torch.checkpoint.safetensors_file import DTYPES, read_parts
-from guardrail.torch.state import json_codec as plain
+from guardrail.torch.checkpoint.save_job import reason_of
+from guardrail.torch.state import json_codec
 from guardrail.torch.state.slow_work import T, run_together
-from guardrail.torch.state.training_state import TrainingState, refuse
+from guardrail.torch.state.training_state import TrainingState, refuse_problems
 
 Allowed = Callable[[Manifest], bool | str]
 
 
 class Selection(Record, frozen=True, kw_only=True):
-    """The checkpoint that was found, and why each newer one was refused. `path` is None when there
-    is none.
+    """The checkpoint that was found, and why each newer one was refused.
 
-    `invalid` names those of the refused that do not hold; the others hold and were not allowed.
+    Attributes:
+        path: None if none was found.
+        refused: (path, reason) of newer ones, damaged or not allowed.
+        invalid: names of the damaged ones among them.
     """
 
     path: Path | None = None
@@ -53,8 +54,8 @@ class Loaded(Record, frozen=True, kw_only=True):
     Attributes:
         extra: the guard's own state: this rank's, if as many ranks saved it, else rank 0's.
         checks: "ok", "differs on rank N" or "cold" for weights, moments, schedule, buffers: the
-            live state after the load against what was saved. What cannot be compared (other
-            sharding) is left out.
+            live state after the load against the saved one. Components that cannot be compared
+            (other sharding) are missing.
     """
 
     path: Path
@@ -79,116 +80,129 @@ class CheckpointLoader:
         self.strategy = state.layout
         self._verified: Path | None = None
 
-    def newest_valid(
+    def find_newest_valid(
         self, allowed: Allowed = lambda manifest: True, progress: Progress | None = None
     ) -> Selection:
-        """The newest checkpoint that holds and is allowed.
+        """Return the newest checkpoint that is valid and allowed.
 
         Args:
-            allowed: rank 0's answer counts: True, or False or a reason for passing this one over.
+            allowed: True, or False or a reason to refuse this one; rank 0's answer counts.
             progress: called with (bytes hashed, bytes to hash) of this rank's share of one
-            checkpoint.
+                checkpoint.
         """
-        listed = self.slow_work(
-            lambda: [path.name for path in checkpoint_dirs(self.folder)] if self.rank == 0 else []
-        )
-        names = self.gathered(listed)[0]
+        names = self.gather(self.run_slow_work(self._list_names))[0]
         refused: list[tuple[Path, str]] = []
         invalid: set[str] = set()
         for name in names:
             path = self.folder / name
-            manifest, broken, verdict = self._examined(path, allowed, progress)
-            if manifest is not None and not broken and not verdict:
+            manifest, broken, refusal = self._examine(path, allowed, progress)
+            if manifest is not None and not broken and not refusal:
                 self._verified = path
                 return Selection(
                     path=path, manifest=manifest, refused=tuple(refused), invalid=frozenset(invalid)
                 )
-            refused.append((path, broken or verdict))
+            refused.append((path, broken or refusal))
             if broken:
                 invalid.add(name)
         return Selection(refused=tuple(refused), invalid=frozenset(invalid))
 
-    def _examined(
+    def _list_names(self) -> list[str]:
+        """Return the names of the checkpoints, on rank 0."""
+        if self.rank != 0:
+            return []
+        return [path.name for path in checkpoint_dirs(self.folder)]
+
+    def _examine(
         self, path: Path, allowed: Allowed, progress: Progress | None
     ) -> tuple[Manifest | None, str, str]:
-        """(manifest, what is broken, why it is not allowed); hashes are computed of an allowed one
-        only.
+        """Return (manifest, what is damaged, why it is not allowed).
+
+        Only an allowed checkpoint is hashed.
         """
-        manifest, broken = self.slow_work(lambda: _read(path))
-        answer = allowed(manifest) if manifest is not None else True
-        verdict = "" if answer is True else answer or "not to be used"
-        answers = self.gathered((broken, verdict))
-        broken, verdict = next((why for why, _ in answers if why), ""), answers[0][1]
-        if broken or verdict or manifest is None:
-            return manifest, broken, verdict
+        manifest, broken = self.run_slow_work(lambda: _try_read(path))
+        refusal = ""
+        if manifest is not None:
+            answer = allowed(manifest)
+            if answer is not True:
+                refusal = answer or "not to be used"
+        by_rank = self.gather((broken, refusal))
+        broken, refusal = _first_problem(why for why, _ in by_rank), by_rank[0][1]
+        if broken or refusal or manifest is None:
+            return manifest, broken, refusal
         share = [file.name for file in manifest.files][self.rank :: self.world]
-        broken = self.slow_work(lambda: _verify(path, share, progress))
-        return manifest, next(filter(None, self.gathered(broken)), ""), ""
+        broken = self.run_slow_work(lambda: _find_damage(path, share, progress))
+        return manifest, _first_problem(self.gather(broken)), ""
 
     def load(self, path: Path, *, weights_only: bool = False) -> Loaded:
-        """Load a checkpoint into the live state; saved by any number of ranks, ddp or fsdp.
+        """Load a checkpoint into the live state; any number of ranks may have saved it.
 
         Args:
-            path: the folder; not hashed again right after `newest_valid` has chosen it.
-            weights_only: leave optimizer and schedule as they are: the only way to use a checkpoint
-            without moments.
+            path: the folder; not hashed again right after `find_newest_valid` has chosen it.
+            weights_only: do not load optimizer and schedule. A checkpoint without moments can be
+                used in this way only.
 
         Raises:
-            CheckpointInvalid: it does not hold or does not fit, on any rank. Nothing live has been
-            touched then.
+            CheckpointInvalid: it is damaged or does not fit, on any rank. The live state is
+                unchanged then.
         """
         manifest, parts, boxes = self._read(path, weights_only=weights_only)
         if weights_only:
             self.state.load_weights(parts)
         else:
             self.state.load(parts, manifest.scalars, boxes)
-        own = manifest.ranks[self.rank].extra if manifest.world == self.world else None
+        extra = manifest.extra
+        if manifest.world == self.world:
+            own = manifest.ranks[self.rank].extra
+            extra = manifest.extra if own is None else own
         return Loaded(
             path=path,
             manifest=manifest,
-            extra=plain.decode(manifest.extra if own is None else own),
-            checks=self._compared(manifest, weights_only=weights_only),
+            extra=json_codec.decode(extra),
+            checks=self._compare(manifest, weights_only=weights_only),
         )
 
     def _read(
         self, path: Path, *, weights_only: bool
     ) -> tuple[Manifest, dict[str, Tensor], dict[str, Box]]:
-        """The parts of this rank in host memory; raises on every rank what went wrong on any."""
+        """Return this rank's parts in host memory; an error of any rank is raised on every rank."""
         verified, self._verified = self._verified, None
         if path != verified:
-            _, broken, _ = self._examined(path, lambda manifest: True, None)
+            _, broken, _ = self._examine(path, lambda manifest: True, None)
             if broken:
                 raise CheckpointInvalid(broken)
-        outcome, problem = self.slow_work(
-            lambda: self._attempt_read(path, weights_only=weights_only)
+        outcome, problem = self.run_slow_work(
+            lambda: self._try_read_parts(path, weights_only=weights_only)
         )
-        problem = next(filter(None, self.gathered(problem)), "")
+        problem = _first_problem(self.gather(problem))
         if outcome is None or problem:
             raise CheckpointInvalid(problem)
         return outcome
 
-    def _attempt_read(
+    def _try_read_parts(
         self, path: Path, *, weights_only: bool
     ) -> tuple[tuple[Manifest, dict[str, Tensor], dict[str, Box]] | None, str]:
-        """(What this rank is to load, ""), or (None, why it cannot)."""
+        """Return (what this rank loads, ""), or (None, why it cannot)."""
         try:
             manifest = read_manifest(path)
-            boxes = self._wanted(manifest, weights_only=weights_only)
+            boxes = self._boxes_to_load(manifest, weights_only=weights_only)
             return (manifest, read_parts(path, manifest, boxes), boxes), ""
         except (CheckpointInvalid, OSError, RuntimeError, MemoryError) as error:
             reason = reason_of(error)
-            return None, reason if path.name in reason else f"{path.name}: {reason}"
+            if path.name not in reason:
+                reason = f"{path.name}: {reason}"
+            return None, reason
 
-    def slow_work(self, work: Callable[[], T]) -> T:
-        """`work()` of this rank, once all ranks have done theirs: none waits in a collective for a
-        slow disk.
+    def run_slow_work(self, work: Callable[[], T]) -> T:
+        """Return `work()` of this rank once all ranks are done.
+
+        No rank waits in a collective for a slow disk.
         """
-        return run_together(work, self.gathered, world=self.world)
+        return run_together(work, self.gather, world=self.world)
 
-    def _wanted(self, manifest: Manifest, *, weights_only: bool) -> dict[str, Box]:
-        """Name -> this rank's part of each tensor to be loaded, once everything is known to fit."""
+    def _boxes_to_load(self, manifest: Manifest, *, weights_only: bool) -> dict[str, Box]:
+        """Return name -> this rank's part of each tensor to load, once all of it fits."""
         unknown = [name for name, tensor in manifest.tensors.items() if tensor.dtype not in DTYPES]
-        refuse(
+        refuse_problems(
             f"{name} is of type {manifest.tensors[name].dtype}, unknown to torch"
             for name in unknown
         )
@@ -196,77 +210,86 @@ class CheckpointLoader:
             name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in manifest.tensors.items()
         }
         if self.state.holders is not None:
-            refuse(f"{name} is not in this model" for name in found if not self._is_elsewhere(name))
+            strangers = [name for name in found if not self._is_of_any_stage(name)]
+            refuse_problems(f"{name} is not in this model" for name in strangers)
             found = {name: kind for name, kind in found.items() if self.state.owns(name)}
-        refuse(self.state.differences(found, weights_only=weights_only))
+        refuse_problems(self.state.differences(found, weights_only=weights_only))
         if not weights_only:
             self._refuse_cold(manifest)
             self.state.check_scalars(manifest.scalars)
         names = [name for name in found if not (weights_only and name.startswith(OPTIM))]
         return {name: self.state.box(name, manifest.tensors[name].shape) for name in names}
 
-    def _is_elsewhere(self, name: str) -> bool:
-        """Whether another stage of the pipeline has a place for it."""
+    def _is_of_any_stage(self, name: str) -> bool:
+        """Return whether any stage of the pipeline has a place for a tensor."""
         inner = name.split("/", 1)[1]
-        return (
-            inner.rpartition("/")[0] if name.startswith(OPTIM) else inner
-        ) in self.state.all_names
+        if name.startswith(OPTIM):
+            inner = inner.rpartition("/")[0]
+        return inner in self.state.all_names
 
     def _refuse_cold(self, manifest: Manifest) -> None:
-        """Training on with cold moments looks like a success and is a loss spike some steps
-        later.
+        """Raise if there is no optimizer state to load: training would seem to continue, and the
+        loss would spike some steps later.
         """
         if manifest.step == 0 or any(name.startswith(OPTIM) for name in manifest.tensors):
             return
         if not manifest.stateless or self.state.stateless() is False:
             raise CheckpointInvalid(
-                f"it was saved after step {manifest.step} and holds no optimizer state: resuming would restart "
-                "the moments at zero; load it with weights_only=True if that is meant"
+                f"the checkpoint has no optimizer state (saved after step {manifest.step}): the "
+                "moments would restart at zero. Load it with weights_only=True, or choose another "
+                "checkpoint."
             )
 
-    def _compared(self, manifest: Manifest, *, weights_only: bool) -> dict[str, str]:
-        """The live state's digests against the saved ones, wherever a rank holds now what a rank
-        held then.
-        """
-        now = self.state.digests()
-        saved = {"schedule": manifest.ranks[0].digests["schedule"]}
-        if manifest.strategy == self.strategy == "ddp":
-            saved = manifest.ranks[0].digests
-        elif manifest.strategy == self.strategy and manifest.world == self.world:
-            saved = manifest.ranks[self.rank].digests
-        if weights_only:
-            saved = {
-                name: digest for name, digest in saved.items() if name in ("weights", "buffers")
-            }
-        mine = {name: now.get(name) == digest for name, digest in saved.items()}
-        everyone = self.gathered(mine)
-        checks = {}
-        for name in mine:
-            wrong = [
-                str(rank) for rank, theirs in enumerate(everyone) if not theirs.get(name, True)
-            ]
-            checks[name] = f"differs on rank {', '.join(wrong)}" if wrong else "ok"
-        return checks | ({"moments": "cold", "schedule": "cold"} if weights_only else {})
+    def _compare(self, manifest: Manifest, *, weights_only: bool) -> dict[str, str]:
+        """Return the result per component of comparing live digests with the saved ones.
 
-    def gathered(self, value: Any) -> Sequence[Any]:
-        """Every rank's value, by rank."""
+        Only components that a rank held in the same parts when they were saved are compared.
+        """
+        saved = self._comparable_digests(manifest)
+        if weights_only:
+            saved = {name: saved[name] for name in saved if name in ("weights", "buffers")}
+        live = self.state.digests()
+        is_equal = {name: live.get(name) == digest for name, digest in saved.items()}
+        by_rank = self.gather(is_equal)
+        checks: dict[str, str] = {}
+        for name in is_equal:
+            wrong = [str(rank) for rank, theirs in enumerate(by_rank) if not theirs.get(name, True)]
+            checks[name] = f"differs on rank {', '.join(wrong)}" if wrong else "ok"
+        if weights_only:
+            checks |= {"moments": "cold", "schedule": "cold"}
+        return checks
+
+    def _comparable_digests(self, manifest: Manifest) -> dict[str, str]:
+        if manifest.strategy == self.strategy == "ddp":
+            return manifest.ranks[0].digests
+        if manifest.strategy == self.strategy and manifest.world == self.world:
+            return manifest.ranks[self.rank].digests
+        return {"schedule": manifest.ranks[0].digests["schedule"]}
+
+    def gather(self, value: Any) -> Sequence[Any]:
+        """Return every rank's value, by rank."""
         if self.world == 1:
             return [value]
-        everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, value)
-        return everyone
+        by_rank: list[Any] = [None] * self.world
+        dist.all_gather_object(by_rank, value)
+        return by_rank
 
 
-def _read(path: Path) -> tuple[Manifest | None, str]:
-    """(The manifest, ""), or (None, what is broken)."""
+def _first_problem(problems: Iterable[str]) -> str:
+    """Return the first problem that is not empty; "" if there is none."""
+    return next(filter(None, problems), "")
+
+
+def _try_read(path: Path) -> tuple[Manifest | None, str]:
+    """Return (the manifest, ""), or (None, what is damaged)."""
     try:
         return read_manifest(path), ""
     except CheckpointInvalid as error:
         return None, str(error)
 
 
-def _verify(path: Path, files: Sequence[str], progress: Progress | None) -> str:
-    """What is broken in these files of a checkpoint; "" when they hold."""
+def _find_damage(path: Path, files: Sequence[str], progress: Progress | None) -> str:
+    """Return what is damaged in these files of a checkpoint; "" if they are valid."""
     try:
         verify(path, files, progress)
     except CheckpointInvalid as error:

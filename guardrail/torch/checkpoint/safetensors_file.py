@@ -1,8 +1,7 @@
-"""One rank's tensors as a safetensors file: written, synced, read back and compared; and pieces put
-together again.
+"""Safetensors files: write, sync, read back and compare one rank's file; read parts of tensors.
 
-The writer is our own twenty lines, because the library's holds the interpreter lock while it
-writes, and training would wait for the disk. The format is theirs:
+guardrail has its own writer of twenty lines: the library's holds the interpreter lock while it
+writes, so training would wait for the disk. The format is that of the library:
 https://github.com/huggingface/safetensors#format
 """
 
@@ -52,37 +51,40 @@ _CHUNK = 4 << 20  # bytes of one write, one read and one comparison
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a type in the format; UsageError if it has none."""
     if dtype not in DTYPE_NAMES:
-        raise UsageError(f"safetensors has no type for {dtype}")
+        raise UsageError(
+            f"a tensor has type {dtype}, which safetensors files do not have. Use another type."
+        )
     return DTYPE_NAMES[dtype]
 
 
 class ReadBackDiffers(RuntimeError):
-    """The disk gave other bytes back than were written to it."""
+    """The disk returned other bytes than were written to it."""
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """Write a safetensors file and prove that the disk holds it.
+    """Write a safetensors file and check that the disk holds it.
 
-    The file is synced, dropped from the page cache where the kernel allows it, and read back: every
-    byte is compared with memory, and the SHA-256 is that of what was read.
+    The file is synced, dropped from the page cache if the kernel allows it, and read back. Every
+    byte is compared with memory. The SHA-256 is that of the bytes read.
 
     Args:
         path: a file that does not exist.
         tensors: name -> host tensor; they must not change meanwhile.
 
     Raises:
-        OSError: as the system says it; a partial file may be left.
+        OSError: of the system; a partial file may be left.
         ReadBackDiffers: the comparison failed.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
     try:
         size = 0
         for chunk in _chunks(tensors):
-            write_all(descriptor, chunk.data)  # type: ignore[arg-type]  # any buffer will do
+            write_all(descriptor, chunk.data)  # type: ignore[arg-type]  # any buffer is accepted
             size += len(chunk)
         os.fsync(descriptor)
-        # not every system and file system has it
+        # Not every system and file system has it.
         with contextlib.suppress(OSError, AttributeError):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.lseek(descriptor, 0, os.SEEK_SET)
@@ -100,9 +102,7 @@ def _read_back(descriptor: int, path: Path, tensors: Mapping[str, Tensor]) -> st
             while got < len(expected):
                 count = stream.readinto(buffer.data[got : len(expected)])
                 if not count:
-                    raise ReadBackDiffers(
-                        f"{path.name} is shorter on the disk than what was written"
-                    )
+                    raise ReadBackDiffers(f"{path.name} is shorter on the disk than written")
                 got += count
             if not np.array_equal(buffer[:got], expected):
                 raise ReadBackDiffers(
@@ -113,8 +113,9 @@ def _read_back(descriptor: int, path: Path, tensors: Mapping[str, Tensor]) -> st
 
 
 def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """The bytes of the file, in pieces of at most _CHUNK. Largest types first, so that every tensor
-    lies aligned.
+    """Return the bytes of the file, in pieces of at most _CHUNK.
+
+    The largest types come first, so every tensor is aligned.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -138,38 +139,42 @@ def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[np.ndarray[Any, np.dtype[
 
 
 def read_parts(folder: Path, manifest: Manifest, boxes: Mapping[str, Box]) -> dict[str, Tensor]:
-    """Put together the named parts of the whole tensors, from whichever files hold pieces of them.
+    """Return the named parts of tensors, assembled from the files that hold pieces of them.
 
-    A part that one piece holds completely is a view of the file, read when it is copied.
+    A part that equals one piece is a view of the file; it is read when it is copied.
+
+    Args:
+        boxes: name -> part of the tensor.
 
     Raises:
         CheckpointInvalid: a file cannot be read, or no piece holds some element.
     """
     with contextlib.ExitStack() as stack:
         try:
-            files = {
-                file.name: stack.enter_context(safe_open(folder / file.name, framework="pt"))
-                for file in manifest.files
-            }
-            return {name: _part(name, manifest, box, files) for name, box in boxes.items()}
+            files: dict[str, Any] = {}
+            for file in manifest.files:
+                opened = safe_open(folder / file.name, framework="pt")
+                files[file.name] = stack.enter_context(opened)
+            return {name: _read_part(name, manifest, box, files) for name, box in boxes.items()}
         except (OSError, SafetensorError) as error:
             raise CheckpointInvalid(f"{folder.name}: a file cannot be read ({error})") from error
 
 
-def _part(name: str, manifest: Manifest, box: Box, files: Mapping[str, Any]) -> Tensor:
+def _read_part(name: str, manifest: Manifest, box: Box, files: Mapping[str, Any]) -> Tensor:
     entry = manifest.tensors[name]
-    target: Tensor | None = None
-    filled = 0
-    for piece, held in zip(entry.pieces, entry.boxes(), strict=True):
+    pieces = list(zip(entry.pieces, entry.boxes(), strict=True))
+    for piece, held in pieces:
         if held == box:
-            whole: Tensor = files[piece.file].get_tensor(name)
-            return whole
+            tensor: Tensor = files[piece.file].get_tensor(name)
+            return tensor
+    target = torch.empty(box.size, dtype=DTYPES[entry.dtype])
+    filled = 0
+    for piece, held in pieces:
         common = held.overlap(box)
         if common is not None:
-            if target is None:
-                target = torch.empty(box.size, dtype=DTYPES[entry.dtype])
-            target[common.slices(box)] = files[piece.file].get_slice(name)[common.slices(held)]
+            content = files[piece.file].get_slice(name)[common.slices(held)]
+            target[common.slices(box)] = content
             filled += common.elements
     if filled != box.elements:
-        raise CheckpointInvalid(f"the pieces of {name} leave a part of it out")
-    return target if target is not None else torch.empty(box.size, dtype=DTYPES[entry.dtype])
+        raise CheckpointInvalid(f"the pieces of {name} do not cover it")
+    return target

@@ -1,83 +1,43 @@
-"""The two tiers as one: the ring in host memory and the checkpoints on disk.
+"""Snapshots in memory and checkpoints on disk as one.
 
-Decides when to copy, what counts as good, and where a rollback goes: the ring if it reaches far
-enough back, else the newest valid checkpoint of the present timeline.
+Decides when to copy and what counts as good. A rollback uses the ring if it reaches far enough back,
+else the newest valid checkpoint of the present timeline.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from guardrail.core.config import GuardConfig
 from guardrail.core.records import SnapshotInfo
-from guardrail.decide.policy import choose_target
 from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.manifest import Manifest
 from guardrail.rundir.recorder import Recorder
-from guardrail.torch.checkpoint.disk_checkpoints import (
-    FOREIGN,
-    INVALID,
-    CheckpointEvent,
-    CheckpointStore,
-)
-from guardrail.torch.checkpoint.loader import Allowed, Selection
-from guardrail.torch.checkpoint.memory_snapshots import (
-    CANDIDATE,
-    GOOD,
-    SUSPECT,
-    Snapshot,
-    SnapshotRing,
-)
-from guardrail.torch.state.slow_work import MEETING_SECONDS, run_together
+from guardrail.torch.checkpoint.checkpoint_journal import CheckpointJournal
+from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
+from guardrail.torch.checkpoint.final_save import FinalSave
+from guardrail.torch.checkpoint.memory_snapshots import Facts, Snapshot, SnapshotRing
+from guardrail.torch.checkpoint.rollback_target import Target, TargetLimits, TargetSearch
+from guardrail.torch.checkpoint.snapshot_states import GOOD, SUSPECT
 from guardrail.torch.state.training_state import TrainingState
-
-Facts = Callable[[bool], dict[str, Any]]
-Settled = Callable[[int], bool]
-Accepted = Callable[[str, int], bool]  # (state, step)
-FINAL_TRIES = 3
 
 
 def never(step: int) -> bool:
+    """Return False for every step."""
     return False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fits:
-    """Which states a rollback can use, by step and cursor; see `SnapshotManager.target`."""
-
-    cursor: int
-    to_step: int | None
-    before: int | None
-
-    def __call__(self, step: int, cursor: int) -> bool:
-        return (
-            cursor <= self.cursor
-            and (self.to_step is None or step == self.to_step)
-            and (self.before is None or step < self.before)
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """Where a rollback goes: a snapshot of the ring, or the checkpoint at `name`; `state` is good
-    or candidate.
-    """
-
-    step: int
-    cursor: int
-    tier: str
-    state: str
-    name: str = ""
-    snapshot: Snapshot | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What a resume found: the checkpoint's name, the guard's own state in it, and the self-check
-    per component.
+    """What a resume has loaded.
+
+    Attributes:
+        name: of the checkpoint.
+        extra: the guard's own state in it.
+        good: whether the checkpoint is good.
+        check: result of the self-check per component.
     """
 
     name: str
@@ -92,11 +52,14 @@ class SnapshotManager:
     Args:
         settings: the [snapshots], [checkpoint] and [guard] sections.
         state: what is copied.
-        store: the disk tier; None: there is none.
-        recorder: gets a disk that fails, and one that works again.
-        say: journals an event of this run, (kind, message, **data).
-        gathered: every rank's value, by rank; a collective.
-        alive: this rank gets ahead.
+        store: the checkpoints on disk; None: there are none.
+        recorder: learns when the disk is failing.
+        journal: writes an event of this run: (kind, message, **data).
+        gather: returns every rank's value, by rank; a collective.
+        report_progress: tells that this rank is alive.
+
+    Attributes:
+        infos: records of all snapshots and checkpoints, for the status.
     """
 
     def __init__(
@@ -106,102 +69,103 @@ class SnapshotManager:
         state: TrainingState,
         store: CheckpointStore | None,
         recorder: Recorder,
-        say: Callable[..., None],
-        gathered: Callable[[Any], Sequence[Any]],
-        alive: Callable[[], None],
+        journal: Callable[..., None],
+        gather: Callable[[Any], Sequence[Any]],
+        report_progress: Callable[[], None],
     ) -> None:
         self.settings = settings
         self.ring = SnapshotRing(state, settings.snapshots.keep)
         self.store = store
-        self.infos: tuple[SnapshotInfo, ...] = ()  # of both tiers, for the status
-        self._recorder, self._say, self._gathered, self._alive = recorder, say, gathered, alive
-        self._past = RunHistory()
-        # (timeline, step) of a state with nothing bad before it
-        self._born_good: tuple[int, int] | None = None
-        self._since: int | None = None  # first step of an incident that is not over
+        self.infos: tuple[SnapshotInfo, ...] = ()
+        self._gather, self._report_progress = gather, report_progress
+        self._search = TargetSearch(self.ring, store, journal=journal, gather=gather)
+        self._journal: CheckpointJournal | None = None
+        if store is not None:
+            self._journal = CheckpointJournal(
+                store, recorder=recorder, journal=journal, history=lambda: self._search.history
+            )
 
     # -- copying -----------------------------------------------------------------------------------
 
-    def begin(
+    def take_first(
         self, facts: Facts, *, past: RunHistory, good: bool = True, saved: bool = False
     ) -> None:
-        """The first snapshot and checkpoint of this process, so that there always is something to
-        go back to.
+        """Take the first snapshot and checkpoint of this process, so that there always is one.
 
         Args:
-            past: of the run; kept up to date by its owner.
-            good: nothing has happened yet, or the checkpoint that was loaded is good.
-            saved: this very state is on disk already.
+            past: history of the run; its owner keeps it up to date.
+            good: nothing has happened yet, or the loaded checkpoint is good.
+            saved: this state is on disk already.
         """
-        self._past = past
-        if good:
+        self._search.history = past
+        if good and self._journal is not None:
             present = facts(False)
-            self._born_good = (present["timeline"], present["step"])
-        saving = self.store is not None and not saved
-        if saving or self.settings.snapshots.keep:
-            snapshot = self._take(facts, checkpoint=saving)
+            self._journal.born_good = (present["timeline"], present["step"])
+        will_save = self.store is not None and not saved
+        if will_save or self.settings.snapshots.keep:
+            snapshot = self._take(facts, checkpoint=will_save)
             if good:
                 snapshot.state = GOOD
-            if saving:
+            if will_save:
                 self._save(snapshot)
-        self._tell()
+        self._update_infos()
 
     def after_step(
         self, step: int, *, is_good: Callable[[int], bool], facts: Facts, since: int | None = None
     ) -> None:
-        """Confirm what enough healthy steps have followed; copy and save when it is time.
+        """Confirm the states that enough healthy steps have followed; copy and save when due.
 
         Args:
             is_good: whether the state after so many updates is good; see `Controller.is_good`.
-            since: the first step of an incident that is not over; None: there is none.
+            since: first step of an incident that is not over; None: there is none.
         """
-        self.withdraw(since)
+        self.note_incident(since)
         changed = bool(self.ring.confirm(is_good))
-        if self.store is not None:
-            self.poll()
-            for info in self.store.confirm(is_good):
-                self._confirmed(info)
-                changed = True
-        if self.copies(step):
-            save = self._saves(step)
-            snapshot = self._take(facts, checkpoint=save)
-            if save:
+        if self._journal is not None:
+            self.write_events()
+            changed = self._journal.confirm(is_good) or changed
+        if self.will_copy(step):
+            will_save = self._will_save(step)
+            snapshot = self._take(facts, checkpoint=will_save)
+            if will_save:
                 self._save(snapshot)
             changed = True
         if changed:
-            self._tell()
+            self._update_infos()
 
-    def withdraw(self, since: int | None) -> None:
-        """An incident that is not over began with step `since`: no state from there on is good, nor
-        takes the place of a good one. None: there is no such incident."""
-        self._since = since
+    def note_incident(self, since: int | None) -> None:
+        """Make no state good, and none replace a good one, from the first step of an incident on.
+
+        Args:
+            since: first step of an incident that is not over; None: there is none.
+        """
+        if self._journal is not None:
+            self._journal.since = since
         if since is None:
             return
-        changed = bool(self.ring.withdraw(since))
-        for info in self.store.withdraw(since) if self.store is not None else ():
-            changed = True
-            message = f"checkpoint {info.path} is a candidate again: the incident since step {since} is not over"
-            self._say("checkpoint", message, path=info.path, state=CANDIDATE, cp_step=info.step)
+        changed = bool(self.ring.withdraw_good(since))
+        if self._journal is not None:
+            changed = self._journal.withdraw_good(since) or changed
         if changed:
-            self._tell()
+            self._update_infos()
 
-    def copies(self, step: int) -> bool:
-        """Whether the state behind this step is copied, for the ring or for a checkpoint."""
+    def will_copy(self, step: int) -> bool:
+        """Return whether the state after this step is copied, for the ring or a checkpoint."""
         snapshots = self.settings.snapshots
-        return self._saves(step) or (snapshots.keep > 0 and step % snapshots.every == 0)
+        return self._will_save(step) or (snapshots.keep > 0 and step % snapshots.every == 0)
 
-    def _saves(self, step: int) -> bool:
+    def _will_save(self, step: int) -> bool:
         return self.store is not None and step % self.settings.checkpoint.every == 0
 
     def save_now(self, facts: Facts, *, suspect: bool = False) -> None:
-        """A checkpoint of the present state, by command or as another try of one that failed."""
+        """Save the present state, for a command or as another try of a save that failed."""
         if self.store is not None:
             self._save(self._take(facts, checkpoint=True), suspect=suspect)
-            self._tell()
+            self._update_infos()
 
     @property
     def retry_due(self) -> bool:
-        """On rank 0: a save has failed and it is time for another try, by all ranks together."""
+        """On rank 0: whether a save has failed and all ranks shall try again together."""
         return self.store is not None and self.store.retry_due
 
     def _take(self, facts: Facts, *, checkpoint: bool) -> Snapshot:
@@ -210,15 +174,13 @@ class SnapshotManager:
 
     @property
     def failed_save(self) -> int:
-        """The number of this rank's last save that failed, for the reduction of the next step; 0:
-        none.
-        """
-        return self.store.failure[0] if self.store is not None else 0
+        """Number of this rank's last save that failed, for the next reduction; 0: none."""
+        if self.store is None:
+            return 0
+        return self.store.failure[0]
 
     def note_failures(self, serials: Sequence[int]) -> None:
-        """`failed_save` of every rank, by rank: rank 0 does not wait for shares that will not
-        come.
-        """
+        """Store `failed_save` of every rank: rank 0 does not wait for shares that will not come."""
         if self.store is not None:
             self.store.note_failures(serials)
 
@@ -226,323 +188,123 @@ class SnapshotManager:
         if self.store is not None:
             self.store.save(snapshot, identity=snapshot.extra.get("identity"), suspect=suspect)
 
-    def _tell(self) -> None:
-        disk = self.store.infos() if self.store is not None else []
-        self.infos = (*disk, *self.ring.infos())
+    def _update_infos(self) -> None:
+        on_disk: list[SnapshotInfo] = []
+        if self.store is not None:
+            on_disk = self.store.infos()
+        self.infos = (*on_disk, *self.ring.infos())
 
     # -- going back --------------------------------------------------------------------------------
 
-    def target(
+    def find_target(
         self,
         cursor: int,
         *,
         to_step: int | None = None,
         before_step: int | None = None,
         candidates: bool = False,
-        settled: Settled = never,
+        settled: Callable[[int], bool] = never,
     ) -> Target | None:
-        """The newest state that has passed no position from `cursor` on; of step `to_step` where
-        that is given.
+        """Return the newest state that has used no position from `cursor` on; None if there is none.
 
-        With `before_step` it is older than that step as well, or the very first where there is none
-        such.
+        Good ones of the ring come first, then good ones on disk, then candidates in the same order.
+        A collective if the ring has none: all ranks agree on a checkpoint.
 
-        Good ones of the ring, good ones on disk, then candidates in the same order; with
-        `candidates` these count as good from the first, and so do those that are `settled` (see
-        `Controller.is_settled`). A collective wherever the ring does not do: all ranks agree on a
-        checkpoint.
+        Args:
+            to_step: its step; None: any.
+            before_step: it is older than this step; if there is none such, the limit is dropped.
+            candidates: treat candidates as good ones.
+            settled: steps of candidates that count as good (see `Controller.is_settled`).
         """
-        fits = Fits(cursor=cursor, to_step=to_step, before=before_step)
-        for better in (False,) if candidates else (True, False):
-            accepted = (
-                (lambda state, step: state == GOOD or settled(step))
-                if better
-                else (lambda state, step: True)
-            )
-            found = self._in_ring(fits, accepted) or self._on_disk(fits, accepted)
-            if found is not None:
-                return found
-        if before_step is None:
-            return None
-        return self.target(cursor, to_step=to_step, candidates=candidates, settled=settled)
-
-    def _in_ring(self, fits: Fits, accepted: Accepted) -> Target | None:
-        infos = [
-            info
-            for info in self.ring.infos()
-            if fits(info.step, info.cursor) and accepted(info.state, info.step)
-        ]
-        chosen = choose_target(
-            infos, max((info.step for info in infos), default=0) + 1, good_only=False
-        )
-        if chosen is None:
-            return None
-        snapshot = self.ring.get(chosen.step)
-        return Target(
-            step=chosen.step,
-            cursor=chosen.cursor,
-            tier="memory",
-            state=chosen.state,
-            snapshot=snapshot,
-        )
-
-    def _on_disk(self, fits: Fits, accepted: Accepted) -> Target | None:
-        if self.store is None:
-            return None
-
-        def allowed(manifest: Manifest) -> bool:
-            state = self._state_of(manifest)
-            within = state in (GOOD, CANDIDATE) and fits(manifest.step, manifest.cursor)
-            return within and accepted(state, manifest.step)
-
-        selection = self._newest_valid(allowed)
-        if selection.path is None or selection.manifest is None:
-            return None
-        step, at = selection.manifest.step, selection.manifest.cursor
-        state = str(self._gathered(self._state_of(selection.manifest))[0])  # rank 0 knows it
-        return Target(step=step, cursor=at, tier="disk", state=state, name=selection.path.name)
-
-    def _newest_valid(self, allowed: Allowed) -> Selection:
-        """What the store finds, with a journal line for each newer checkpoint that does not hold or
-        is of another run: it says why."""
-        assert self.store is not None
-        selection = self.store.newest_valid(
-            lambda manifest: self._why_foreign(manifest) or allowed(manifest)
-        )
-        for path, why in selection.refused:
-            if path.name in selection.invalid:
-                message = f"checkpoint {path.name} is not used: {why}"
-                self._say("checkpoint", message, path=path.name, state=INVALID, reason=why)
-        return selection
-
-    def _why_foreign(self, manifest: Manifest) -> str:
-        """Why a checkpoint that lies in the folder is none of this run; "" where it is."""
-        return self._past.why_not_of_this_run(
-            manifest.identity, timeline=manifest.timeline, step=manifest.step
-        )
-
-    def _refuse_foreign(self) -> None:
-        """On rank 0: checkpoints of another run are named, and from then on they do not exist. They
-        are not deleted.
-        """
-        assert self.store is not None
-        store = self.store
-        foreign = run_together(
-            lambda: store.disown(self._why_foreign), self._gathered, world=store.world
-        )
-        for name, why in foreign.items():
-            self._say(
-                "checkpoint",
-                f"checkpoint {name} is not used: {why}",
-                path=name,
-                state=FOREIGN,
-                reason=why,
-            )
-
-    def _state_of(self, manifest: Manifest) -> str:
-        """Good, candidate or suspect, as rank 0 knows it; its answer counts."""
-        assert self.store is not None
-        if not self._past.lives(timeline=manifest.timeline, step=manifest.step):
-            return SUSPECT
-        key = (manifest.timeline, manifest.step)
-        states = [info.state for info in self.store.infos() if (info.timeline, info.step) == key]
-        return states[-1] if states else CANDIDATE
+        limits = TargetLimits(cursor=cursor, to_step=to_step, before=before_step)
+        target = self._search.find(limits, candidates=candidates, is_settled=settled)
+        if target is not None or before_step is None:
+            return target
+        limits = TargetLimits(cursor=cursor, to_step=to_step, before=None)
+        return self._search.find(limits, candidates=candidates, is_settled=settled)
 
     def restore(self, target: Target) -> dict[str, Any]:
-        """Make the live state that of `target`; returns the guard's own part of it."""
+        """Make the live state that of `target`; return the guard's own part of it."""
         if target.snapshot is not None:
             return self.ring.restore(target.snapshot)
         assert self.store is not None
         return self.store.load(self.store.folder / target.name).extra
 
-    def rolled_back(self, facts: Facts, target: Target) -> None:
-        """The states after `target` belong to an abandoned timeline. To be loaded makes a state no
-        better.
+    def finish_rollback(self, facts: Facts, target: Target) -> None:
+        """Drop the states after `target`, which belong to an abandoned timeline.
+
+        A state keeps its state (good or candidate) when it is loaded.
         """
         self.ring.drop_after(target.step)
         if target.snapshot is None and self.settings.snapshots.keep:
             self._take(facts, checkpoint=False).state = target.state
-        self.first_suspect_step(target.step + 1)
+        self.mark_suspect(target.step + 1)
 
-    def first_suspect_step(self, step: int) -> None:
-        """Checkpoints of `step` and later hold what went wrong; they are never chosen again."""
-        if self.store is not None:
-            for info in self.store.mark_suspect(step):
-                self._suspected(info)
-        self._tell()
+    def mark_suspect(self, from_step: int) -> None:
+        """Make the checkpoints of `from_step` and later suspect; they are never chosen again."""
+        if self._journal is not None:
+            self._journal.mark_suspect(from_step)
+        self._update_infos()
 
     # -- the start and the end of a process --------------------------------------------------------
 
     def resume(self, past: RunHistory) -> Restored | None:
-        """Load the newest valid checkpoint of the present timeline; None when there is none. A
-        collective.
+        """Load the newest valid checkpoint of the present timeline; return None if there is none.
+
+        A collective.
         """
-        self._past = past
-        if self.store is None:
+        self._search.history = past
+        store = self.store
+        if store is None:
             return None
-        self._refuse_foreign()
-        self.store.adopt(dict.fromkeys(past.good, GOOD) | dict.fromkeys(past.suspects, SUSPECT))
-        # A crash between a rollback and its last journal line must not leave one of the abandoned
-        # stretch good.
-        gone = [i for i in self.store.infos() if not past.lives(timeline=i.timeline, step=i.step)]
-        self.store.adopt({info.path: SUSPECT for info in gone})
-        selection = self._newest_valid(
-            lambda manifest: (
-                self._state_of(manifest) != SUSPECT or "its stretch of the run was given up"
-            )
-        )
+        self._search.forget_foreign()
+        store.set_states(dict.fromkeys(past.good, GOOD) | dict.fromkeys(past.suspects, SUSPECT))
+        # A crash between a rollback and its last journal line may have left a checkpoint of the
+        # abandoned steps good.
+        for info in store.infos():
+            if not past.lives(timeline=info.timeline, step=info.step):
+                store.set_states({info.path: SUSPECT})
+
+        def is_usable(manifest: Manifest) -> bool | str:
+            return self._search.state_of(manifest) != SUSPECT or "its steps were discarded"
+
+        selection = self._search.find_newest_valid(is_usable)
         if selection.path is None:
             return None
-        loaded = self.store.load(selection.path)
+        loaded = store.load(selection.path)
         name = selection.path.name
         return Restored(name=name, extra=loaded.extra, good=name in past.good, check=loaded.checks)
 
-    def finish(self, facts: Facts, *, onset: int | None = None) -> str:
-        """Leave a checkpoint of the last state, however the run ends. A collective, in which no
-        rank waits for another.
+    def save_final(self, facts: Facts, *, onset: int | None = None) -> str:
+        """Save the last state, however the run ends; return why that failed, "" if it did not.
+
+        A collective, in which no rank waits for another.
 
         Args:
-            onset: first step of an incident that nothing was done about: what holds it is suspect
-            from its commit on.
-
-        Returns:
-            Why there is no checkpoint of the last state; "" when there is one.
+            onset: first step of an incident that was not resolved; what holds it is suspect from
+                its commit on.
         """
         if self.store is None:
             return ""
         if onset is not None:
-            self.first_suspect_step(onset)
+            self.mark_suspect(onset)
         suspect = onset is not None and onset <= facts(False)["step"]
-        why = self._written()
-        for _ in range(FINAL_TRIES):
-            if self._gathered(self._on_disk_now(facts))[0]:
-                return ""
-            if self._gathered(self.store.busy)[0]:  # it would wait for the one that takes too long
-                return why
-            self.save_now(facts, suspect=suspect)
-            why = self._written()
-        return "" if self._gathered(self._on_disk_now(facts))[0] else why
-
-    def _written(self) -> str:
-        """Until no rank has anything left to write, or launch.save_timeout have passed; why the
-        last save failed.
-        """
-        assert self.store is not None
-        limit = self.settings.launch.save_timeout
-        deadline = time.monotonic() + limit
-        while True:
-            reports = self._gathered(
-                (self.store.busy, *self.store.failure, time.monotonic() > deadline)
-            )
-            self.note_failures([serial for _, serial, _, _ in reports])
-            if reports[0][3] or not any(busy for busy, *_ in reports):
-                break
-            self._alive()
-            time.sleep(MEETING_SECONDS)
-        self.poll()
-        if any(busy for busy, *_ in reports):
-            return f"it was not written within launch.save_timeout = {limit:g}"
-        return _first_reason([(serial, why) for _, serial, why, _ in reports])
-
-    def _on_disk_now(self, facts: Facts) -> bool:
-        """On rank 0: whether the present state is a committed checkpoint."""
-        assert self.store is not None
-        present = facts(False)
-        key = (present["step"], present["timeline"])
-        return any(
-            (info.step, info.timeline) == key and info.state != INVALID
-            for info in self.store.infos()
+        final = FinalSave(
+            self.store,
+            save=lambda: self.save_now(facts, suspect=suspect),
+            write_events=self.write_events,
+            gather=self._gather,
+            report_progress=self._report_progress,
+            timeout=self.settings.launch.save_timeout,
         )
+        return final.save(facts)
 
     def close(self) -> None:
+        """Finish what was requested and end the writer thread."""
         if self.store is not None:
             self.store.close()
 
-    # -- the record --------------------------------------------------------------------------------
-
-    def poll(self) -> None:
-        """Journal what the background thread has done since the last look; prune."""
-        if self.store is None:
-            return
-        events = self.store.poll()
-        for event in events:
-            suspect = (
-                "it holds steps of an incident that was not resolved"
-                if event.state == SUSPECT
-                else ""
-            )
-            reason = event.reason or suspect
-            self._say(
-                "checkpoint",
-                f"checkpoint {event.name or f'of step {event.step}'}: {event.state}"
-                + (f" ({reason})" if reason else ""),
-                path=event.name,
-                state=event.state,
-                cp_step=event.step,
-                bytes=event.bytes,
-                seconds=round(event.seconds, 3),
-                reason=reason,
-            )
-            if event.state == CANDIDATE:
-                self._committed(event)
-                if self._since is not None:
-                    self.store.prune(event.step, since=self._since)
-        if events:
-            failed = next(
-                (event.reason for event in reversed(events) if event.state == "failed"), ""
-            )
-            if self.store.degraded:
-                self._recorder.note_failing("checkpoint", f"checkpoint: {failed}")
-            else:
-                self._recorder.note_working("checkpoint")
-            self._tell()
-
-    def _committed(self, event: CheckpointEvent) -> None:
-        """A checkpoint that was being written while its timeline was given up is suspect from the
-        start.
-
-        It may be gone already: a prune that was asked for between its commit and this look did not
-        keep it.
-        """
-        assert self.store is not None
-        if not self._past.lives(timeline=event.timeline, step=event.step):
-            for info in self.store.adopt({event.name: SUSPECT}):
-                self._suspected(info)
-        elif self._born_good == (event.timeline, event.step):
-            for info in self.store.adopt({event.name: GOOD}):
-                self._confirmed(info)
-
-    def _confirmed(self, info: SnapshotInfo) -> None:
-        assert self.store is not None
-        self._say(
-            "checkpoint",
-            f"checkpoint {info.path} is good",
-            path=info.path,
-            state=GOOD,
-            cp_step=info.step,
-        )
-        self.store.prune(info.step, since=self._since)
-
-    def _suspected(self, info: SnapshotInfo) -> None:
-        self._say(
-            "checkpoint",
-            f"checkpoint {info.path} is suspect: it holds a stretch that was given up",
-            path=info.path,
-            state=SUSPECT,
-            cp_step=info.step,
-        )
-
-
-def _first_reason(failures: Sequence[tuple[int, str]]) -> str:
-    """Why the last save failed, of what each rank says of its last one, by rank: (number of the
-    save, reason).
-    """
-    newest = max(serial for serial, _ in failures)
-    reasons = {rank: why for rank, (serial, why) in enumerate(failures) if serial == newest and why}
-    own = reasons.pop(0, "")
-    if own and not own.startswith("rank "):
-        return own  # the others may have failed because rank 0 had removed the folder
-    return (
-        next((f"rank {rank}: {why}" for rank, why in sorted(reasons.items())), own)
-        or "the reason is not known"
-    )
+    def write_events(self) -> None:
+        """Write to the journal what the writer thread has done since the last call."""
+        if self._journal is not None and self._journal.write_events():
+            self._update_infos()

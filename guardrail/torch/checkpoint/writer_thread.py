@@ -1,4 +1,4 @@
-"""One thread that does one thing after the other, so that the training step never waits for the
+"""One background thread that runs one task after the other, so no training step waits for the
 disk.
 """
 
@@ -13,43 +13,46 @@ from collections.abc import Callable
 _NICENESS = 10
 
 
-class Background:
-    """Started by the first `submit`: a process that never saves has no thread, and can still
-    fork.
+class WriterThread:
+    """A queue of tasks and the thread that runs them.
+
+    The first `submit` starts the thread: a process that never saves has none, and can still fork.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._changed = threading.Condition()
-        self._work: list[Callable[[], None]] = []
-        self._working = False
+        self._tasks: list[Callable[[], None]] = []
+        self._is_working = False
         self._thread: threading.Thread | None = None
         self.closing = False
 
     @property
     def busy(self) -> bool:
+        """Whether a task is running or waiting."""
         with self._changed:
-            return bool(self._work) or self._working
+            return bool(self._tasks) or self._is_working
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Do `work` after all that was submitted before. It has to deal with its own exceptions."""
+    def submit(self, task: Callable[[], None]) -> None:
+        """Run `task` after all that were submitted before. It must handle its own exceptions."""
         with self._changed:
-            self._work.append(work)
+            self._tasks.append(task)
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> bool:
-        """Until all is done; False when `seconds` were not enough."""
+        """Wait until all tasks are done; return False if `seconds` are not enough."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: not self._work and not self._working, timeout=seconds
+                lambda: not self._tasks and not self._is_working, timeout=seconds
             )
 
     def close(self, seconds: float) -> bool:
-        """Wait, then end the thread; what has not begun by then is left undone. Returns whether all
-        was done.
+        """Wait, then end the thread; return whether all tasks are done.
+
+        A task that has not begun by then is not run.
         """
         deadline = time.monotonic() + seconds
         done = self.wait(seconds)
@@ -62,20 +65,20 @@ class Background:
 
     def _run(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
-            # Of this thread alone, on Linux. Hashing and writing must not take a core away from
-            # training.
+            # On Linux this sets the priority of this thread alone. Hashing and writing must not
+            # take a core from training.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._work or self.closing)
+                self._changed.wait_for(lambda: self._tasks or self.closing)
                 if self.closing:
                     return
-                work = self._work.pop(0)
-                self._working = True
+                task = self._tasks.pop(0)
+                self._is_working = True
             try:
-                work()
+                task()
             finally:
-                del work  # and what it holds, which may be a copy of the whole state
+                del task  # it may hold a copy of the complete state
                 with self._changed:
-                    self._working = False
+                    self._is_working = False
                     self._changed.notify_all()

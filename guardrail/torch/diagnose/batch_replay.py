@@ -95,7 +95,7 @@ class Replays:
             self._drop()
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-            self.state.settle()
+            self.state.reshard()
 
     def own(self) -> list[RankNumbers]:
         """What each rank computed by itself in the last reduction. A collective."""
@@ -120,7 +120,7 @@ class Replays:
         """Around one pass: dice and buffers begin and end as they are."""
         self._alive()
         self.passes += 1
-        self.state.settle()
+        self.state.reshard()
         aside = ForwardSideEffects(self.state)
         aside.begin()
         try:
@@ -128,7 +128,7 @@ class Replays:
         finally:
             aside.undo()
             self._drop()
-            self.state.settle()
+            self.state.reshard()
 
     def structure(self, batch: Batch, *, step: int) -> float | None:
         """Nats a token that another order of the labels costs now; None: nobody can tell. A
@@ -166,7 +166,7 @@ class Replays:
         """Within it, parameters and buffers are those of a snapshot. The present ones wait in host
         memory.
         """
-        self.state.settle()
+        self.state.reshard()
         names = [name for name in snapshot.layout.names if name.startswith((MODEL, BUFFER))]
         live = self.state.tensors()
         held = {name: live[name].cpu().clone() for name in names}
@@ -182,7 +182,7 @@ class Replays:
 
     @torch.no_grad()
     def _put(self, tensors: dict[str, Tensor]) -> None:
-        self.state.settle()
+        self.state.reshard()
         live = self.state.tensors()
         for name, tensor in tensors.items():
             live[name].copy_(tensor)

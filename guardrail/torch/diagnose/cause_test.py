@@ -33,7 +33,8 @@ from guardrail.decide.root_cause import (
     structure_of,
 )
 from guardrail.decide.sample_cursor import Batch, SampleCursor
-from guardrail.torch.checkpoint.memory_snapshots import CANDIDATE, GOOD, Snapshot, SnapshotRing
+from guardrail.torch.checkpoint.memory_snapshots import Snapshot, SnapshotRing
+from guardrail.torch.checkpoint.snapshot_states import CANDIDATE, GOOD
 from guardrail.torch.diagnose.attribution import ORDINARY, explaining
 from guardrail.torch.diagnose.batch_replay import Replays, pass_of
 from guardrail.torch.measure.reduced_step import ReducedStep

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 
 from guardrail.core.records import Phase
-from guardrail.torch.checkpoint.snapshot_manager import Facts, SnapshotManager
+from guardrail.torch.checkpoint.memory_snapshots import Facts
+from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
 from guardrail.torch.guard.command_handler import CommandHandler
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.step_metrics import StepMetrics

@@ -8,7 +8,8 @@ from typing import Protocol
 from guardrail.core.records import Phase, Span, Status, Verdict
 from guardrail.decide.incidents import ACCEPTED
 from guardrail.decide.undo import UndoPlan
-from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager, Target
+from guardrail.torch.checkpoint.rollback_target import Target
+from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.quarantine import Quarantine
 from guardrail.torch.guard.timeline_switch import TimelineSwitch
@@ -118,7 +119,7 @@ class GuardActions:
         self._end(phase, reason)
 
     def poll(self) -> None:
-        self._snapshots.poll()
+        self._snapshots.write_events()
         self._ctx.recorder.retry()
 
     def is_retry_due(self) -> bool:
@@ -145,7 +146,7 @@ class GuardActions:
                 onset=one.onset,
                 at_step=step,
             )
-        self._snapshots.withdraw(controller.incidents.since)
+        self._snapshots.note_incident(controller.incidents.since)
 
     def skip(self, span: Span) -> None:
         self._quarantine.skip(span)
@@ -153,11 +154,11 @@ class GuardActions:
     def find_target(
         self, cursor: int, *, to_step: int | None = None, candidates: bool = False
     ) -> Target | None:
-        return self._snapshots.target(cursor, to_step=to_step, candidates=candidates)
+        return self._snapshots.find_target(cursor, to_step=to_step, candidates=candidates)
 
     def proposed_target(self, verdict: Verdict) -> Target | None:
         assert verdict.window is not None
-        return self._snapshots.target(
+        return self._snapshots.find_target(
             verdict.window[0],
             before_step=verdict.before_step,
             settled=self._ctx.controller.is_settled,

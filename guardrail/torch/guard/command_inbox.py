@@ -25,7 +25,7 @@ from guardrail.decide.questions import (
 )
 from guardrail.rundir.mailbox import CommandPoller
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.torch.checkpoint.snapshot_manager import Target
+from guardrail.torch.checkpoint.rollback_target import Target
 from guardrail.torch.guard.command_actions import CommandActions
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.questions import OpenQuestion

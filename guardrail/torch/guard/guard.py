@@ -33,7 +33,7 @@ from guardrail.torch.guard.hooks import LoopHooks, RankLayout
 from guardrail.torch.guard.old_arguments import accept_old_arguments
 from guardrail.torch.guard.parts import GuardParts
 from guardrail.torch.guard.step import Step
-from guardrail.torch.measure.loss_scaler import enabled
+from guardrail.torch.measure.loss_scaler import is_enabled
 from guardrail.torch.measure.reduced_step import ReducedStep
 from guardrail.torch.state.rank_agreement import require_equal
 
@@ -120,7 +120,7 @@ class Guard(GuardParts):
             model=model,
             optimizers=list(optimizer) if isinstance(optimizer, Sequence) else [optimizer],
             scheduler=scheduler,
-            scaler=scaler if enabled(scaler) else None,
+            scaler=scaler if is_enabled(scaler) else None,
             order=data,
             batch_size=given["batch_size"],
             total_steps=given["total_steps"],

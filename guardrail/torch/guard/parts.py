@@ -172,9 +172,9 @@ class GuardParts:
             state=self.state,
             store=self._store(),
             recorder=ctx.recorder,
-            say=self.journal,
-            gathered=ctx.ranks.gather,
-            alive=lambda: set_phase(Phase.SAVE),
+            journal=self.journal,
+            gather=ctx.ranks.gather,
+            report_progress=lambda: set_phase(Phase.SAVE),
         )
         self.quarantine = Quarantine(
             ctx, describe_samples=hooks.describe_samples, total_steps=self.total_steps
@@ -312,7 +312,7 @@ class GuardParts:
 
     def _needs_outcome(self, step: int) -> bool:
         """Return whether the end or a copy of the state follows a step."""
-        return step == self.total_steps or self.snapshots.copies(step)
+        return step == self.total_steps or self.snapshots.will_copy(step)
 
     @property
     def stopping(self) -> bool:

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable
 
 from guardrail.core.records import Phase
-from guardrail.torch.checkpoint.snapshot_manager import Facts, SnapshotManager
+from guardrail.torch.checkpoint.memory_snapshots import Facts
+from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.step_metrics import StepMetrics
 
@@ -72,7 +73,7 @@ class RunEnd:
     def _unsaved(self, onset: int | None) -> str:
         """Save; return what could not be written and why, "" when all was. A collective."""
         ctx = self._ctx
-        why = self._snapshots.finish(self._facts, onset=onset)
+        why = self._snapshots.save_final(self._facts, onset=onset)
         if why:
             return f"the final checkpoint could not be written ({why})"
         ctx.ranks.run_together(ctx.recorder.settle)

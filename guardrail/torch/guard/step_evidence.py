@@ -79,4 +79,4 @@ class StepEvidence:
                 return find_nonfinite_module(self._state.model, rerun_forward)
         finally:
             aside.undo()
-            self._state.settle()
+            self._state.reshard()

@@ -12,7 +12,8 @@ import msgspec
 
 from guardrail.core.records import Phase, Span, Verdict
 from guardrail.decide.undo import UndoPlan
-from guardrail.torch.checkpoint.snapshot_manager import Restored, SnapshotManager, Target
+from guardrail.torch.checkpoint.rollback_target import Target
+from guardrail.torch.checkpoint.snapshot_manager import Restored, SnapshotManager
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.guarded_scheduler import GuardedScheduler
 from guardrail.torch.guard.quarantine import Quarantine, amount
@@ -83,7 +84,7 @@ class TimelineSwitch:
             run_id=ctx.ranks.broadcast(secrets.token_hex(8)),
             **self._resume_check.fingerprints,
         )
-        self._snapshots.begin(self.facts, past=ctx.history)
+        self._snapshots.take_first(self.facts, past=ctx.history)
 
     def _continue(self, restored: Restored | None) -> None:
         """Continue after a restart, from the newest valid state of the present timeline."""
@@ -110,7 +111,7 @@ class TimelineSwitch:
         )
         if check:
             self._note_check(check)
-        self._snapshots.begin(
+        self._snapshots.take_first(
             self.facts,
             past=ctx.history,
             good=restored is None or restored.good,
@@ -153,7 +154,7 @@ class TimelineSwitch:
         ctx, progress = self._ctx, self._ctx.progress
         self._set_phase(Phase.ROLLBACK)
         if target is None:
-            target = self._snapshots.target(
+            target = self._snapshots.find_target(
                 window[0],
                 before_step=verdict.before_step if verdict else None,
                 settled=ctx.controller.is_settled,
@@ -186,7 +187,7 @@ class TimelineSwitch:
         )
         ctx.order.skip_span(span)
         self._restore(target)
-        self._snapshots.rolled_back(self.facts, target)
+        self._snapshots.finish_rollback(self.facts, target)
         return True
 
     def span(
@@ -246,7 +247,7 @@ class TimelineSwitch:
         ctx.order.undo_skips(plan.spans)
         self._restore(target)
         ctx.controller.pardon(plan.pardons)
-        self._snapshots.rolled_back(self.facts, target)
+        self._snapshots.finish_rollback(self.facts, target)
 
     def _restore(self, target: Target) -> None:
         """Load a state, on a new timeline."""
@@ -264,7 +265,7 @@ class TimelineSwitch:
         ctx.order.restore(extra["ledger"])
         ctx.controller.load_state_dict(extra["controller"])
         self._scheduler.restored()
-        rng.restore(extra["rng"])
+        rng.restore_rng_states(extra["rng"])
         if self._update_norm is not None:
             # A rank's own part, which means nothing among another number of ranks.
             is_same_world = extra.get("world", ctx.ranks.world) == ctx.ranks.world
@@ -302,7 +303,7 @@ class TimelineSwitch:
             "tokens": ctx.progress.tokens,
             "ledger": msgspec.to_builtins(ctx.order.state()),
             "controller": ctx.controller.state_dict(),
-            "rng": rng.capture(),
+            "rng": rng.capture_rng_states(),
         }
         if self._update_norm is not None:
             facts["update_square"] = self._update_norm.facts()

@@ -123,7 +123,7 @@ class UpdateApplier:
     def _move_on(self, step: Step) -> None:
         self._ctx.progress.step = step.number
         self._ctx.order.advance(step.batch, applied=True)
-        self._state.settle()
+        self._state.reshard()
 
     def take_back(self, step: Step, *, position: CursorState, update_square: Tensor | None) -> None:
         """Go back to before a step whose update the device has skipped.

@@ -11,7 +11,7 @@ from guardrail.decide.questions import ParkResult
 from guardrail.decide.sample_cursor import Batch
 from guardrail.decide.step_setting import StepSetting
 from guardrail.decide.undo import UndoPlan, find, lines_of
-from guardrail.torch.checkpoint.snapshot_manager import Target
+from guardrail.torch.checkpoint.rollback_target import Target
 from guardrail.torch.guard.command_actions import CommandActions
 from guardrail.torch.guard.command_inbox import CommandInbox
 from guardrail.torch.guard.context import RunContext

@@ -367,7 +367,7 @@ class VerdictExecutor:
         if verdict.incident_state:
             message, data = controller.incident_line(verdict)
             self._ctx.recorder.event("incident", message, **data)
-        self._snapshots.withdraw(controller.incidents.since)
+        self._snapshots.note_incident(controller.incidents.since)
 
     def _write_verdict(self, step: Step, verdict: Verdict, evidence: dict[str, Any]) -> None:
         """Write the verdict with what led to it."""

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiplicativeLR
 
 from guardrail.torch.state import json_codec as plain
-from guardrail.torch.state.training_state import TrainingState, set_group_value
+from guardrail.torch.state.state_numbers import set_group_value
+from guardrail.torch.state.training_state import TrainingState
 
 # Keys of a parameter group that a schedule begins with.
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")

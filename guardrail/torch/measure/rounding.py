@@ -1,8 +1,6 @@
-"""16-bit weights that an update does not change: it is smaller than the distance between two
-neighbouring numbers.
+"""16-bit weights that an update does not change, because it is smaller than their rounding.
 
-Looked at in a sample of elements, after 4, 8, 16, ... 1,024 updates, so that it costs next to
-nothing.
+Compared in a sample of elements, after 4, 8, 16, ... 1,024 updates, so it costs almost nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from guardrail.torch.measure.gradient_norms import to_local
 HALVES = (torch.float16, torch.bfloat16)
 FIRST, LAST = 4, 1024  # updates after which the first and the last sample is taken
 TENSORS, ELEMENTS = 8, 256  # sampled tensors, the largest ones, and elements of each
-STUCK = 0.9  # share of unchanged elements from which on it is a matter of rounding
+STUCK = 0.9  # share of unchanged elements from which on rounding is the reason
 
 
 class HalfWeights:
@@ -25,7 +23,10 @@ class HalfWeights:
 
     Args:
         parameters: trained ones, sharded or not.
-        apart: of these, the ones of which most elements get no gradient in a step: embeddings.
+        apart: those of them of which most elements get no gradient in a step: embeddings.
+
+    Attributes:
+        span: number of updates between the two samples of the last comparison.
     """
 
     def __init__(
@@ -36,26 +37,28 @@ class HalfWeights:
         self._parameters = sorted(halves, key=lambda p: to_local(p).numel(), reverse=True)[:TENSORS]
         self._before: list[Tensor] = []
         self._updates = 0
-        self.span = 0  # updates that the last comparison reaches over
+        self.span = 0
         self._next = FIRST
 
     @property
     def dtype(self) -> str:
-        return str(self._parameters[0].dtype).removeprefix("torch.") if self._parameters else ""
+        """Type of the sampled parameters; "" if there are none."""
+        if not self._parameters:
+            return ""
+        return str(self._parameters[0].dtype).removeprefix("torch.")
 
     @torch.no_grad()
     def count_update(self) -> float | None:
-        """Call after each applied update. Returns the share of elements that have not changed, when
-        it is too large.
+        """Return the share of elements that updates have not changed, if it is too large.
 
-        The share is that of the second half of all updates so far. It is returned once. Waits for
-        the device where a sample is compared.
+        Call it after each applied update. The share is that of the second half of all updates so
+        far. It is returned once. It waits for the device when a sample is compared.
         """
         self._updates += 1
         if not self._parameters or self._updates != self._next or self._next > LAST:
             return None
         self._next *= 2
-        now = [_sample(to_local(parameter)) for parameter in self._parameters]
+        now = [_take_sample(to_local(parameter)) for parameter in self._parameters]
         before, self._before = self._before, now
         if not before:
             return None
@@ -68,6 +71,6 @@ class HalfWeights:
         return share
 
 
-def _sample(tensor: Tensor) -> Tensor:
+def _take_sample(tensor: Tensor) -> Tensor:
     flat = tensor.detach().flatten()
     return flat[:: max(1, flat.numel() // ELEMENTS)][:ELEMENTS].clone()

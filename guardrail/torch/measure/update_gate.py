@@ -1,6 +1,4 @@
-"""Apply an update or leave it out: a real branch, never a multiplication with zero (0 x NaN is
-NaN).
-"""
+"""Apply an update or skip it: a real branch, never a multiplication by zero (0 x NaN is NaN)."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from guardrail.torch.measure.gradient_norms import to_local
 from guardrail.torch.measure.reduced_step import ReducedStep
 from guardrail.torch.state import foreach
 
-# State of torch's own optimizers, and of those that name theirs alike, that sums up past gradients.
+# The optimizer state that sums up past gradients, in torch's optimizers and those with equal names.
 MOMENTS = frozenset(
     {
         "step",
@@ -40,10 +38,11 @@ class Gate:
 
     Args:
         optimizers: torch.optim optimizers over `parameters`.
-        parameters: all trainable parameters; `embedding` the subset that `embed_alpha` shrinks.
-        clip: largest global norm of an applied gradient (0: no clipping), or what gives it from the
-            norm of each update that is applied; a state that it has must travel with the
-            scheduler's.
+        parameters: all trainable parameters.
+        embedding: those of them that `embed_alpha` shrinks.
+        clip: largest global norm of an applied gradient (0: no clipping), or a function that
+            returns it from the norm of each applied update. If the function has a state, it must be
+            part of the scheduler's state.
     """
 
     def __init__(
@@ -58,62 +57,70 @@ class Gate:
         self.parameters = list(parameters)
         self.embedding = list(embedding)
         self.clip = clip
-        self._ours = {
-            id(p) for one in self.optimizers for group in one.param_groups for p in group["params"]
-        }
+        self._ours: set[int] = set()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                self._ours.update(id(parameter) for parameter in group["params"])
         self._stepping = False
         self._hook: RemovableHandle | None = None
 
     def open(self) -> None:
-        """From now on until `close`, refuse every step on these parameters that is not taken
-        here.
-        """
-        self._hook = self._hook or register_optimizer_step_pre_hook(self._refuse_step)
+        """Refuse, until `close`, every step on these parameters that is not taken here."""
+        if self._hook is None:
+            self._hook = register_optimizer_step_pre_hook(self._refuse_step)
 
     def close(self) -> None:
-        """Let the loop step its optimizers again; harmless when called again."""
+        """Let the loop step its optimizers again. May be called again."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
     def _refuse_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Before any optimizer steps, whoever calls it. Raises UsageError before a parameter has
-        changed.
-        """
+        """Raise UsageError before any optimizer of these parameters steps outside of the gate."""
         if self._stepping:
             return
-        if any(id(p) in self._ours for group in optimizer.param_groups for p in group["params"]):
-            raise UsageError(
-                f"the loop called {type(optimizer).__name__}.step() itself, before the guard had judged the step: "
-                "step.finish(loss) steps the optimizer. Remove optimizer.step() (or scaler.step) from the loop"
-            )
+        for group in optimizer.param_groups:
+            if any(id(parameter) in self._ours for parameter in group["params"]):
+                raise UsageError(
+                    f"the loop called {type(optimizer).__name__}.step() before the guard had "
+                    "judged the step: step.finish(loss) steps the optimizer. "
+                    "Remove optimizer.step() (or scaler.step) from the loop."
+                )
 
     def factor(self, reduced: ReducedStep, *, embed_alpha: float = 1.0, clip: float = 1.0) -> float:
-        """What all gradients are multiplied by: token weighting and clipping in one pass. Once an
-        applied update.
+        """Return the factor of all gradients: token weighting and clipping in one pass.
 
-        Clipping uses torch's rule, min(1, clip / (norm + 1e-6)), with the norm after embedding
-        shrink and the limit times `clip`.
+        Call it once per applied update. Clipping uses torch's rule, min(1, clip / (norm + 1e-6)),
+        with the norm after embedding shrink.
+
+        Args:
+            embed_alpha: factor of the embedding gradients.
+            clip: factor of the clip limit.
         """
         norm = reduced.grad_norm
         if embed_alpha != 1.0:
             rest = max(0.0, norm**2 - reduced.embed_grad_norm**2)
             norm = (rest + (embed_alpha * reduced.embed_grad_norm) ** 2) ** 0.5
         limit = clip * (self.clip(norm) if callable(self.clip) else self.clip)
-        coefficient = limit / (norm + 1e-6) if limit else 1.0
-        # Written so that a NaN norm stays NaN: only `advise` and `off` ever apply such a step.
-        return reduced.scale * (1.0 if coefficient >= 1.0 else coefficient)
+        coefficient = 1.0
+        if limit:
+            coefficient = limit / (norm + 1e-6)
+        # A NaN coefficient stays NaN: only the modes `advise` and `off` apply such a step.
+        if coefficient >= 1.0:
+            coefficient = 1.0
+        return reduced.scale * coefficient
 
     def factor_on_device(self, norm: Tensor, scale: Tensor, *, clip: float = 1.0) -> Tensor:
-        """`factor` without a wait, by the same operations: float64, 0-d. Not with a function that
-        clips.
+        """Return `factor` by the same operations, without waiting for the device: float64, 0-d.
+
+        Not for a `clip` that is a function.
         """
-        limit = clip * self.clip if isinstance(self.clip, int | float) else 0.0
-        return (
-            scale * (torch.full_like(norm, limit) / (norm + 1e-6)).clamp(max=1.0)
-            if limit
-            else scale
-        )
+        limit = 0.0
+        if isinstance(self.clip, int | float):
+            limit = clip * self.clip
+        if not limit:
+            return scale
+        return scale * (torch.full_like(norm, limit) / (norm + 1e-6)).clamp(max=1.0)
 
     @torch.no_grad()
     def apply(
@@ -127,9 +134,8 @@ class Gate:
         """Scale the gradients, step every optimizer at lr * lr_factor, drop the gradients.
 
         Args:
-            factor: a number, or one on the device, 0-d.
-            unless: float32, 0-d, on the device: where it is 1 there, the optimizers leave
-            parameters and state alone.
+            factor: of all gradients, a number or a tensor on the device, 0-d.
+            unless: float32, 0-d, on the device: if it is 1, the optimizers change nothing.
         """
         if embed_alpha != 1.0:
             self._scale(self.embedding, embed_alpha)
@@ -153,9 +159,7 @@ class Gate:
 
     @contextlib.contextmanager
     def _rates_times(self, factor: float) -> Iterator[None]:
-        """Within it, the learning rates are multiplied by `factor`. They are put back even if an
-        optimizer raises.
-        """
+        """Multiply the learning rates by `factor` inside of the block, also if an optimizer raises."""
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         rates = [group["lr"] for group in groups]
         try:
@@ -170,9 +174,11 @@ class Gate:
 
     @torch.no_grad()
     def reset_moments(self) -> None:
-        """What optimizers know of past gradients, at zero, and the count of updates as well: or the
-        bias correction of Adam would take the zeros for a measurement and make its next updates
-        several times too large."""
+        """Set to zero what the optimizers know of past gradients, and their count of updates.
+
+        With another count, Adam's bias correction would take the zeros for measurements and make
+        the next updates several times too large.
+        """
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 for name in MOMENTS & state.keys():
@@ -183,7 +189,7 @@ class Gate:
                         state[name] = type(value)(0)
 
     def drop_gradients(self) -> None:
-        """Drop the accumulated gradients: nothing of a rejected window can leak into the next."""
+        """Drop the accumulated gradients, so that a rejected window adds nothing to the next."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         for parameter in self.parameters:
@@ -192,10 +198,11 @@ class Gate:
     @staticmethod
     def _scale(parameters: Sequence[nn.Parameter], factor: float | Tensor) -> None:
         gradients = [to_local(p.grad) for p in parameters if p.grad is not None]
-        if gradients:
-            foreach.multiply_tensors(
-                gradients, factor.to(gradients[0].dtype) if isinstance(factor, Tensor) else factor
-            )
+        if not gradients:
+            return
+        if isinstance(factor, Tensor):
+            factor = factor.to(gradients[0].dtype)
+        foreach.multiply_tensors(gradients, factor)
 
 
 def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:

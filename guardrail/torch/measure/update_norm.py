@@ -1,8 +1,7 @@
-"""The L2 norm of an optimizer's update, exactly: parameters are copied before the step and
-subtracted after it.
+"""The exact L2 norm of an optimizer's update: the parameters after the step minus those before.
 
-A norm that is computed from gradients and learning rate would be a guess about the optimizer. The
-copy costs the parameters once more in memory and three passes over them a step, so it is asked for
+A norm computed from gradients and learning rate would be a guess about the optimizer. The copy
+takes as much memory as the parameters and three passes over them per step, so it is optional
 (`guard.log_update_norm`).
 """
 
@@ -18,14 +17,14 @@ from guardrail.torch.state import foreach
 
 
 class UpdateNorm:
-    """Measures this rank's part of the last update; the next reduction makes one norm of all parts.
+    """Measures this rank's part of the last update; the next reduction sums the parts.
 
     Args:
         parameters: trainable ones, sharded or not.
-        weights: [parameters], 1 / copies of each shard among the ranks that are summed over.
+        weights: [parameters], 1 / number of ranks that hold the same shard.
 
     Attributes:
-        square: squared norm of the last update, 0-d; None while there was none.
+        square: squared norm of the last update, 0-d; None before the first one.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], weights: Tensor) -> None:
@@ -36,7 +35,7 @@ class UpdateNorm:
 
     @torch.no_grad()
     def before(self) -> None:
-        """Call before the optimizers step."""
+        """Copy the parameters; call it before the optimizers step."""
         now = self._now()
         if not self._before:
             self._before = [torch.empty_like(tensor) for tensor in now]
@@ -44,20 +43,22 @@ class UpdateNorm:
 
     @torch.no_grad()
     def after(self) -> None:
-        """Call when they have stepped."""
+        """Measure the update; call it after the optimizers have stepped."""
         foreach.subtract_tensors(self._before, self._now())
-        self.square = (
-            torch.stack(compute_norms(self._before)).to(self._weights.dtype) ** 2 * self._weights
-        ).sum()
+        norms = torch.stack(compute_norms(self._before)).to(self._weights.dtype)
+        self.square = (norms**2 * self._weights).sum()
 
     def _now(self) -> list[Tensor]:
         return [to_local(parameter).detach() for parameter in self._parameters]
 
     def facts(self) -> float | None:
-        """What travels with a snapshot, or the first step after it would not know the update before
-        it.
-        """
-        return None if self.square is None else float(self.square)
+        """Return what a snapshot holds, so that the first step after a restore has the norm too."""
+        if self.square is None:
+            return None
+        return float(self.square)
 
     def restore(self, square: float | None) -> None:
-        self.square = None if square is None else self._weights.new_tensor(square)
+        """Set what `facts` returned."""
+        self.square = None
+        if square is not None:
+            self.square = self._weights.new_tensor(square)

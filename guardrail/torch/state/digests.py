@@ -1,6 +1,4 @@
-"""SHA-256 of a training state, component by component: two runs are in the same state if these are
-the same.
-"""
+"""SHA-256 of a training state by component. Two runs with equal digests have equal states."""
 
 from __future__ import annotations
 
@@ -17,8 +15,11 @@ from guardrail.rundir.manifest import BUFFER, MODEL, OPTIM
 
 
 def component_digests(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of weights, moments, schedule and buffers, from live or copied local tensors, on any
-    device.
+    """Return the SHA-256 of weights, moments, schedule, and buffers if there are any.
+
+    Args:
+        tensors: live or copied local tensors, on any device.
+        scalars: of `TrainingState.scalars`.
     """
     parts: dict[str, Any] = {
         "weights": hashlib.sha256(),
@@ -39,8 +40,9 @@ def component_digests(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any])
 
 
 def raw_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The elements in row-major order as bytes, [numel * itemsize] uint8; shares memory where it
-    can.
+    """Return the elements in row-major order as bytes, [numel * itemsize] uint8.
+
+    The array shares the tensor's memory where that is possible.
     """
     array: np.ndarray[Any, np.dtype[np.uint8]] = (
         tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -1,9 +1,8 @@
-"""Python values <-> strict JSON without loss: tuples stay tuples, NaN stays NaN, a learning rate
-may be a tensor.
+"""Python values <-> strict JSON without loss: tuples stay tuples, NaN stays NaN.
 
-What JSON has no word for becomes an object with one key that begins with "$". Anything else
-(functions, objects, tensors of more than one element) is refused, by name: a state that could not
-be restored must not be saved.
+A learning rate may be a tensor. A value that JSON does not have becomes an object with one key that
+begins with "$". Anything else (functions, objects, tensors of more than one element) is refused
+with its name: a state that could not be restored must not be saved.
 """
 
 from __future__ import annotations
@@ -20,16 +19,27 @@ from guardrail.core.errors import UsageError
 
 
 def encode(value: Any, where: str = "state") -> Any:
-    """A JSON-able copy. `where` names the value in the UsageError of what cannot be saved."""
+    """Return a JSON-able copy.
+
+    Args:
+        where: name of the value in the error.
+
+    Raises:
+        UsageError: a value that cannot be saved.
+    """
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
-        return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
+        if math.isfinite(value):
+            return float(value)
+        return {"$float": repr(float(value))}
     if isinstance(value, (list, tuple)):
         items = [encode(item, f"{where}[{index}]") for index, item in enumerate(value)]
-        return items if isinstance(value, list) else {"$tuple": items}
+        if isinstance(value, list):
+            return items
+        return {"$tuple": items}
     if isinstance(value, Mapping):
         return _encode_mapping(value, where)
     if isinstance(value, Tensor) and value.numel() == 1:
@@ -37,12 +47,13 @@ def encode(value: Any, where: str = "state") -> Any:
         return {"$tensor": [kind, list(value.shape), encode(value.item(), where)]}
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         return encode(value.item(), where)
-    what = (
-        f"a tensor of {value.numel()} elements"
-        if isinstance(value, Tensor)
-        else type(value).__name__
+    what = type(value).__name__
+    if isinstance(value, Tensor):
+        what = f"a tensor of {value.numel()} elements"
+    raise UsageError(
+        f"{where} holds {what}, which guardrail cannot save and restore exactly. "
+        "Use numbers, strings, lists and dicts there."
     )
-    raise UsageError(f"{where} holds {what}, which guardrail cannot save and restore exactly")
 
 
 def _encode_mapping(value: Mapping[Any, Any], where: str) -> dict[str, Any]:
@@ -50,16 +61,16 @@ def _encode_mapping(value: Mapping[Any, Any], where: str) -> dict[str, Any]:
         return {"$counter": [[encode(key, where), count] for key, count in value.items()]}
     if all(isinstance(key, str) and not key.startswith("$") for key in value):
         return {key: encode(item, f"{where}.{key}") for key, item in value.items()}
-    return {
-        "$dict": [
-            [encode(key, where), encode(item, f"{where}[{key!r}]")] for key, item in value.items()
-        ]
-    }
+    pairs: list[list[Any]] = []
+    for key, item in value.items():
+        pairs.append([encode(key, where), encode(item, f"{where}[{key!r}]")])
+    return {"$dict": pairs}
 
 
 def decode(value: Any) -> Any:
-    """The value that `encode` was given; mappings come back as dict or Counter, tensors on the
-    CPU.
+    """Return the value that `encode` was given.
+
+    Mappings become dict or Counter; tensors are on the CPU.
     """
     if isinstance(value, list):
         return [decode(item) for item in value]

@@ -1,5 +1,5 @@
-"""What an optimizer keeps beside each parameter: tensors and numbers of its own, such as Adam's
-moments and steps.
+"""What an optimizer keeps for each parameter: tensors and numbers, such as Adam's moments and
+steps.
 """
 
 from __future__ import annotations
@@ -12,39 +12,44 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from guardrail.rundir.manifest import OPTIM, Shape
-from guardrail.torch.state import foreach
-from guardrail.torch.state import json_codec as plain
+from guardrail.torch.state import foreach, json_codec
 
 # A parameter, the optimizer that trains it, and its group there.
 Trained = tuple[nn.Parameter, Optimizer, dict[str, Any]]
 
 
-def scalars(trained: Mapping[str, Trained]) -> dict[str, Any]:
-    """Optimizer state that is no tensor, and which tensors stay on the host beside a device (Adam's
-    steps).
+def owner_of(name: str) -> str:
+    """Return the name of the parameter that an optimizer tensor "optim/FQN/KEY" belongs to."""
+    return name.removeprefix(OPTIM).rpartition("/")[0]
+
+
+def collect_numbers(trained: Mapping[str, Trained]) -> dict[str, Any]:
+    """Return the optimizer state that is not a tensor, and which tensors are on the host.
+
+    Adam keeps its step there while its parameters are on a GPU.
     """
     numbers: dict[str, Any] = {}
     on_host: set[str] = set()
     for name, (parameter, optimizer, _) in trained.items():
-        held = {}
-        for key, value in (
-            optimizer.state[parameter] if parameter in optimizer.state else {}
-        ).items():
+        if parameter not in optimizer.state:
+            continue
+        own: dict[str, Any] = {}
+        for key, value in optimizer.state[parameter].items():
             if not isinstance(value, Tensor):
-                held[key] = plain.encode(value, f"the optimizer state of {name}: {key}")
+                own[key] = json_codec.encode(value, f"the optimizer state of {name}: {key}")
             elif value.device != parameter.device:
                 on_host.add(key)
-        if held:
-            numbers[name] = held
+        if own:
+            numbers[name] = own
     return {"numbers": numbers, "on_host": sorted(on_host)}
 
 
-def reshape(
+def match_saved_keys(
     trained: Mapping[str, Trained],
     found: Mapping[str, tuple[torch.dtype, Shape]],
     scalars: Mapping[str, Any],
 ) -> None:
-    """Give each parameter's state exactly the keys that were saved."""
+    """Give each parameter's optimizer state exactly the keys that were saved."""
     saved: dict[str, dict[str, tuple[torch.dtype, Shape]]] = {}
     for name, kind in found.items():
         if name.startswith(OPTIM):
@@ -52,18 +57,18 @@ def reshape(
             saved.setdefault(owner, {})[key] = kind
     on_host = scalars["state"]["on_host"]
     for name, (parameter, optimizer, group) in trained.items():
-        kept = optimizer.state.pop(parameter, {})
-        fresh = {}
+        present = optimizer.state.pop(parameter, {})
+        matching = {}
         for key, (dtype, shape) in saved.get(name, {}).items():
-            live = kept.get(key)
+            live = present.get(key)
             if not isinstance(live, Tensor):
-                live = _created(parameter, group, key, dtype, shape, on_host=key in on_host)
-            fresh[key] = live
-        if fresh or name in scalars["state"]["numbers"]:
-            optimizer.state[parameter] = fresh
+                live = _create(parameter, group, key, dtype, shape, on_host=key in on_host)
+            matching[key] = live
+        if matching or name in scalars["state"]["numbers"]:
+            optimizer.state[parameter] = matching
 
 
-def _created(
+def _create(
     parameter: nn.Parameter,
     group: dict[str, Any],
     key: str,
@@ -72,28 +77,29 @@ def _created(
     *,
     on_host: bool,
 ) -> Tensor:
-    """An optimizer tensor as the optimizer would have made it: shaped and sharded like the
-    parameter, or small.
+    """Return an optimizer tensor as the optimizer would have made it.
+
+    It is small, or has the shape and sharding of the parameter.
     """
-    device = torch.device("cpu") if on_host else parameter.device
-    if key == "step":  # torch.optim keeps it on the host unless the step itself runs on the device
-        device = (
-            parameter.device
-            if group.get("fused") or group.get("capturable")
-            else torch.device("cpu")
-        )
-    elif shape == tuple(parameter.shape) and not on_host:
+    host = torch.device("cpu")
+    if key == "step":
+        # torch.optim keeps it on the host unless the step itself runs on the device.
+        is_on_device = group.get("fused") or group.get("capturable")
+        return torch.empty(shape, dtype=dtype, device=parameter.device if is_on_device else host)
+    if on_host:
+        return torch.empty(shape, dtype=dtype, device=host)
+    if shape == tuple(parameter.shape):
         return torch.empty_like(parameter.detach(), dtype=dtype)
-    return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty(shape, dtype=dtype, device=parameter.device)
 
 
 def keeps_tensors(optimizer: Optimizer) -> bool | None:
-    """Tried with one step of a twin on a parameter of its own, which shares nothing that a step
-    changes.
+    """Return whether the optimizer keeps tensors for a parameter; None: unknown.
+
+    If it has none yet, a copy of it takes one step on a parameter of its own. The copy shares
+    nothing that a step changes.
     """
-    if any(
-        isinstance(value, Tensor) for state in optimizer.state.values() for value in state.values()
-    ):
+    if _has_tensors(optimizer.state):
         return True
     probe = nn.Parameter(torch.ones(2, 2))
     probe.grad = torch.ones(2, 2)
@@ -105,9 +111,14 @@ def keeps_tensors(optimizer: Optimizer) -> bool | None:
     try:
         # Not twin.step(): a scheduler has put a wrapper there that is bound to the real optimizer.
         type(optimizer).step(twin)
-    # anybody's optimizer, on a parameter that it was not made for: then nobody knows
     except Exception:
+        # The optimizer may be of any kind, and the parameter is not one that it was made for.
         return None
-    return any(
-        isinstance(value, Tensor) for state in twin.state.values() for value in state.values()
-    )
+    return _has_tensors(twin.state)
+
+
+def _has_tensors(state: Mapping[Any, Mapping[str, Any]]) -> bool:
+    for values in state.values():
+        if any(isinstance(value, Tensor) for value in values.values()):
+            return True
+    return False

@@ -1,7 +1,7 @@
-"""The global random states of python, numpy, torch and the device, as they are and as JSON.
+"""The global RNG states of python, numpy, torch and the device, as objects and as JSON.
 
-The built-in trainer draws nothing from them (its dice are functions of seed and position); a user's
-own loop may.
+The built-in trainer draws no numbers from them: its random numbers are functions of seed and
+position. A custom loop may draw from them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 class RngStates(NamedTuple):
-    """All states at one moment. `device` is that of the present CUDA device, None without one."""
+    """All states at one moment. `device` is that of the present CUDA device; None without one."""
 
     python: tuple[Any, ...]
     numpy: Any
@@ -23,57 +23,60 @@ class RngStates(NamedTuple):
     device: torch.Tensor | None
 
 
-def look() -> RngStates:
-    """The states as they are, in some ten microseconds."""
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    device = torch.cuda.get_rng_state() if cuda else None
+def get_rng_states() -> RngStates:
+    """Return the present states; takes some ten microseconds."""
+    device: torch.Tensor | None = None
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        device = torch.cuda.get_rng_state()
     return RngStates(random.getstate(), np.random.get_state(), torch.get_rng_state(), device)
 
 
-def put_back(dice: RngStates) -> None:
-    random.setstate(dice.python)
-    np.random.set_state(dice.numpy)
-    torch.set_rng_state(dice.torch)
-    if dice.device is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(dice.device)
+def set_rng_states(states: RngStates) -> None:
+    """Set all states."""
+    random.setstate(states.python)
+    np.random.set_state(states.numpy)
+    torch.set_rng_state(states.torch)
+    if states.device is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states.device)
 
 
-def capture() -> dict[str, Any]:
-    """The states as JSON, for a snapshot."""
-    dice = look()
-    version, internal, gauss = dice.python
-    name, keys, at, has_gauss, cached = dice.numpy
-    state = {
+def capture_rng_states() -> dict[str, Any]:
+    """Return the present states as JSON, for a snapshot."""
+    states = get_rng_states()
+    version, internal, gauss = states.python
+    name, keys, position, has_gauss, cached = states.numpy
+    key_bytes = np.asarray(keys).tobytes()
+    encoded = {
         "python": [version, list(internal), gauss],
-        "numpy": [name, _text(np.asarray(keys).tobytes()), int(at), int(has_gauss), float(cached)],
-        "torch": _text(dice.torch.numpy().tobytes()),
+        "numpy": [name, _to_text(key_bytes), int(position), int(has_gauss), float(cached)],
+        "torch": _to_text(states.torch.numpy().tobytes()),
     }
-    if dice.device is not None:
-        state["cuda"] = _text(dice.device.numpy().tobytes())
-    return state
+    if states.device is not None:
+        encoded["cuda"] = _to_text(states.device.numpy().tobytes())
+    return encoded
 
 
-def restore(state: dict[str, Any]) -> None:
-    """Put back what `capture` gave."""
-    version, internal, gauss = state["python"]
-    name, keys, at, has_gauss, cached = state["numpy"]
-    put_back(
+def restore_rng_states(encoded: dict[str, Any]) -> None:
+    """Set the states that `capture_rng_states` returned."""
+    version, internal, gauss = encoded["python"]
+    name, keys, position, has_gauss, cached = encoded["numpy"]
+    numpy_keys = np.frombuffer(base64.b64decode(keys), dtype=np.uint32)
+    device: torch.Tensor | None = None
+    if "cuda" in encoded:
+        device = _to_tensor(encoded["cuda"])
+    set_rng_states(
         RngStates(
             python=(version, tuple(internal), gauss),
-            numpy=(name, np.frombuffer(_bytes(keys), dtype=np.uint32), at, has_gauss, cached),
-            torch=_tensor(state["torch"]),
-            device=_tensor(state["cuda"]) if "cuda" in state else None,
+            numpy=(name, numpy_keys, position, has_gauss, cached),
+            torch=_to_tensor(encoded["torch"]),
+            device=device,
         )
     )
 
 
-def _text(raw: bytes) -> str:
+def _to_text(raw: bytes) -> str:
     return base64.b64encode(raw).decode("ascii")
 
 
-def _bytes(text: str) -> bytes:
-    return base64.b64decode(text)
-
-
-def _tensor(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(_bytes(text)), dtype=torch.uint8)
+def _to_tensor(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

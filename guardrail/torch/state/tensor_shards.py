@@ -1,7 +1,6 @@
-"""Which part of a whole tensor lies on this rank, and which other ranks hold the same part.
+"""Which part of a tensor this rank holds, and which other ranks hold the same part.
 
-A plain tensor is whole on every rank; a DTensor (FSDP2, tensor parallel) is the shard of it that
-lies here.
+Every rank holds all of a plain tensor, and one shard of a DTensor (FSDP2, tensor parallel).
 """
 
 from __future__ import annotations
@@ -16,30 +15,32 @@ from guardrail.rundir.manifest import Box
 from guardrail.torch.state import foreach
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part, the live storage, free of autograd."""
+def local_storage(tensor: Tensor) -> Tensor:
+    """Return the live storage of this rank's part, detached from autograd."""
     if isinstance(tensor, DTensor):
         tensor = foreach.stored_shard(tensor)
     return tensor.detach()
 
 
 def box_of(tensor: DTensor) -> Box:
-    """The part of it that lies on this rank.
+    """Return the part of a DTensor that this rank holds.
 
     Raises:
         UsageError: it is a partial sum.
     """
     if any(isinstance(placement, Partial) for placement in tensor.placements):
-        raise UsageError("a partial DTensor has no value of its own and cannot be saved")
+        raise UsageError(
+            "a DTensor is a partial sum, which cannot be saved. Reduce it first (full_tensor)."
+        )
     offset, size = foreach.shard_place(tensor)
     return Box(global_shape=tuple(tensor.shape), offset=offset, size=size)
 
 
-def replica(tensor: Tensor, holders: range) -> tuple[int, int]:
-    """(index, count) of this rank among those that hold the same part of `tensor`.
+def replica_of(tensor: Tensor, holders: range) -> tuple[int, int]:
+    """Return (index, count) of this rank among those that hold the same part of `tensor`.
 
     Args:
-        holders: the ranks that hold the part of the model which `tensor` belongs to.
+        holders: the ranks that hold the pipeline stage of `tensor`.
     """
     if not isinstance(tensor, DTensor):
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -51,15 +52,15 @@ def replica(tensor: Tensor, holders: range) -> tuple[int, int]:
     ):
         if placement.is_replicate():
             index, count = index * size + position, count * size
-    outer, copies = _place(tensor.device_mesh, holders)
-    return outer * count + index, copies * count
+    mesh_index, meshes = _mesh_index(tensor.device_mesh, holders)
+    return mesh_index * count + index, meshes * count
 
 
-def _place(mesh: DeviceMesh, holders: range) -> tuple[int, int]:
-    """(number, count) of this mesh among the equal ones that fill up the holders beside it.
+def _mesh_index(mesh: DeviceMesh, holders: range) -> tuple[int, int]:
+    """Return (index, count) of this mesh among the equal meshes that together cover `holders`.
 
-    A norm under tensor parallelism lies on the data-parallel mesh alone: each rank of its group has
-    one of its own.
+    Under tensor parallelism a norm is sharded over the data-parallel mesh alone, and each rank of
+    the tensor-parallel group has its own such mesh.
     """
     ranks = sorted(mesh.mesh.flatten().tolist())
     if len(ranks) == len(holders):

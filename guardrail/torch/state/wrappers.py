@@ -1,6 +1,4 @@
-"""What DDP, torch.compile, activation checkpointing and Accelerate put around a model, an optimizer
-or a name.
-"""
+"""The wrappers of DDP, torch.compile, activation checkpointing and Accelerate, and their removal."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from guardrail.torch.state import foreach
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """The module inside of DDP, DataParallel and torch.compile."""
+    """Return the module inside of DDP, DataParallel and torch.compile."""
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
@@ -25,19 +23,20 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def unwrap(item: Any, attribute: str) -> Any:
-    """What Accelerate's AcceleratedOptimizer and AcceleratedScheduler hold."""
-    return getattr(item, attribute) if accelerated(item) else item
+    """Return the object inside of Accelerate's AcceleratedOptimizer or AcceleratedScheduler."""
+    if is_accelerated(item):
+        return getattr(item, attribute)
+    return item
 
 
-def accelerated(item: Any) -> bool:
-    """Whether Accelerate's `prepare` made it."""
-    return type(item).__name__.startswith("Accelerated") and type(item).__module__.startswith(
-        "accelerate."
-    )
+def is_accelerated(item: Any) -> bool:
+    """Return whether Accelerate's `prepare` made an object."""
+    kind = type(item)
+    return kind.__name__.startswith("Accelerated") and kind.__module__.startswith("accelerate.")
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter or buffer as the model has it that nothing is put around."""
+    """Return the name that a parameter or buffer has in the unwrapped model."""
     for prefix in (foreach.COMPILE_PREFIX, foreach.CHECKPOINT_PREFIX):
         name = name.replace(prefix, "")
     return name

@@ -49,7 +49,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_named_and_stays_where_it_is(
     )
     loop = Loop(tmp_path / "ours", onset=NEVER, steps=60).train()
     assert (run.checkpoints / lost.name).exists()
-    assert loop.guard.snapshots.target(10**9).step == 55  # type: ignore[union-attr]  # the newest good one, none of theirs
+    assert loop.guard.snapshots.find_target(10**9).step == 55  # type: ignore[union-attr]  # the newest good one, none of theirs
     assert {"step-00000025", "step-00000060"} <= {path.name for path in run.checkpoints.iterdir()}
 
 

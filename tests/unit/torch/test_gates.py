@@ -328,7 +328,7 @@ class Loop:
             "state": component_digests(state.tensors(), state.scalars()),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            "rng": rng.capture(),
+            "rng": rng.capture_rng_states(),
             "ledger": (guard.cursor.state(), list(guard.cursor.quarantine.lines())),
             "controller": guard.controller.state_dict(),
             "snapshots": [

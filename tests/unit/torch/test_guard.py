@@ -23,7 +23,7 @@ from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.manifest import checkpoint_dirs
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.torch.checkpoint.disk_checkpoints import CheckpointEvent
+from guardrail.torch.checkpoint.checkpoint_index import CheckpointEvent
 from guardrail.torch.guard.guard import Guard, Step
 from guardrail.torch.state.digests import component_digests
 from tests.support.lab import wait_for
@@ -210,7 +210,7 @@ def test_a_checkpoint_that_is_pruned_before_anybody_looked_at_its_commit_ends_no
     store = loop.guard.snapshots.store
     assert store is not None
     gone: list[str] = []
-    look = store.poll
+    look = store.take_events
 
     def poll() -> list[CheckpointEvent]:
         """As a prune between the commit and this look, of a checkpoint of a stretch that was given
@@ -221,14 +221,14 @@ def test_a_checkpoint_that_is_pruned_before_anybody_looked_at_its_commit_ends_no
             if event.state == "candidate" and event.step and not gone:
                 gone.append(event.name)
                 monkeypatch.setattr(
-                    loop.guard.snapshots._past,
+                    loop.guard.snapshots._search.history,
                     "lives",
                     lambda *, timeline, step, gone=event.step: step != gone,
                 )
-                del store._infos[event.name]
+                del store._index._infos[event.name]
         return events
 
-    monkeypatch.setattr(store, "poll", poll)
+    monkeypatch.setattr(store, "take_events", poll)
     loop.train()
     assert gone and loop.guard.phase is Phase.FINISHED
 

@@ -37,7 +37,7 @@ from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_cursor import Batch, SampleCursor
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.torch.checkpoint.snapshot_manager import Target
+from guardrail.torch.checkpoint.rollback_target import Target
 from guardrail.torch.guard import command_handler
 from guardrail.torch.guard.between_steps import BetweenSteps
 from guardrail.torch.guard.command_actions import GuardActions
@@ -117,7 +117,7 @@ class Rig:
 
     def executor(self, **parts: Any) -> VerdictExecutor:
         fakes: dict[str, Any] = {
-            "snapshots": SimpleNamespace(withdraw=lambda since: None),
+            "snapshots": SimpleNamespace(note_incident=lambda since: None),
             "side_effects": SimpleNamespace(undo=lambda: self.note("undo")),
             "evidence": SimpleNamespace(collect=lambda *given: {}),
             "diagnosis": None,
@@ -492,19 +492,19 @@ class FakeSnapshots:
     def resume(self, history: RunHistory) -> None:
         return None
 
-    def begin(self, facts: Any, **given: Any) -> None:
+    def take_first(self, facts: Any, **given: Any) -> None:
         self.extra = facts(False)
 
-    def target(self, cursor: int, **given: Any) -> Target | None:
+    def find_target(self, cursor: int, **given: Any) -> Target | None:
         return Target(step=0, cursor=0, tier="memory", state="good") if self.extra else None
 
     def restore(self, target: Target) -> dict[str, Any]:
         return self.extra
 
-    def finish(self, facts: Any, *, onset: int | None) -> str:
+    def save_final(self, facts: Any, *, onset: int | None) -> str:
         return ""
 
-    def rolled_back(self, facts: Any, target: Target) -> None:
+    def finish_rollback(self, facts: Any, target: Target) -> None:
         self.rig.note("rolled back", target.step)
 
     def after_step(self, step: int, **given: Any) -> None:
@@ -513,13 +513,13 @@ class FakeSnapshots:
     def note_failures(self, serials: Sequence[int]) -> None:
         pass
 
-    def poll(self) -> None:
+    def write_events(self) -> None:
         pass
 
     def save_now(self, facts: Any) -> None:
         self.rig.note("saved", facts(False)["step"])
 
-    def withdraw(self, since: int | None) -> None:
+    def note_incident(self, since: int | None) -> None:
         pass
 
 
@@ -562,7 +562,7 @@ def test_an_end_that_cannot_be_saved_is_a_failure() -> None:
     )
     end.end(Phase.FINISHED, "done")
     assert rig.ctx.progress.phase is Phase.FINISHED and phases == [Phase.SAVE, Phase.FINISHED]
-    snapshots.finish = lambda facts, *, onset: "disk full"  # type: ignore[method-assign]
+    snapshots.save_final = lambda facts, *, onset: "disk full"  # type: ignore[method-assign]
     end.end(Phase.FINISHED, "done")
     assert rig.ctx.progress.phase is Phase.FAILED
     assert rig.events[-1].data["planned"] == "finished" and not rig.events[-1].data["saved"]
