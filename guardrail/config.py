@@ -31,7 +31,7 @@ __getattr__ = forward(
         "NonNegativeFloat": "guardrail.core.section.NonNegativeFloat",
         "Fraction": "guardrail.core.section.Fraction",
         "Section": "guardrail.core.section.Section",
-        "REMEDIES": "guardrail.core.guard_options.REMEDIES",
+        "REMEDIES": "guardrail.core.guard_options.EFFECTS",
         "RunSection": "guardrail.core.sections.RunSection",
         "LaunchSection": "guardrail.core.sections.LaunchSection",
         "SnapshotSection": "guardrail.core.sections.SnapshotSection",

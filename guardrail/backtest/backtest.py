@@ -22,7 +22,7 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Finding, FindingKind, Mode, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.decide.incidents import CLOSED
-from guardrail.decide.policy import evidence
+from guardrail.decide.policy import format_evidence
 from guardrail.detectors.build import OWN_SIGNALS
 from guardrail.detectors.signed_loss import LossKind
 from guardrail.rundir.run_directory import RunDirectory
@@ -258,7 +258,7 @@ class _Book:
             baseline=finding.baseline,
             incident=verdict.incident,
             before_step=verdict.before_step,
-            evidence=evidence(verdict.findings),
+            evidence=format_evidence(verdict.findings),
         )
         self._result.alarms.append(alarm)
         if verdict.incident is None:

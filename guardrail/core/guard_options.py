@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
-from guardrail.core.late_imports import make_detector_sections
+from guardrail.core.late_imports import list_effects, list_remedies, make_detector_sections
 from guardrail.core.records import Mode, Remedy
 from guardrail.core.section import (
     Fraction,
@@ -24,8 +24,10 @@ if typing.TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
 
+    RemedyName = str
 else:
     DetectorSections = make_detector_sections()
+    RemedyName = typing.Literal[list_remedies()]
 
 
 class EscalationStep(Section, frozen=True, kw_only=True):
@@ -38,24 +40,13 @@ class EscalationStep(Section, frozen=True, kw_only=True):
         "back": "ramp_steps",
     }
 
-    # skip: skip up to `rollback_after_rejections` - 1 consecutive updates before anything else.
-    # rollback: restore the last good state and skip the window. widen: skip twice as much, then four
-    # times. older: restore a state at least `steps` older. lower_lr, shrink_embedding, tighten_clip:
-    # restore, and multiply by `factor`. reset_moments: restore with the optimizer's moments at zero,
-    # and the learning rate times `factor`. pause: pause and ask, whether or not a screen is open.
-    # halt: save and end with exit code 3.
-    action: typing.Literal[
-        "skip",
-        "rollback",
-        "widen",
-        "older",
-        "lower_lr",
-        "shrink_embedding",
-        "tighten_clip",
-        "reset_moments",
-        "pause",
-        "halt",
-    ]
+    # The remedy. skip: skip up to `rollback_after_rejections` - 1 consecutive updates before anything
+    # else. rollback: restore the last good state and skip the window. widen: skip twice as much, then
+    # four times. older: restore a state at least `steps` older. lower_lr, shrink_embedding,
+    # tighten_clip: restore, and multiply by `factor`. reset_moments: restore with the optimizer's
+    # moments at zero, and the learning rate times `factor`. pause: pause and ask, whether or not a
+    # screen is open. halt: save and end with exit code 3.
+    action: RemedyName
     # Uses before the next remedy, among consecutive rollbacks (see `reset_budget_after`). Each use is
     # twice as strong: a window twice as long, or the factor squared for twice as many steps.
     max_uses: Positive = 1
@@ -69,7 +60,7 @@ class EscalationStep(Section, frozen=True, kw_only=True):
     cooldown: Natural = 0
 
 
-REMEDIES = ("lr", "embed_alpha", "clip", "moments")  # kinds of guard.remedies
+EFFECTS = list_effects()  # kinds of guard.remedies
 
 ESCALATION = (
     EscalationStep(action="skip"),

@@ -15,6 +15,7 @@ from typing import Any
 from guardrail.core.section import Section
 
 DETECTORS = "guardrail.detectors.build"
+REMEDIES = "guardrail.decide.remedies.registry"
 GUARD_OPTIONS = "guardrail.core.guard_options"  # where the type of [guard.detectors] stands
 
 
@@ -43,3 +44,18 @@ def find_detector(kind: Any) -> Any:
     A kind that no detector reports, as of another version, has the base class `Detector`.
     """
     return _load(DETECTORS).find_detector(kind)
+
+
+def find_remedy(action: str) -> Any:
+    """Return the class of a remedy of [[guard.escalation]]. Raises KeyError for another name."""
+    return _load(REMEDIES).BY_ACTION[action]
+
+
+def list_remedies() -> tuple[str, ...]:
+    """Return the names of all remedies of [[guard.escalation]]."""
+    return tuple(_load(REMEDIES).BY_ACTION)
+
+
+def list_effects() -> tuple[str, ...]:
+    """Return the kinds of effects that `guard.remedies` can hold."""
+    return tuple(_load(REMEDIES).BY_EFFECT)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from guardrail.core.errors import ConfigError
-from guardrail.core.guard_options import REMEDIES, EscalationStep, GuardOptions
+from guardrail.core.guard_options import EFFECTS, EscalationStep, GuardOptions
+from guardrail.core.late_imports import find_remedy
 from guardrail.core.records import METRIC_COLUMNS, UPDATE_NORM, Mode, Remedy
 from guardrail.core.sections import LaunchSection, SnapshotSection
 
@@ -53,14 +54,14 @@ def check_extra_signals(names: Sequence[str]) -> None:
 def check_escalation(steps: Sequence[EscalationStep]) -> None:
     """Refuse remedies that can never be used."""
     for index, step in enumerate(steps[:-1]):
-        if step.action in ("pause", "halt"):
+        if find_remedy(step.action).ends_run:
             raise ConfigError(
                 f"{step.action} as the last remedy",
                 key=f"guard.escalation[{index}].action",
                 value=step.action,
                 hint="a remedy after it is never used",
             )
-    if any(step.action == "skip" for step in steps[1:]):
+    if any(not find_remedy(step.action).restores_state for step in steps[1:]):
         raise ConfigError("skip as the first remedy, or no skip", key="guard.escalation")
 
 
@@ -80,8 +81,8 @@ def check_remedies(remedies: Sequence[Remedy]) -> None:
     """Refuse remedies of the configuration with an unknown kind or an impossible number."""
     for index, remedy in enumerate(remedies):
         key = f"guard.remedies[{index}]"
-        if remedy.kind not in REMEDIES:
-            raise ConfigError(f"one of {', '.join(REMEDIES)}", key=f"{key}.kind", value=remedy.kind)
+        if remedy.kind not in EFFECTS:
+            raise ConfigError(f"one of {', '.join(EFFECTS)}", key=f"{key}.kind", value=remedy.kind)
         if remedy.kind != "moments" and not 0 < remedy.value <= 1:
             raise ConfigError(
                 "a factor above 0 and at most 1", key=f"{key}.value", value=remedy.value

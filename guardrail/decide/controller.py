@@ -46,7 +46,9 @@ from guardrail.decide.incidents import CLOSED, RECURRED
 from guardrail.decide.memory import ControllerMemory
 from guardrail.decide.policy import by_severity, is_anomaly, rejects, weights_are_clean
 from guardrail.decide.recovery import LEAST, MOST, expected, fit_trend
-from guardrail.decide.response import RejectedStep, Response, answer
+from guardrail.decide.rejected_step import RejectedStep
+from guardrail.decide.remedies.registry import BY_ACTION
+from guardrail.decide.response import Response, respond
 from guardrail.decide.rollback_window import Applied
 from guardrail.detectors.base import Detector
 from guardrail.detectors.build import find_detector
@@ -82,7 +84,7 @@ class Controller(ControllerMemory):
             + max(LOOK_BACK, Divergence.MEMORY * settings.detectors.divergence.steps, CLIMB)
             + 1
         )
-        if any(rung.action == "widen" for rung in settings.escalation):
+        if any(BY_ACTION[entry.action].widens_window for entry in settings.escalation):
             reach += settings.max_window // 2
         self._history: deque[Applied] = deque(maxlen=reach)
         # (step, loss) of the last accepted steps
@@ -254,19 +256,20 @@ class Controller(ControllerMemory):
             settings=self.settings,
             advise=self.mode is Mode.ADVISE,
         )
-        action, row = case.action(), case.row
+        action, recent = case.choose_action(), case.recent_rollbacks
         self._asks_again = weights_are_clean(case.diagnosis) and (
-            case.too_long or _is_due(case.streak + 1, self.settings.rollback_after_rejections)
+            case.exceeds_data_skips
+            or _is_due(case.streak + 1, self.settings.rollback_after_rejections)
         )
         # The same place again, before enough healthy steps have gone by since the run went back for
         # it.
-        again = bool(row) and case.applied - row[-1].from_step < self.incidents.confirm
+        again = bool(recent) and case.applied - recent[-1].from_step < self.incidents.confirm
         if action in (Action.ROLLBACK, Action.HALT) and again:
             if levels.are_only_norms_high(self.detector_set, obs, findings):
                 notes = levels.begin_norms(self.detector_set, obs, findings)
                 return self._level(obs, notes, "again behind a rollback while the loss is as usual")
             state = state or RECURRED
-        done = answer(case, action)
+        done = respond(case, action)
         taken, would = done.action, None
         if self.mode is Mode.ADVISE:
             taken, would = Action.FP16_OVERFLOW if obs.overflow else Action.APPLY, done.action

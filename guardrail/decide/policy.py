@@ -81,7 +81,7 @@ def _order(finding: Finding) -> tuple[int, bool, bool, float]:
     )
 
 
-def evidence(findings: Sequence[Finding]) -> str:
+def format_evidence(findings: Sequence[Finding]) -> str:
     """What was found, as the beginning of a sentence: the most severe finding, and all that is no
     usable number.
     """
@@ -116,11 +116,11 @@ def is_anomaly(findings: Iterable[Finding]) -> bool:
     )
 
 
-def decide(
+def decide_action(
     findings: Sequence[Finding],
     *,
     streak: int,
-    in_a_row: int,
+    rollback_count: int,
     settings: GuardOptions,
     diagnosis: Diagnosis | None = None,
 ) -> Action:
@@ -129,7 +129,7 @@ def decide(
     Args:
         findings: of this step.
         streak: troubled batches rejected directly before this one.
-        in_a_row: how many `recent_rollbacks` there are.
+        rollback_count: how many `recent_rollbacks` there are.
         diagnosis: of the incident, where a replay has told it. Where it is the state, to leave
             updates out is pointless; where it is data of which nothing was applied, to go back is:
             the weights are as they were.
@@ -150,7 +150,7 @@ def decide(
     )
     if not persistent and not (trouble and serious):
         return Action.SKIP
-    return Action.ROLLBACK if in_a_row < settings.max_rollbacks else Action.HALT
+    return Action.ROLLBACK if rollback_count < settings.max_rollbacks else Action.HALT
 
 
 def weights_are_clean(diagnosis: Diagnosis | None) -> bool:
@@ -159,12 +159,10 @@ def weights_are_clean(diagnosis: Diagnosis | None) -> bool:
 
 
 def consecutive_skip_limit(settings: GuardOptions) -> int:
-    """Rejections in a row that call for more than leaving the update out."""
-    return (
-        settings.rollback_after_rejections
-        if any(rung.action == "skip" for rung in settings.escalation)
-        else 1
-    )
+    """Return how many consecutive rejections cause a rollback; 1 without the remedy `skip`."""
+    if any(entry.action == "skip" for entry in settings.escalation):
+        return settings.rollback_after_rejections
+    return 1
 
 
 def recent_rollbacks(

@@ -18,7 +18,7 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Mode, Remedy, Span, Unresolved
 from guardrail.decide.control_commands.base import ReplayTarget
 from guardrail.decide.control_commands.registry import replay_line
-from guardrail.decide.remedies import CLIP, EMBED_ALPHA, LR, factor, resets
+from guardrail.decide.remedies.effects import CLIP, EMBED_ALPHA, LR, compute_factor, resets_moments
 from guardrail.decide.step_setting import StepSetting
 
 # Actions by which something is done about an incident.
@@ -228,11 +228,11 @@ class RunHistory(ReplayTarget):
         if not remedies:
             return Effects(self.lr.at(step), self.alpha.at(step), 1.0, False)
         return Effects(
-            lr=self.lr.at(step) * factor(remedies, LR, step),
+            lr=self.lr.at(step) * compute_factor(remedies, LR, step),
             embed_alpha=self.alpha.at(step)
-            * factor(remedies, EMBED_ALPHA, step, floor=settings.shrink_embedding.floor),
-            clip=factor(remedies, CLIP, step),
-            reset=resets(remedies, step),
+            * compute_factor(remedies, EMBED_ALPHA, step, floor=settings.shrink_embedding.floor),
+            clip=compute_factor(remedies, CLIP, step),
+            reset=resets_moments(remedies, step),
         )
 
     def why_not_of_this_run(self, identity: Mapping[str, Any], *, timeline: int, step: int) -> str:

@@ -29,7 +29,7 @@ from guardrail.decide.control_commands.restore_preview import (
 from guardrail.decide.control_commands.rollback import Rollback
 from guardrail.decide.control_commands.run_facts import make_preview
 from guardrail.decide.control_commands.stop import Stop
-from guardrail.decide.remedies import sentence
+from guardrail.decide.remedies.effects import format_effect
 from guardrail.operate.run_state import RunState
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def rollback_for(
         settled: whether the candidate of a step counts as good; see `Controller.is_settled`.
     """
     found = newest_state(state.states, window[0], before_step=before_step, settled=settled)
-    remark = "; ".join(map(sentence, remedies))
+    remark = "; ".join(map(format_effect, remedies))
     if found is None:
         return make_preview(
             state,

@@ -316,7 +316,7 @@ def test_a_rollback_leaves_out_the_few_samples_that_explain_it(
     assert last - first > 2 * BATCH and first <= NOISE[0] and NOISE[-1] < last
     assert tuple(back.data["span"]["positions"]) == NOISE and back.data["count"] == len(NOISE)
     (verdict,) = of_kind(run, "verdict")
-    assert f"leave out the 6 samples to blame of positions {first} to {last - 1}" in verdict.message
+    assert f"skip 6 bad samples of positions {first} to {last - 1}" in verdict.message
     assert len(quarantine_lines(run)) == len(NOISE), "the rest of the window is kept"
     assert_whole(run)
     assert_same(run, trained(told(config, run)))

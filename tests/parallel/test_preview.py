@@ -373,15 +373,14 @@ def test_each_rung_does_what_was_foretold(tmp_path: Path) -> None:
     for tried, (question, back) in enumerate(zip(asked, backs, strict=True)):
         count = "1 rollback" if tried == 1 else f"{tried} rollbacks"
         where = "after it" if tried == 1 else "between them"
-        again = f", rung {back.data['rung']} after {count} without 200 healthy steps {where}"
+        again = f", remedy {back.data['rung']} after {count} without 200 healthy steps {where}"
         assert (
-            f"3 batches in a row rejected{again if tried else ''}: go back before step"
+            f"3 consecutive rejections{again if tried else ''}: restore a state from before step"
             in question.message
         )
         assert "against" in question.message and "score" in question.message
     assert (
-        "halt, since 6 rollbacks without 200 healthy steps between them are as many as"
-        in last.message
+        "halt after 6 rollbacks without 200 healthy steps between them, the limit" in last.message
     )
     view = run.metrics()
     step, lr, timeline = (view.column(name) for name in ("step", "lr", "timeline"))

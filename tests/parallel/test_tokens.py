@@ -28,7 +28,7 @@ from guardrail.core.records import (
     Verdict,
 )
 from guardrail.core.text import escape_text
-from guardrail.decide.remedies import embedding_concerned
+from guardrail.decide.embedding_lead import concerns_embedding
 from guardrail.decide.run_history import RunHistory
 from guardrail.report.build import build_report
 from guardrail.report.output import incident_text, render_report, report_as_dict
@@ -209,17 +209,17 @@ def verdict(action: Action, signal: str, value: float = 5.0, **more: Any) -> Ver
 
 
 def test_tokens_are_asked_for_only_of_a_rejected_step_with_a_finding_on_the_embedding() -> None:
-    assert embedding_concerned(verdict(Action.SKIP, EMBED_SHARE))
-    assert embedding_concerned(verdict(Action.ROLLBACK, EMBED_GRAD_NORM))
-    assert embedding_concerned(verdict(Action.APPLY, EMBED_GRAD_NORM, would=Action.SKIP)), (
+    assert concerns_embedding(verdict(Action.SKIP, EMBED_SHARE))
+    assert concerns_embedding(verdict(Action.ROLLBACK, EMBED_GRAD_NORM))
+    assert concerns_embedding(verdict(Action.APPLY, EMBED_GRAD_NORM, would=Action.SKIP)), (
         "advise tells them too"
     )
-    assert not embedding_concerned(verdict(Action.APPLY, EMBED_GRAD_NORM)), (
+    assert not concerns_embedding(verdict(Action.APPLY, EMBED_GRAD_NORM)), (
         "a note on a healthy step costs nothing"
     )
-    assert not embedding_concerned(verdict(Action.SKIP, "loss"))
-    assert not embedding_concerned(verdict(Action.SKIP, EMBED_GRAD_NORM, math.nan))
-    assert not embedding_concerned(Verdict(action=Action.APPLY, step=3))
+    assert not concerns_embedding(verdict(Action.SKIP, "loss"))
+    assert not concerns_embedding(verdict(Action.SKIP, EMBED_GRAD_NORM, math.nan))
+    assert not concerns_embedding(Verdict(action=Action.APPLY, step=3))
 
 
 def test_a_token_is_spelled_by_its_text_or_by_its_name() -> None:

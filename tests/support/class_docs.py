@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import msgspec
 
 from guardrail.core.section import Section
+from guardrail.decide.remedies.registry import REMEDIES
 from guardrail.detectors.base import Detector
 from guardrail.detectors.build import DETECTORS, ON_DEMAND, SETTINGS
 
@@ -32,6 +33,15 @@ def fill_detection(page: str) -> str:
     classes = [*DETECTORS, *ON_DEMAND]
     page = fill_part(page, "settings", settings_table())
     return fill_part(page, "detectors", f"{table_of(classes)}\n\n{sections_of(classes)}")
+
+
+def fill_remedies(page: str) -> str:
+    """Return docs/remedies.md with its generated part."""
+    lines = ["| remedy | what it does | keys |", "|---|---|---|"]
+    for cls in REMEDIES:
+        keys = ", ".join(f"`{key}`" for key in cls.keys) or "none"
+        lines.append(f"| `{cls.action}` | {cls.help} | {keys} |")
+    return fill_part(page, "remedies", "\n".join(lines))
 
 
 def settings_table() -> str:

@@ -2,7 +2,8 @@
 
 keys.md            from the table of keys of the screen
 configuration.md   from the sections of the configuration, their comments and defaults
-detection.md       one part of it from the classes of the detectors
+detection.md       two parts of it from the classes of the detectors
+remedies.md        one part of it from the classes of the remedies
 backtest.md        its table of formats, from the list of importers
 """
 
@@ -20,7 +21,7 @@ import msgspec
 from guardrail.backtest.importers.registry import format_table
 from guardrail.core.section import Section
 from guardrail.tui.screens import keys
-from tests.support.class_docs import comments_of, fill_detection
+from tests.support.class_docs import comments_of, fill_detection, fill_remedies
 from tests.support.places import ROOT
 from trainer.config import Config
 from trainer.optim.registry import OPTIMIZERS
@@ -154,10 +155,15 @@ def backtest_page() -> str:
     return f"{before}{begin}{format_table()}{end}{after}"
 
 
+def remedies_page() -> str:
+    return fill_remedies((DOCS / "remedies.md").read_text(encoding="utf-8"))
+
+
 PAGES = {
     "keys.md": keys_page,
     "configuration.md": configuration_page,
     "detection.md": detection_page,
+    "remedies.md": remedies_page,
     "backtest.md": backtest_page,
 }
 

@@ -8,7 +8,7 @@ from guardrail.decide.control_commands.base import ScreenKey
 from guardrail.decide.control_commands.factor import FactorCommand
 from guardrail.decide.control_commands.preview import Preview
 from guardrail.decide.control_commands.run_facts import RecordedFacts
-from guardrail.decide.remedies import LR
+from guardrail.decide.remedies.effects import LR
 
 
 class ScaleLearningRate(FactorCommand):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from guardrail.core.records import Verdict
-from guardrail.decide.remedies import embedding_concerned
+from guardrail.decide.embedding_lead import concerns_embedding
 from guardrail.torch.measure.gradient_norms import to_local
 from guardrail.torch.measure.reduced_step import ReducedStep
 from guardrail.torch.state import foreach
@@ -89,7 +89,7 @@ def build_token_evidence(
         samples: ids of the global batch.
         describe: on rank 0, if there is a tokenizer.
     """
-    if not embedding_concerned(verdict):
+    if not concerns_embedding(verdict):
         return {}
     rows = find_longest_rows(embedding, gather)
     if not rows:

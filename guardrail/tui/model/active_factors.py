@@ -14,7 +14,7 @@ from guardrail.core.events.event import Event
 from guardrail.core.format import clean_and_shorten, format_count
 from guardrail.core.records import Remedy
 from guardrail.decide.control_commands.registry import find_command
-from guardrail.decide.remedies import CLIP, EMBED_ALPHA, LR, factor
+from guardrail.decide.remedies.effects import CLIP, EMBED_ALPHA, LR, compute_factor
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.step_setting import StepSetting
 
@@ -41,7 +41,7 @@ class ActiveFactor:
 
     def at(self, step: int) -> float:
         if self.remedy is not None:
-            return factor([self.remedy], self.kind, step)
+            return compute_factor([self.remedy], self.kind, step)
         return self.value if step >= self.since else 1.0
 
     @property

@@ -16,7 +16,7 @@ from guardrail.decide.control_commands.base import (
 )
 from guardrail.decide.control_commands.preview import Preview
 from guardrail.decide.control_commands.run_facts import RecordedFacts, RunFacts
-from guardrail.decide.remedies import LR
+from guardrail.decide.remedies.effects import LR
 
 FACTOR = 0.1
 

@@ -34,8 +34,8 @@ def test_advise_journals_what_would_be_done(tmp_path: Path) -> None:
         assert does.startswith(
             ("would skip at step", "would roll back at step", "would halt at step")
         ), message
-        assert "leave this update out" not in reason or "would leave this update out" in reason
-        assert "go back before" not in reason or "would go back before" in reason
+        assert "skip the update" not in reason or "would skip the update" in reason
+        assert "restore a state" not in reason or "would restore a state" in reason
     lines = [line for line in LogLines(run).new() if "verdict" in line]
     assert 1 <= len(lines) < len(verdicts), (
         "one line for each incident and action, not one for each step"

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from guardrail.core.events.event import Event
+from guardrail.core.format import format_plural
 from guardrail.core.guard_options import EscalationStep, GuardOptions
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
@@ -56,7 +57,7 @@ def test_a_spike_is_left_out_with_its_own_samples() -> None:
     assert verdict.window == ((step - 1) * BATCH, step * BATCH)
     assert verdict.onset == step and verdict.would is None
     assert [f.kind for f in verdict.findings] == [FindingKind.LOSS_SPIKE]
-    assert "loss 9 against 2" in verdict.reason and "1 in a row of 3" in verdict.reason
+    assert "loss 9 against 2" in verdict.reason and "rejection 1 of 3" in verdict.reason
 
 
 def test_rejections_in_a_row_roll_back_from_the_batch_before_the_onset() -> None:
@@ -67,7 +68,7 @@ def test_rejections_in_a_row_roll_back_from_the_batch_before_the_onset() -> None
     last = verdicts[-1]
     assert last.onset == step and last.before_step == step - 1
     assert last.window == ((step - 2) * BATCH, (step + 2) * BATCH)
-    assert f"go back before step {step - 1}" in last.reason and "3 batches in a row" in last.reason
+    assert f"before step {step - 1}" in last.reason and "3 consecutive rejections" in last.reason
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 0), (7, 3), (100, 400)])
@@ -113,7 +114,7 @@ def test_divergence_rolls_back_at_once_to_before_its_onset() -> None:
     assert verdict.findings[0].kind is FindingKind.DIVERGENCE
     assert verdict.onset is not None and abs(verdict.onset - step) <= 2
     assert verdict.window == ((verdict.onset - 2) * BATCH, verdict.step * BATCH)
-    assert "it has stayed up" in verdict.reason
+    assert "which stays up" in verdict.reason
 
 
 def test_signals_are_judged_together() -> None:
@@ -825,10 +826,8 @@ def test_data_to_blame_is_left_out_however_often_in_a_row(cause: Cause) -> None:
     asked = []
     for streak in range(1, 21):
         assert verdict.action is Action.SKIP and verdict.escalation == "skip"
-        assert (
-            f"the data is to blame: leave this update out, {streak} in a row of at most 20"
-            in verdict.reason
-        )
+        skips = format_plural(streak, "consecutive skip")
+        assert f"bad data: skip the update ({skips}, limit 20)" in verdict.reason
         verdict = controller.observe(nth(step, streak))
         if controller.needs_cause_test(verdict):
             asked.append(streak + 1)
@@ -837,7 +836,7 @@ def test_data_to_blame_is_left_out_however_often_in_a_row(cause: Cause) -> None:
     assert asked == [3, 6, 12, 21]
     assert (verdict.action, verdict.escalation) == (Action.HALT, "halt")
     assert (
-        "the data is to blame: halt, since 20 in a row are as many as guard.max_data_skips allows"
+        "bad data: halt after 20 consecutive skips, the limit guard.max_data_skips"
         in verdict.reason
     )
 
@@ -874,7 +873,7 @@ def test_an_update_of_bad_data_is_gone_back_for_once() -> None:
     )
     assert (verdict.action, verdict.before_step) == (Action.ROLLBACK, step - 1)
     assert verdict.window == ((step - 2) * BATCH, step * BATCH)
-    assert "an update of such data is in the weights: go back" in verdict.reason
+    assert "an update of such data is in the weights: restore a state" in verdict.reason
     # It is out of the weights now: what is left of the stretch is only left out.
     done = Rollback(
         from_step=step - 1, to_step=190, onset=step - 1, window=verdict.window, incident=1
@@ -901,10 +900,7 @@ def test_only_the_samples_to_blame_of_a_window_are_left_out_until_that_was_not_e
     assert verdict.action is Action.ROLLBACK and verdict.window is not None
     here = (verdict.step - 1) * BATCH
     assert verdict.positions == (here - 2, here + 3)
-    assert (
-        f"leave out the 2 samples to blame of positions {here - BATCH} to {here + BATCH - 1}"
-        in verdict.reason
-    )
+    assert f"skip 2 bad samples of positions {here - BATCH} to {here + BATCH - 1}" in verdict.reason
     went = Rollback(
         from_step=verdict.step - 1,
         to_step=190,
@@ -945,8 +941,8 @@ def test_where_the_state_is_to_blame_the_run_goes_back_at_once_and_leaves_nothin
     )
     assert verdict.window == ((step - 2) * BATCH, (step - 2) * BATCH)
     assert (
-        "whatever the batch: go back before step" in verdict.reason
-        and "leave nothing out" in verdict.reason
+        "with every batch: restore a state from before step" in verdict.reason
+        and "skip no data" in verdict.reason
     )
     # It is known from now on: no other replay, and no update left out in vain.
     again = controller.observe(obs(step, 9.0, 0.5))

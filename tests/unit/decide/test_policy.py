@@ -10,7 +10,7 @@ from guardrail.decide.policy import (
     by_severity,
     choose_target,
     confirmed,
-    decide,
+    decide_action,
     is_anomaly,
     recent_rollbacks,
 )
@@ -60,14 +60,18 @@ NAN = finding(Severity.REJECT, FindingKind.NONFINITE, 0.0, 0.0)
     ],
 )
 def test_the_ladder(findings: list[Finding], streak: int, in_a_row: int, action: Action) -> None:
-    assert decide(findings, streak=streak, in_a_row=in_a_row, settings=SETTINGS) is action
+    assert (
+        decide_action(findings, streak=streak, rollback_count=in_a_row, settings=SETTINGS) is action
+    )
 
 
 def test_a_budget_of_nothing_halts_at_once_and_a_persist_of_one_rolls_back_at_once() -> None:
     settings = GuardOptions(rollback_after_rejections=1, max_rollbacks=0)
-    assert decide([REJECT], streak=0, in_a_row=0, settings=settings) is Action.HALT
+    assert decide_action([REJECT], streak=0, rollback_count=0, settings=settings) is Action.HALT
     assert (
-        decide([REJECT], streak=0, in_a_row=0, settings=GuardOptions(rollback_after_rejections=1))
+        decide_action(
+            [REJECT], streak=0, rollback_count=0, settings=GuardOptions(rollback_after_rejections=1)
+        )
         is Action.ROLLBACK
     )
 

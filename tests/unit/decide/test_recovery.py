@@ -16,11 +16,13 @@ from guardrail.core.records import (
     Severity,
 )
 from guardrail.decide.controller import Controller
+from guardrail.decide.embedding_lead import embedding_leads
+from guardrail.decide.escalation import choose_remedy, count_uses
 from guardrail.decide.incidents import PATIENCE, Incidents
-from guardrail.decide.ladder import next_rung, widening
 from guardrail.decide.policy import Rollback
 from guardrail.decide.recovery import LEAST, compare, fit_trend
-from guardrail.decide.remedies import embedding_leads, factor, of_rung, resets
+from guardrail.decide.remedies.effects import compute_factor, resets_moments
+from guardrail.decide.remedies.registry import BY_ACTION
 from tests.support.feed import BATCH, noisy, obs, warmed
 
 
@@ -124,10 +126,12 @@ def climb(
     """The rungs that are taken one after the other until none is left."""
     taken: list[Rollback] = []
     while (
-        rung := next_rung(ladder, taken, taken, applied=101, cause=cause, embedding=embedding)
+        remedy := choose_remedy(
+            ladder, taken, taken, applied=101, cause=cause, embedding_leads=embedding
+        )
     ) and len(taken) < 99:
-        taken.append(done(rung.do))
-        if rung.do in ("halt", "pause"):
+        taken.append(done(remedy.action))
+        if remedy.ends_run:
             break
     return [one.escalation for one in taken]
 
@@ -168,20 +172,23 @@ def test_a_rung_rests_for_its_cooldown() -> None:
         EscalationStep(action="rollback", max_uses=9),
     )
     before = [done("lower_lr", 100)]
-    names = [
-        next_rung(ladder, [], before, applied=at, cause=None, embedding=False) for at in (149, 150)
+    remedies = [
+        choose_remedy(ladder, [], before, applied=at, cause=None, embedding_leads=False)
+        for at in (149, 150)
     ]
-    assert [rung and rung.do for rung in names] == ["rollback", "lower_lr"]
+    assert [remedy and remedy.action for remedy in remedies] == ["rollback", "lower_lr"]
 
 
 def test_each_widening_doubles() -> None:
-    widen = EscalationStep(action="widen")
-    assert [widening(widen, [done("rollback"), *[done("widen")] * n]) for n in range(3)] == [
-        2,
-        4,
-        8,
-    ]
-    assert widening(EscalationStep(action="rollback"), [done("widen")]) == 1
+    factors = []
+    for times in range(3):
+        uses = count_uses("widen", [done("rollback"), *[done("widen")] * times])
+        factors.append(
+            BY_ACTION["widen"](EscalationStep(action="widen"), uses=uses).window_factor()
+        )
+    assert factors == [2, 4, 8]
+    rollback = BY_ACTION["rollback"](EscalationStep(action="rollback"), uses=1)
+    assert rollback.window_factor() == 1
 
 
 def rejected(controller: Controller, step: int, *, rung: str) -> list[tuple[Action, str]]:
@@ -211,7 +218,7 @@ def test_a_widened_window_is_twice_as_long_and_a_function_of_the_onset() -> None
         )
         before = verdicts[-1].before_step
         assert before is not None and window[0] == (before - 1) * BATCH and before < step - 1
-        assert "rung widen after 1 rollback without" in verdicts[-1].reason
+        assert "remedy widen after 1 rollback without" in verdicts[-1].reason
 
 
 def test_the_rungs_of_a_run_that_does_not_recover() -> None:
@@ -234,7 +241,7 @@ def test_the_rungs_of_a_run_that_does_not_recover() -> None:
         else:
             assert (
                 said[-1][0] is Action.HALT
-                and "have used up the rungs of guard.escalation" in said[-1][1]
+                and "no remedy of guard.escalation that fits is left" in said[-1][1]
             )
 
 
@@ -243,22 +250,22 @@ def test_the_rungs_of_a_run_that_does_not_recover() -> None:
 
 def test_a_remedy_is_a_function_of_the_step_that_returns_to_one() -> None:
     remedy = Remedy(kind="lr", value=0.5, from_step=10, hold_steps=2, ramp_steps=3)
-    values = [factor([remedy], "lr", step) for step in range(8, 17)]
+    values = [compute_factor([remedy], "lr", step) for step in range(8, 17)]
     assert values == pytest.approx([1, 1, 0.5, 0.5, 0.625, 0.75, 0.875, 1, 1])
     assert (
-        factor([remedy, remedy], "lr", 10) == 0.25
-        and factor([remedy, remedy], "lr", 10, floor=0.4) == 0.4
+        compute_factor([remedy, remedy], "lr", 10) == 0.25
+        and compute_factor([remedy, remedy], "lr", 10, floor=0.4) == 0.4
     )
-    assert factor([remedy], "clip", 10) == 1.0
-    moments, low = of_rung(EscalationStep(action="reset_moments", factor=0.1), 7)
-    again = of_rung(
-        EscalationStep(action="lower_lr", factor=0.3, hold_steps=20, ramp_steps=40), 7, again=1
-    )
+    assert compute_factor([remedy], "clip", 10) == 1.0
+    reset = EscalationStep(action="reset_moments", factor=0.1)
+    moments, low = BY_ACTION["reset_moments"](reset).effects(7)
+    lower = EscalationStep(action="lower_lr", factor=0.3, hold_steps=20, ramp_steps=40)
+    again = BY_ACTION["lower_lr"](lower, uses=1).effects(7)
     assert again == (Remedy(kind="lr", value=0.3**2, from_step=7, hold_steps=40, ramp_steps=80),)
     assert (
-        resets([moments, low], 7)
-        and not resets([moments, low], 8)
-        and factor([moments, low], "lr", 7) == 0.1
+        resets_moments([moments, low], 7)
+        and not resets_moments([moments, low], 8)
+        and compute_factor([moments, low], "lr", 7) == 0.1
     )
 
 

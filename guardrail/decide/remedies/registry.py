@@ -1,0 +1,36 @@
+"""The list of all remedies, and the remedy of a name or of an effect."""
+
+from __future__ import annotations
+
+from guardrail.decide.remedies.base import EscalationRemedy
+from guardrail.decide.remedies.halt import Halt
+from guardrail.decide.remedies.lower_lr import LowerLr
+from guardrail.decide.remedies.older import OlderState
+from guardrail.decide.remedies.pause import Pause
+from guardrail.decide.remedies.reset_moments import ResetMoments
+from guardrail.decide.remedies.rollback import PlainRollback
+from guardrail.decide.remedies.shrink_embedding import ShrinkEmbeddingGradients
+from guardrail.decide.remedies.skip import SkipUpdate
+from guardrail.decide.remedies.tighten_clip import TightenClip
+from guardrail.decide.remedies.widen import WidenWindow
+
+REMEDIES: tuple[type[EscalationRemedy], ...] = (
+    SkipUpdate,
+    PlainRollback,
+    WidenWindow,
+    OlderState,
+    LowerLr,
+    ShrinkEmbeddingGradients,
+    TightenClip,
+    ResetMoments,
+    Pause,
+    Halt,
+)
+
+BY_ACTION = {cls.action: cls for cls in REMEDIES}
+BY_EFFECT = {cls.effect: cls for cls in REMEDIES if cls.effect}
+
+
+def find_effect(kind: str) -> type[EscalationRemedy]:
+    """Return the remedy that has this kind of effect; the base class for any other kind."""
+    return BY_EFFECT.get(kind, EscalationRemedy)
