@@ -2,8 +2,8 @@
 
 Attributes:
     Config: the class that a TOML file is read with.
-    outline: what a configuration asks of its machines, for `guardrail doctor --dry-run`.
-    remarks: where a configuration leaves published practice, for `guardrail doctor`.
+    outline: what a configuration needs of its machines, for `guardrail doctor --dry-run`.
+    remarks: where a configuration differs from published runs, for `guardrail doctor`.
 """
 
 from trainer.config.config import Config as Config

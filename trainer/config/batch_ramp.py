@@ -1,8 +1,7 @@
-"""The batch size as a function of the step: constant, or growing with the tokens seen (GPT-3: 32 K
-to 3.2 M).
+"""The batch size as a function of the step: constant, or growing with the tokens read.
 
-A function of the step alone, so a rollback or a restart cannot put it out of step, and a batch left
-out does not move it.
+GPT-3 grew its batch from 32 K to 3.2 M tokens. The size depends on the step alone. A rollback, a
+restart or a skipped batch therefore cannot change it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import msgspec
 
 
 class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Stages of a constant batch size each.
+    """Stages with a constant batch size each.
 
     Attributes:
         firsts: first step of each stage, ascending, the first one 1.
@@ -25,17 +24,18 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def constant(cls, size: int) -> BatchPlan:
+        """Return the plan of one stage."""
         return cls(firsts=(1,), sizes=(size,))
 
     @classmethod
     def growing(cls, *, start: int, by: int, size: int, samples: int) -> BatchPlan:
-        """From `start` to `size` in equal increments `by`, linear in samples, as Megatron's
-        rampup_batch_size has it.
+        """Return a plan that grows linearly with the samples, as Megatron's rampup_batch_size.
 
         Args:
-            start, by, size: samples of a batch; size - start is a multiple of `by`.
-            samples: after which the batch has its full size; each stage gets its share, rounded up
-            to whole batches.
+            start, size: samples of the first and of the full batch.
+            by: samples by which the batch grows each time; divides size - start.
+            samples: after which the batch has its full size. Each stage gets an equal share of
+                them, rounded up to complete batches.
         """
         sizes = tuple(range(start, size, by))
         share = samples / max(1, len(sizes))
@@ -45,19 +45,19 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
         return cls(firsts=tuple(firsts), sizes=(*sizes, size))
 
     def __call__(self, step: int) -> int:
-        """Samples of the batch of this step, from 1."""
+        """Return the samples of the batch of a step; steps count from 1."""
         return self.sizes[max(0, bisect_right(self.firsts, step) - 1)]
 
     def samples_in(self, steps: int) -> int:
-        """Samples of the first `steps` applied batches together."""
+        """Return the samples of the first `steps` applied batches together."""
         total = 0
-        for index, (first, size) in enumerate(zip(self.firsts, self.sizes, strict=True)):
-            end = self.firsts[index + 1] if index + 1 < len(self.firsts) else steps + 1
+        ends = (*self.firsts[1:], steps + 1)
+        for first, end, size in zip(self.firsts, ends, self.sizes, strict=True):
             total += max(0, min(end, steps + 1) - first) * size
         return total
 
     def steps_for(self, samples: float) -> int:
-        """The fewest steps whose batches hold at least `samples`."""
+        """Return the fewest steps whose batches hold at least `samples`."""
         for index, (first, size) in enumerate(zip(self.firsts, self.sizes, strict=True)):
             before = self.samples_in(first - 1)
             steps = first - 1 + max(0, -int(-(samples - before) // size))

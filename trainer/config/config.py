@@ -1,5 +1,4 @@
-"""The complete configuration of the built-in trainer: guardrail's own sections plus data, model,
-optimizer, run length.
+"""The complete configuration of the built-in trainer: guardrail's sections and the trainer's own.
 
 Imports no torch: `guardrail launch` refuses a bad file before any process starts.
 """
@@ -8,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,8 @@ from trainer.sources.registry import builtin_names, source_of_entry
 
 
 class Config(GuardConfig, frozen=True, kw_only=True):
+    """The sections of a configuration file, and what follows from several of them."""
+
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     optim: OptimSection = OptimSection()
@@ -45,21 +46,21 @@ class Config(GuardConfig, frozen=True, kw_only=True):
 
     @property
     def world(self) -> int:
+        """Number of ranks."""
         return self.launch.processes * self.launch.nodes
 
     @property
     def layout(self) -> Layout:
-        """The mesh of ranks. Raises ConfigError where the numbers do not fit; `check` has seen that
-        they do.
-        """
+        """The mesh of ranks. Raises ConfigError if the numbers do not fit, as `check` does."""
         return Layout.from_section(self.parallel, world=self.world, strategy=self.train.strategy)
 
     @property
     def micro_batch_size(self) -> int:
-        return (
-            self.train.micro_batch_size
-            or (self.train.batch_ramp.start or self.train.batch_size) // self.layout.data_ranks
-        )
+        """Samples of one forward and backward pass of one rank."""
+        if self.train.micro_batch_size:
+            return self.train.micro_batch_size
+        smallest_batch = self.train.batch_ramp.start or self.train.batch_size
+        return smallest_batch // self.layout.data_ranks
 
     @property
     def micro_batches(self) -> int:
@@ -79,7 +80,7 @@ class Config(GuardConfig, frozen=True, kw_only=True):
         )
 
     def schedule(self, *, steps: int) -> Schedule:
-        """The learning rate as a function of the step, for a run of so many."""
+        """Return the learning rate as a function of the step, for a run of `steps` updates."""
         length = self.data.sequence_length
         warmup = warmup_steps(self.optim, steps=steps, plan=self.batch_plan, sequence_length=length)
         return Schedule.from_section(self.optim, steps=steps, warmup=warmup)
@@ -92,16 +93,14 @@ class Config(GuardConfig, frozen=True, kw_only=True):
         config = super().resolved(base=base)
         assert isinstance(config, Config)
         data = config.data
-        absolute = lambda path: str(base / os.path.expanduser(path))  # noqa: E731
         data = msgspec.structs.replace(
             data,
             sources=tuple(source_of_entry(s).resolve(s, base=base) for s in data.sources),
-            tokenizer=data.tokenizer if data.tokenizer in TRAINED else absolute(data.tokenizer),
-            quarantine=absolute(data.quarantine) if data.quarantine else "",
-            cache=absolute(data.cache) if data.cache else "",
+            tokenizer=_absolute(base, data.tokenizer, but=TRAINED),
+            quarantine=_absolute(base, data.quarantine),
+            cache=_absolute(base, data.cache),
         )
-        model = config.model
-        model = msgspec.structs.replace(model, hf=absolute(model.hf) if model.hf else "")
+        model = msgspec.structs.replace(config.model, hf=_absolute(base, config.model.hf))
         return msgspec.structs.replace(config, data=data, model=model)
 
     def check(self, *, base: Path) -> None:
@@ -111,7 +110,10 @@ class Config(GuardConfig, frozen=True, kw_only=True):
         self._check_data(base)
         self._check_faults()
         self.model.check(base=base)
-        self.optim.check(self.model, strategy="fsdp" if self.layout.sharded else "ddp")
+        strategy = "ddp"
+        if self.layout.sharded:
+            strategy = "fsdp"
+        self.optim.check(self.model, strategy=strategy)
         self.layout.check_model(self.model, self.optim, self.train)
         self._check_pipeline()
         self._check_sequence()
@@ -120,10 +122,10 @@ class Config(GuardConfig, frozen=True, kw_only=True):
         self._check_compile()
         if bool(self.train.steps) == bool(self.train.epochs):
             raise ConfigError(
-                "either train.steps or train.epochs, and not both",
+                "either train.steps or train.epochs above 0, and the other one 0",
                 key="train.steps",
                 value=self.train.steps,
-                hint=f"train.epochs is {self.train.epochs}; the one that does not count is 0",
+                hint=f"train.epochs is {self.train.epochs}",
             )
         self._check_warmup()
         if self.train.eval_every and not self.data.eval_fraction:
@@ -135,8 +137,9 @@ class Config(GuardConfig, frozen=True, kw_only=True):
             )
 
     def _check_gate(self) -> None:
-        """The lagged gate leaves updates out on the device, and knows no number of a step before
-        its update.
+        """Refuse what `guard.decide = "deferred"` cannot work with.
+
+        The device decides then, and the host reads the numbers of a step after its update.
         """
         optim = self.optim
         forbidden = {
@@ -174,25 +177,33 @@ class Config(GuardConfig, frozen=True, kw_only=True):
             _refuse(forbidden, instead="train.compile = false")
 
     def _check_warmup(self) -> None:
-        """By epochs, the number of steps is known only when the data is."""
+        """Refuse a warm-up that is longer than the run.
+
+        With train.epochs the number of steps is known only when the data is.
+        """
         steps, optim = self.train.steps, self.optim
-        if steps and self.schedule(steps=steps).warmup >= steps:
-            key = "warmup_tokens" if optim.warmup_tokens else "warmup_steps"
-            raise ConfigError(
-                f"less than train.steps ({steps})"
-                if key == "warmup_steps"
-                else f"fewer than {steps} steps have",
-                key=f"optim.{key}",
-                value=getattr(optim, key),
-                hint="the learning rate would never reach its peak",
-            )
+        if not steps or self.schedule(steps=steps).warmup < steps:
+            return
+        key, expected = "warmup_steps", f"less than train.steps ({steps})"
+        if optim.warmup_tokens:
+            key, expected = "warmup_tokens", f"fewer tokens than {steps} steps have"
+        raise ConfigError(
+            expected,
+            key=f"optim.{key}",
+            value=getattr(optim, key),
+            hint="the learning rate would never reach its peak",
+        )
 
     def _check_ramp(self) -> None:
         train, ramp = self.train, self.train.batch_ramp
         if bool(ramp.start) != bool(ramp.tokens) or (ramp.increment and not ramp.start):
-            key = "tokens" if ramp.start else "start"
+            key = "start"
+            if ramp.start:
+                key = "tokens"
             raise ConfigError(
-                "a ramp with both start and tokens", key=f"train.batch_ramp.{key}", value=0
+                "start and tokens both above 0, or neither",
+                key=f"train.batch_ramp.{key}",
+                value=0,
             )
         if not ramp.start:
             return
@@ -219,12 +230,11 @@ class Config(GuardConfig, frozen=True, kw_only=True):
 
     def _check_pipeline(self) -> None:
         stages, count = self.layout.pp, self.micro_batches
-        # Interleaved 1F1B takes them in rounds of one size, of as many as there are stages or some
-        # more.
+        # Interleaved 1F1B runs micro-batches in rounds of equal size, at least one per stage each.
         rounds = max(1, count // stages)
         if self.parallel.schedule == "1f1b" and self.layout.chunks > 1 and count % rounds:
             raise ConfigError(
-                f"such that the {count} micro-batches of a window make {rounds} equal rounds: "
+                f"such that the {count} micro-batches of a step divide into {rounds} equal rounds; "
                 f"a multiple of parallel.pp ({stages}) always does",
                 key="train.micro_batch_size",
                 value=self.micro_batch_size,
@@ -232,7 +242,7 @@ class Config(GuardConfig, frozen=True, kw_only=True):
             )
         if self.parallel.schedule == "1f1b" and count < stages:
             raise ConfigError(
-                f"such that a window has at least parallel.pp ({stages}) micro-batches",
+                f"such that a step has at least parallel.pp ({stages}) micro-batches",
                 key="train.micro_batch_size",
                 value=self.micro_batch_size,
                 hint=f"batch_size / (data ranks * micro_batch_size) is {count}",
@@ -242,7 +252,7 @@ class Config(GuardConfig, frozen=True, kw_only=True):
         length, parts = self.data.sequence_length, self.layout.tp
         if self.layout.sequence and length % parts:
             raise ConfigError(
-                f"a multiple of parallel.tp ({parts}), whose ranks share out the tokens",
+                f"a multiple of parallel.tp ({parts}), whose ranks split the tokens",
                 key="data.sequence_length",
                 value=length,
                 hint=f"nearest: {nearest_multiple(length, parts)}, or parallel.sequence_parallel = false",
@@ -251,10 +261,15 @@ class Config(GuardConfig, frozen=True, kw_only=True):
     def _check_batch(self) -> None:
         batch, world = self.train.batch_size, self.layout.data_ranks
         if batch % world:
+            expected = f"a multiple of the {world} data-parallel ranks"
             model_ranks = self.layout.tp * self.layout.pp
-            split = f" (launch.processes * launch.nodes = {self.world}, over parallel.tp * parallel.pp = {model_ranks})"
+            if model_ranks > 1:
+                expected += (
+                    f" (launch.processes * launch.nodes = {self.world}, "
+                    f"over parallel.tp * parallel.pp = {model_ranks})"
+                )
             raise ConfigError(
-                f"a multiple of the {world} data-parallel ranks{split if model_ranks > 1 else ''}",
+                expected,
                 key="train.batch_size",
                 value=batch,
                 hint=f"nearest: {nearest_multiple(batch, world)}",
@@ -262,7 +277,7 @@ class Config(GuardConfig, frozen=True, kw_only=True):
         share = self.train.micro_batch_size * world
         if share and batch % share:
             raise ConfigError(
-                f"a divisor of the {batch // world} samples that a rank has of one batch",
+                f"a divisor of {batch // world}, the samples of one rank in a batch",
                 key="train.micro_batch_size",
                 value=self.train.micro_batch_size,
             )
@@ -286,14 +301,17 @@ class Config(GuardConfig, frozen=True, kw_only=True):
             )
         if self.data.quarantine and not os.path.isfile(quarantine):
             raise ConfigError(
-                "an existing file with one sample id a line",
+                "an existing file with one sample id per line",
                 key="data.quarantine",
                 value=self.data.quarantine,
                 hint=why_unreachable(quarantine) or "guardrail report RUN --quarantine writes one",
             )
-        if self.data.cache and (why := why_unreachable(_path(base, self.data.cache))):
+        if not self.data.cache:
+            return
+        why = why_unreachable(_path(base, self.data.cache))
+        if why:
             raise ConfigError(
-                "a folder that can be made", key="data.cache", value=self.data.cache, hint=why
+                "a folder that can be created", key="data.cache", value=self.data.cache, hint=why
             )
 
     def _check_faults(self) -> None:
@@ -308,7 +326,7 @@ class Config(GuardConfig, frozen=True, kw_only=True):
                     f"more than {key}.first ({fault.first}), or {key}.step for a fault at one step",
                     key=f"{key}.last",
                     value=fault.last,
-                    hint="the fault would never strike",
+                    hint="the fault would never be injected",
                 )
             if fault.kind in ("flip_weight", "flip_moment") and fault.value not in range(32):
                 raise ConfigError("a bit from 0 to 31", key=f"{key}.value", value=fault.value)
@@ -316,7 +334,7 @@ class Config(GuardConfig, frozen=True, kw_only=True):
                 raise ConfigError("a factor above 0", key=f"{key}.value", value=fault.value)
 
     def check_machine(self) -> None:
-        """Refuse missing packages, and a ring of snapshots that this node's memory cannot hold."""
+        """Raise ConfigError for missing packages, or for snapshots that exceed this node's memory."""
         for package in ("accelerate", "tokenizers"):
             if not is_installed(package):
                 raise ConfigError(
@@ -328,7 +346,7 @@ class Config(GuardConfig, frozen=True, kw_only=True):
         from trainer.config.sizes import state_bytes
 
         layout = self.layout
-        # of a pipeline: a stage with its share of the embeddings
+        # A pipeline stage counts as an equal part of the model.
         shards = layout.dp_shard * layout.tp * layout.pp
         one = state_bytes(
             self.model,
@@ -337,35 +355,39 @@ class Config(GuardConfig, frozen=True, kw_only=True):
             shards=shards,
             sequence_length=self.data.sequence_length,
         )
-        ring, memory = one * self.snapshots.keep * self.launch.processes, memory_bytes()
-        if ring > memory:
-            fit = memory // (one * self.launch.processes)
-            raise ConfigError(
-                f"a ring that fits {format_gib(memory)} of memory",
-                key="snapshots.keep",
-                value=self.snapshots.keep,
-                hint=f"{self.snapshots.keep} snapshots x {self.launch.processes} processes x {format_gib(one)} are "
-                f"{format_gib(ring)}; "
-                f"{f'{fit} would fit' if fit >= 2 else '0 needs none, and goes back to checkpoints'}",
-            )
+        keep, processes, memory = self.snapshots.keep, self.launch.processes, memory_bytes()
+        needed = one * keep * processes
+        if needed <= memory:
+            return
+        advice = "0 needs no memory; a rollback then loads a checkpoint"
+        fit = memory // (one * processes)
+        if fit >= 2:
+            advice = f"{fit} would fit"
+        raise ConfigError(
+            f"snapshots that fit into {format_gib(memory)} of memory",
+            key="snapshots.keep",
+            value=keep,
+            hint=f"{keep} snapshots x {processes} processes x {format_gib(one)} need "
+            f"{format_gib(needed)}; {advice}",
+        )
 
     @property
     def vocabulary(self) -> int:
-        """Token ids of the configured tokenizer, known before it is trained; an upper bound for
-        `bpe`.
-        """
-        if self.data.tokenizer in TRAINED:
-            return BYTE_IDS if self.data.tokenizer == "bytes" else self.data.vocabulary
+        """Token ids of the configured tokenizer, before it is trained; an upper bound for "bpe"."""
+        if self.data.tokenizer == "bytes":
+            return BYTE_IDS
+        if self.data.tokenizer == "bpe":
+            return self.data.vocabulary
         try:
             model = json.loads(Path(self.data.tokenizer).read_text(encoding="utf-8"))["model"]
             return len(model["vocab"])
         except (OSError, ValueError, KeyError, TypeError):
-            # Whoever loads the file says what is wrong with it.
+            # Loading the file raises an error that says what is wrong with it.
             return self.data.vocabulary
 
 
 def memory_bytes() -> int:
-    """Physical memory of this node, or the limit of its container if that is less."""
+    """Return the physical memory of this node, or the limit of its container if that is less."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -376,13 +398,22 @@ def memory_bytes() -> int:
 
 
 def _refuse(forbidden: Mapping[str, tuple[object, bool, str]], *, instead: str) -> None:
-    """Args:
-    forbidden: key -> (its value, whether that is forbidden, what is expected).
-    instead: the other way out.
+    """Raise ConfigError for the first key with a forbidden value.
+
+    Args:
+        forbidden: key -> (its value, whether that is forbidden, what is expected).
+        instead: the setting to change otherwise.
     """
     for key, (value, bad, expected) in forbidden.items():
         if bad:
             raise ConfigError(f"{expected}, or {instead}", key=key, value=value)
+
+
+def _absolute(base: Path, path: str, *, but: Container[str] = ()) -> str:
+    """Return an absolute path; "" and the values in `but` stay as they are."""
+    if not path or path in but:
+        return path
+    return str(_path(base, path))
 
 
 def _path(base: Path, path: str) -> Path:

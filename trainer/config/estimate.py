@@ -1,7 +1,6 @@
-"""What a configuration asks of its machines, worked out without them: the mesh, shapes, memory of a
-rank. No torch.
+"""What a configuration needs of its machines: the mesh, shapes, memory of a rank. Imports no torch.
 
-For `guardrail doctor --dry-run`: a layout for a cluster can be looked at on a laptop.
+For `guardrail doctor --dry-run`, which checks a configuration for a cluster on a laptop.
 """
 
 from __future__ import annotations
@@ -18,16 +17,17 @@ _FP32 = 4  # bytes; parameters, gradients and moments are kept in fp32 whatever 
 
 
 def outline(config: Config) -> list[str]:
-    """Sentences on mesh, batch, shapes and memory; fewer for a Hugging Face model, whose size
-    nobody knows here.
+    """Return sentences on mesh, batch, shapes and memory.
+
+    For a Hugging Face model only mesh and batch: transformers alone knows its size.
     """
-    said = [_mesh(config), _batch(config)]
+    lines = [_describe_mesh(config), _describe_batch(config)]
     if not config.model.hf:
-        said += [_shapes(config), *_memory(config)]
-    return said
+        lines += [_describe_shapes(config), *_describe_memory(config)]
+    return lines
 
 
-def _mesh(config: Config) -> str:
+def _describe_mesh(config: Config) -> str:
     layout = config.layout
     parts = [
         f"{layout.dp_replicate} replica(s)",
@@ -37,46 +37,48 @@ def _mesh(config: Config) -> str:
     text = f"{' x '.join([*parts, f'{layout.pp} stage(s)'])} = {layout.world} ranks"
     text += f", {config.launch.processes} on each of {config.launch.nodes} node(s)"
     if layout.tp > config.launch.processes:
-        text += "; a tensor-parallel group is spread over nodes, which its traffic will feel"
+        text += "; a tensor-parallel group spans nodes, so its traffic crosses the network"
     return text
 
 
-def _batch(config: Config) -> str:
+def _describe_batch(config: Config) -> str:
     train, length = config.train, config.data.sequence_length
     text = (
-        f"{train.batch_size} samples of {length} tokens a step ({train.batch_size * length:,}): each data rank has "
-        f"{config.micro_batches} micro-batch(es) of {config.micro_batch_size}"
+        f"{train.batch_size} samples of {length} tokens per step ({train.batch_size * length:,}): "
+        f"each data rank has {config.micro_batches} micro-batch(es) of {config.micro_batch_size}"
     )
     stages = config.layout.pp
     if stages > 1:
-        # Narayanan et al. 2021, sections 2.2.1 and 2.2.2: of either schedule, relative to the
-        # whole.
+        # Narayanan et al. 2021, sections 2.2.1 and 2.2.2: for both schedules, relative to the step.
         chunks = config.layout.chunks
         idle = (stages - 1) / (config.micro_batches * chunks + stages - 1)
-        schedule = config.parallel.schedule + (f", {chunks} chunks a stage" if chunks > 1 else "")
+        schedule: str = config.parallel.schedule
+        if chunks > 1:
+            schedule += f", {chunks} chunks per stage"
         text += f"; the pipeline idles {idle:.1%} of the time ({schedule})"
     return text
 
 
-def _shapes(config: Config) -> str:
+def _describe_shapes(config: Config) -> str:
     model, tp = config.model, config.layout.tp
     total = parameter_count(model, config.vocabulary, sequence_length=config.data.sequence_length)
     blocks = sorted({len(numbers) for numbers in config.layout.blocks_of_stages(model.layers)})
     hidden = hidden_width(model)
     return (
-        f"{_count(total)} parameters; a stage has {' or '.join(map(str, blocks))} of {model.layers} blocks, a rank "
-        f"{model.heads // tp} of {model.heads} heads, {hidden // tp} of {hidden} hidden units "
+        f"{_format_count(total)} parameters; a stage has {' or '.join(map(str, blocks))} "
+        f"of {model.layers} blocks, a rank {model.heads // tp} of {model.heads} heads, "
+        f"{hidden // tp} of {hidden} hidden units "
         f"and {-(-config.vocabulary // tp)} of {config.vocabulary} token ids"
     )
 
 
-def _memory(config: Config) -> list[str]:
-    """Of the stage that has most."""
+def _describe_memory(config: Config) -> list[str]:
+    """Return sentences on the memory of a rank of the largest stage."""
     most = max(rank_parameters(config))
     moments = config.optim.spec.moments
     state = most * _FP32 * (2 + moments)
     text = (
-        f"at most {format_gib(state)} a rank for {_count(most)} parameters, "
+        f"at most {format_gib(state)} per rank for {_format_count(most)} parameters, "
         f"their gradients and {moments} moments each (fp32)"
     )
     if config.parallel.cpu_offload:
@@ -89,18 +91,24 @@ def _memory(config: Config) -> list[str]:
     )
     keep = config.snapshots.keep
     copies = most * _FP32 * (1 + moments) * max(1, keep)
-    what = f"{keep} snapshots" if keep else "a copy while a save is written, and for no snapshots"
+    purpose = "one copy while a checkpoint is written (no snapshots)"
+    if keep:
+        purpose = f"{keep} snapshots"
     return [
-        f"{text}; the logits of a micro-batch take {format_gib(logits)} more where they are computed",
-        f"host memory for {what}: at most {format_gib(copies)} a rank, "
-        f"{format_gib(copies * config.launch.processes)} a node",
-        "not worked out: activations, buffers of the communication, what torch and the allocator keep",
+        f"{text}; the logits of a micro-batch need {format_gib(logits)} more on the ranks that "
+        "compute them",
+        f"host memory for {purpose}: at most {format_gib(copies)} per rank, "
+        f"{format_gib(copies * config.launch.processes)} per node",
+        "not included: activations, communication buffers, memory that torch and its allocator keep",
     ]
 
 
 def rank_parameters(config: Config) -> list[int]:
-    """Parameters that one rank of each stage keeps, stage by stage. Norms count as shared out,
-    though a tensor-parallel group has all of them on each rank: a thousandth of a large model."""
+    """Return the parameters that one rank of each stage keeps, stage by stage.
+
+    Norms count as split over a tensor-parallel group, though each rank has all of them. They are a
+    thousandth of a large model.
+    """
     layout = config.layout
     of_stages = stage_parameters(
         config.model,
@@ -111,7 +119,7 @@ def rank_parameters(config: Config) -> list[int]:
     return [-(-count // (layout.tp * layout.dp_shard)) for count in of_stages]
 
 
-def _count(number: int) -> str:
+def _format_count(number: int) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
         if number >= size:
             return f"{number / size:.1f} {unit}"

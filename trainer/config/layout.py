@@ -1,10 +1,9 @@
-"""How the ranks of a run stand to one another: replicas, shards and tensor-parallel groups. Imports
-no torch.
-"""
+"""The mesh of ranks: replicas, shards, tensor-parallel groups, pipeline stages. Imports no torch."""
 
 from __future__ import annotations
 
 import json
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import Struct
@@ -20,38 +19,36 @@ if TYPE_CHECKING:
 
 
 class ParallelSection(Section, frozen=True, kw_only=True):
-    """[parallel]: the mesh of ranks, pp x dp_replicate x dp_shard x tp = launch.processes *
-    launch.nodes.
+    """[parallel]: the mesh of ranks. pp x dp_replicate x dp_shard x tp = launch.processes x nodes.
 
-    dp_replicate and dp_shard at 0 are left to train.strategy: "ddp" fills up with replicas, "fsdp"
-    with shards.
+    train.strategy assigns the ranks that dp_replicate = 0 and dp_shard = 0 leave open: "ddp" makes
+    replicas of them, "fsdp" shards.
     """
 
-    # Copies of the whole training state, whose gradients are averaged (HSDP beside shards; DDP
-    # without); 0: the rest.
+    # Copies of the complete training state; their gradients are averaged (HSDP with shards, DDP
+    # without). 0: the ranks that are left.
     dp_replicate: Natural = 0
-    # Ranks that share one copy of parameters, gradients and optimizer state (ZeRO, FSDP2); 0: the
-    # rest.
+    # Ranks that share one copy of parameters, gradients and optimizer state (ZeRO, FSDP2). 0: the
+    # ranks that are left.
     dp_shard: Natural = 0
-    # Ranks that share the work of each layer, heads and hidden units (Megatron-LM). They stand next
-    # to one another.
+    # Ranks that share the heads and hidden units of each layer (Megatron-LM); they are consecutive.
     tp: Positive = 1
-    # Tensor-parallel groups: share out the tokens of the residual stream as well, with its norms
-    # and dropout. As much traffic, and a part of the activations.
+    # For tensor-parallel groups: split the tokens of the residual stream too, with its norms and
+    # dropout. Same traffic, less memory for activations.
     sequence_parallel: bool = False
-    # Stages of a pipeline, each a stretch of the blocks, and the order in which it takes the
-    # micro-batches of a window: GPipe, or one forward and one backward pass in turn
-    # (PipeDream-flush), which keeps fewer activations.
+    # Stages of the pipeline, each with consecutive blocks, and the order of their passes. "gpipe": all
+    # forward passes first. "1f1b": one forward and one backward pass in turn (PipeDream-flush), which
+    # keeps fewer activations.
     pp: Positive = 1
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    # Pipelines: stretches of blocks that each stage has, dealt out in turn (Megatron's model
-    # chunks, interleaved 1F1B; breadth-first with gpipe). The pipeline idles for a chunk's time
-    # instead of a stage's, for that much more traffic.
+    # For pipelines: groups of consecutive blocks per stage, assigned to the stages in turn
+    # (Megatron's model chunks: interleaved 1F1B, or breadth-first with gpipe). The pipeline idles for
+    # the time of a chunk instead of a stage, and sends that many times more.
     chunks: Positive = 1
-    # Shards: drop gathered parameters after the forward pass and gather them again for the backward
-    # pass (ZeRO-3), or keep them in between (ZeRO-2: more memory, less traffic).
+    # For shards: drop gathered parameters after the forward pass and gather them again for the
+    # backward pass (ZeRO-3), or keep them (ZeRO-2: more memory, less traffic).
     reshard_after_forward: bool = True
-    # Shards: keep parameters, gradients and optimizer state in host memory; the optimizer steps
+    # For shards: keep parameters, gradients and optimizer state in host memory. The optimizer runs
     # there.
     cpu_offload: bool = False
 
@@ -63,9 +60,9 @@ class Layout(Struct, frozen=True, kw_only=True):
     tensor-parallel group.
 
     Attributes:
-        chunks: stretches of blocks that a stage has, see `numbers`.
-        sharded: FSDP2 holds the state, be it on one shard; else DDP, or nothing on a single rank.
-        sequence: a tensor-parallel group shares out the tokens of the stream.
+        chunks: groups of consecutive blocks per stage, see `chunk_numbers`.
+        sharded: whether FSDP2 holds the state, even on one shard; else DDP, or a single rank.
+        sequence: whether a tensor-parallel group splits the tokens of the stream.
     """
 
     pp: int
@@ -78,20 +75,25 @@ class Layout(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_section(cls, section: ParallelSection, *, world: int, strategy: str) -> Layout:
-        """The layout of `world` ranks. Raises ConfigError where they do not fill the mesh."""
+        """Return the layout of `world` ranks. Raises ConfigError if they do not fill the mesh."""
         replicate, shard = section.dp_replicate, section.dp_shard
         given = max(replicate, 1) * max(shard, 1) * section.tp * section.pp
-        full = bool(replicate and shard)
-        if world % given or (full and given != world):
+        is_full = bool(replicate and shard)
+        if world % given or (is_full and given != world):
+            relation = "divisor"
+            if is_full:
+                relation = "product"
             raise ConfigError(
-                f"a {'product' if full else 'divisor'} of {world}, the number of processes",
+                f"a {relation} of {world}, the number of processes",
                 key="parallel",
                 value=given,
                 hint=f"pp = {section.pp}, tp = {section.tp}, dp_replicate = {replicate}, dp_shard = {shard}",
             )
         rest = world // given
         if not replicate and not shard:
-            replicate, shard = (1, rest) if strategy == "fsdp" else (rest, 1)
+            replicate, shard = rest, 1
+            if strategy == "fsdp":
+                replicate, shard = 1, rest
         layout = cls(
             pp=section.pp,
             chunks=section.chunks,
@@ -105,7 +107,7 @@ class Layout(Struct, frozen=True, kw_only=True):
         return layout
 
     def check_model(self, model: ModelSection, optim: OptimSection, train: TrainSection) -> None:
-        """Refuse what tensor-parallel groups and pipelines cannot share out. Raises ConfigError."""
+        """Raise ConfigError for a model that tensor-parallel groups or pipelines cannot split."""
         if self.pp > model.layers:
             raise ConfigError(
                 f"at most model.layers ({model.layers})", key="parallel.pp", value=self.pp
@@ -147,9 +149,7 @@ class Layout(Struct, frozen=True, kw_only=True):
         for key, (value, *possible) in together.items():
             if value not in possible:
                 expected = " or ".join(json.dumps(one) for one in possible)
-                hint = (
-                    f"parallel.tp = {self.tp}, parallel.pp = {self.pp} work with nothing else here"
-                )
+                hint = f"parallel.tp = {self.tp}, parallel.pp = {self.pp} do not work with it"
                 raise ConfigError(expected, key=key, value=value, hint=hint)
 
     def _check(self, section: ParallelSection) -> None:
@@ -158,7 +158,7 @@ class Layout(Struct, frozen=True, kw_only=True):
                 "false, or parallel.tp above 1",
                 key="parallel.sequence_parallel",
                 value=True,
-                hint="it splits nothing",
+                hint="with one rank per group there is nothing to split",
             )
         if self.chunks > 1 and self.pp == 1:
             raise ConfigError(
@@ -180,61 +180,67 @@ class Layout(Struct, frozen=True, kw_only=True):
 
     @property
     def world(self) -> int:
+        """Number of ranks."""
         return self.pp * self.data_ranks * self.tp
 
     def stage_of(self, rank: int) -> int:
-        """Which stage of the pipeline a rank has."""
+        """Return the pipeline stage of a rank."""
         return rank // (self.data_ranks * self.tp)
 
     def blocks_of_stages(self, layers: int) -> list[list[int]]:
-        """Numbers of the blocks of each stage."""
-        dealt = [
-            chunk_blocks(layers, stage=stage, stages=self.pp, chunks=self.chunks)
-            for stage in range(self.pp)
-        ]
-        return [[block for stretch in each for block in stretch] for each in dealt]
+        """Return the numbers of the blocks of each stage."""
+        blocks = []
+        for stage in range(self.pp):
+            chunks = chunk_blocks(layers, stage=stage, stages=self.pp, chunks=self.chunks)
+            blocks.append(list(chain(*chunks)))
+        return blocks
 
     def rng_part(self, rank: int, chunk: int = 0) -> int:
-        """Which part of a micro-batch's pass a rank computes by dice of its own; equal where ranks
-        compute the same.
+        """Return which dropout masks a rank draws in a pass; ranks with the same part draw the same.
 
-        Without sequence parallelism a tensor-parallel group drops the same entries of the stream,
-        which it has whole.
+        Without sequence parallelism each rank of a tensor-parallel group has the complete stream
+        and must drop the same entries.
         """
         number = chunk_numbers(stage=self.stage_of(rank), stages=self.pp, chunks=self.chunks)[chunk]
-        return number * self.tp + rank % self.tp if self.sequence else number
+        if self.sequence:
+            return number * self.tp + rank % self.tp
+        return number
 
     def shard_ranks(self, rank: int) -> range | None:
-        """The ranks of the same stage; None: there is one stage."""
+        """Return the ranks of the same stage; None: there is one stage."""
+        if self.pp == 1:
+            return None
         size = self.data_ranks * self.tp
         first = self.stage_of(rank) * size
-        return None if self.pp == 1 else range(first, first + size)
+        return range(first, first + size)
 
     @property
     def data_ranks(self) -> int:
-        """Ranks that read data of their own."""
+        """Number of ranks that read different data."""
         return self.dp_replicate * self.dp_shard
 
     def data_rank(self, rank: int) -> int:
-        """Which share of the data a rank reads, the same for a whole tensor-parallel group and a
-        whole pipeline.
+        """Return which share of the data a rank reads.
+
+        All ranks of a tensor-parallel group and of a pipeline read the same share.
         """
         return rank // self.tp % self.data_ranks
 
     def counts_loss(self, rank: int) -> bool:
-        """Whether a rank's loss and tokens enter the sums over all ranks: once for each share of
-        the data.
+        """Return whether the loss and tokens of a rank enter the sums over all ranks.
+
+        One rank per share of the data counts.
         """
         return rank % self.tp == 0 and self.stage_of(rank) == self.pp - 1
 
 
 def chunk_numbers(*, stage: int, stages: int, chunks: int) -> range:
-    """Which of all chunks, in the order of the model, one stage has: they are dealt out in turn."""
+    """Return which of all chunks a stage has; they are assigned in turn, in the model's order."""
     return range(stage, stages * chunks, stages)
 
 
 def chunk_blocks(layers: int, *, stage: int, stages: int, chunks: int = 1) -> list[range]:
-    """Numbers of the blocks of each chunk of one stage of a pipeline."""
+    """Return the numbers of the blocks of each chunk of a pipeline stage."""
     cuts = [number * layers // (stages * chunks) for number in range(stages * chunks + 1)]
     return [
         range(cuts[at], cuts[at + 1])

@@ -1,6 +1,4 @@
-"""Published recipes, `configs/presets/NAME.toml`: values that hold wherever a configuration sets
-none of its own.
-"""
+"""Published recipes, `configs/presets/NAME.toml`: defaults for the keys that a file does not set."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing import Any
 
 from guardrail.core.errors import ConfigError
 
-# Ways to say the same thing: a file that uses one of them gets none of the others from a preset.
+# Keys that set the same thing. A file that sets one of a group gets none of the others from a preset.
 ALTERNATIVES = {
     "optim": [{"warmup_steps", "warmup_tokens", "warmup_share"}],
     "train": [{"steps", "epochs"}, {"batch_ramp", "batch_size"}],
@@ -19,42 +17,52 @@ ALTERNATIVES = {
 
 
 def presets_folder() -> Path:
-    """Where the presets are: beside this file in an installed package, in configs/presets of a
-    clone.
-    """
+    """Return the folder of the presets: beside this file if installed, configs/presets in a clone."""
     installed = Path(__file__).parent / "presets"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs" / "presets"
+    if installed.is_dir():
+        return installed
+    return Path(__file__).parents[2] / "configs" / "presets"
 
 
 def list_presets() -> list[str]:
+    """Return the names of all presets, sorted."""
     return sorted(path.stem for path in presets_folder().glob("*.toml"))
 
 
 def with_preset(tree: dict[str, Any]) -> dict[str, Any]:
-    """A parsed configuration over the preset that its `[model] preset` names, if it names one.
+    """Return a parsed configuration, completed by the preset that `model.preset` names.
 
     Raises:
         ConfigError: there is no such preset; names the nearest.
     """
     model = tree.get("model")
-    name = model.get("preset", "") if isinstance(model, dict) else ""
-    if not name or not isinstance(name, str):  # a wrong type is refused with all the others
+    if not isinstance(model, dict):
+        return tree
+    name = model.get("preset", "")
+    if not name or not isinstance(name, str):  # a wrong type is refused later
         return tree
     if name not in list_presets():
+        hint = f"presets: {', '.join(list_presets())}"
         close = difflib.get_close_matches(name, list_presets(), n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(list_presets())}"
+        if close:
+            hint = f"did you mean {close[0]}?"
         raise ConfigError("the name of a preset", key="model.preset", value=name, hint=hint)
     preset = tomllib.loads((presets_folder() / f"{name}.toml").read_text(encoding="utf-8"))
     merged = dict(tree)
     for section, values in preset.items():
         own = tree.get(section, {})
         if isinstance(own, dict):
-            merged[section] = _beneath(values, own, ALTERNATIVES.get(section, [])) | own
+            defaults = _without_alternatives(values, own, ALTERNATIVES.get(section, []))
+            merged[section] = defaults | own
     return merged
 
 
-def _beneath(
+def _without_alternatives(
     values: dict[str, Any], own: dict[str, Any], alternatives: list[set[str]]
 ) -> dict[str, Any]:
-    taken: set[str] = set().union(*(group for group in alternatives if group & own.keys()))
+    """Return the preset's values without those that `own` sets by another key."""
+    taken: set[str] = set()
+    for group in alternatives:
+        if group & own.keys():
+            taken |= group
     return {key: value for key, value in values.items() if key not in taken}

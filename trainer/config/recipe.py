@@ -1,8 +1,7 @@
-"""What is trained and how: the sections of the configuration for architecture and optimizer, and
-what they exclude.
+"""The sections [model] and [optim], and the combinations that cannot work.
 
-Imports no torch. Each choice names its source; `configs/presets` puts them together as published
-models did.
+Imports no torch. Each choice names its source. `configs/presets` combines them as published models
+did.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ else:
 Objective = Literal["lm", "prefix-lm", "span", "blank"]
 GATED = ("swiglu", "geglu")
 
-# Which objectives a kind of model can be given.
+# Kind of a model -> the objectives that it can be trained with.
 OBJECTIVES: dict[str, tuple[Objective, ...]] = {
     "decoder": ("lm",),
     "prefix": ("lm", "prefix-lm", "span", "blank"),
@@ -42,64 +41,67 @@ OBJECTIVES: dict[str, tuple[Objective, ...]] = {
 
 
 class ModelSection(Section, frozen=True, kw_only=True):
-    """[model]: as it stands, a causal decoder with RMSNorm before each block, RoPE and SwiGLU."""
+    """[model]: by default a causal decoder with RMSNorm before each block, RoPE and SwiGLU."""
 
-    # Published recipe whose values hold wherever the file sets none (configs/presets); "": none.
+    # Published recipe in configs/presets. Its values are the defaults of the keys that the file does
+    # not set. "": none.
     preset: str = ""
-    # Folder or config.json of a Hugging Face causal language model, which replaces all keys below;
+    # Folder or config.json of a Hugging Face causal language model. It replaces all keys below.
     # "": none.
     hf: str = ""
-    # Start from the weights in that folder instead of from scratch.
+    # Start from the weights in that folder instead of from random ones.
     pretrained: bool = False
-    # "decoder": causal; "prefix": sees a prefix in both directions (GLM, T5 section 3.2.1); or
-    # encoder and decoder.
+    # "decoder": causal. "prefix": attends to a prefix in both directions (GLM; T5, section 3.2.1).
+    # "encoder-decoder": an encoder, and a decoder that attends to it.
     kind: Literal["decoder", "prefix", "encoder-decoder"] = "decoder"
-    # Blocks (at most 10,000), width of the residual stream, attention heads (each of width / heads).
+    # Blocks (at most 10,000), width of the residual stream, attention heads of width / heads each.
     layers: Annotated[int, Meta(ge=1, le=10_000)] = 4
     width: Positive = 128
     heads: Positive = 4
     # Layers of the encoder; 0: as many as `layers`.
     encoder_layers: Natural = 0
-    # Heads of keys and values, each shared by heads / kv_heads queries (Ainslie et al. 2023); 0: as
-    # many as heads.
+    # Heads of keys and values. Each serves heads / kv_heads heads of queries (Ainslie et al. 2023).
+    # 0: as many as heads.
     kv_heads: Natural = 0
-    # Width of the feed-forward block; 0: 8/3 of the width for a gated one, rounded up to a multiple
-    # of 32, else 4x.
+    # Width of the feed-forward block. 0: 8/3 of the width if it is gated, rounded up to a multiple of
+    # 32; else 4 times the width.
     hidden: Natural = 0
-    # swiglu and geglu are gated (Shazeer 2020).
+    # Activation of the feed-forward block; swiglu and geglu are gated (Shazeer 2020).
     activation: Literal["swiglu", "geglu", "gelu", "relu"] = "swiglu"
+    # RMSNorm or LayerNorm.
     norm: Literal["rms", "layer"] = "rms"
-    # "pre": before each block; "post": after the sum (Vaswani et al. 2017); "sandwich": before and
-    # after it (CogView).
+    # Place of the norms. "pre": before each sublayer. "post": after the sum (Vaswani et al. 2017).
+    # "sandwich": before and after each sublayer (CogView).
     norm_place: Literal["pre", "post", "sandwich"] = "pre"
     # Apply a norm to the output of the embedding (BLOOM).
     embedding_norm: bool = False
     # Attention and feed-forward both read the output of one norm (GPT-J, PaLM).
     parallel: bool = False
-    # How the model knows the position of a token.
+    # How the model gets the position of a token.
     positions: Literal["rope", "learned", "sinusoidal", "alibi", "t5", "none"] = "rope"
-    # T5's relative bias: number of buckets, and the distance from which on all share the last one.
+    # For T5's relative bias: number of buckets, and the distance from which all share the last one.
     t5_buckets: Annotated[int, Meta(ge=4)] = 32
     t5_distance: Annotated[int, Meta(ge=8)] = 128
-    # A learned table that counts inside each blank: the second dimension of GLM's positions.
+    # Learned positions inside each blank: the second dimension of GLM's positions.
     blank_positions: bool = False
     # RMSNorm of each head's queries and keys (Dehghani et al. 2023; Qwen3).
     qk_norm: bool = False
-    # Biases of projections and of LayerNorm.
+    # Projections and LayerNorm have a bias.
     bias: bool = False
     # Input and output embeddings share one matrix.
     tied: bool = True
-    # Share that is dropped of the attention weights and of what each half of a block adds.
+    # Dropout of the attention weights and of the output of each sublayer.
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    # Base of the rotation angles (RoPE), and what is added under the root of the norms.
+    # Base of the rotation angles (RoPE), and epsilon of the norms.
     rope_base: PositiveFloat = 10000.0
     norm_eps: PositiveFloat = 1e-5
-    # Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 layers)
+    # Standard deviation of the initial weights. Output projections are scaled by 1/sqrt(2 layers)
     # (GPT-2).
     init_std: PositiveFloat = 0.02
 
     @property
     def head_width(self) -> int:
+        """Width of one attention head."""
         return self.width // self.heads
 
     @property
@@ -108,7 +110,11 @@ class ModelSection(Section, frozen=True, kw_only=True):
         return self.kv_heads or self.heads
 
     def check(self, *, base: Path) -> None:
-        """Refuse what cannot be built; `base` resolves a relative path. Raises ConfigError."""
+        """Raise ConfigError for a model that cannot be built.
+
+        Args:
+            base: folder that a relative path starts from.
+        """
         if self.hf:
             self._check_path(base / os.path.expanduser(self.hf))
             return
@@ -119,7 +125,7 @@ class ModelSection(Section, frozen=True, kw_only=True):
 
     def _check_path(self, path: Path) -> None:
         if not (os.path.isfile(path) or os.path.isfile(path / "config.json")):
-            fetch = "models are not fetched: save one with save_pretrained, or download its folder"
+            fetch = "models are not downloaded: save one with save_pretrained, or copy its folder"
             raise ConfigError(
                 "a folder with a config.json, or the path of one",
                 key="model.hf",
@@ -128,11 +134,12 @@ class ModelSection(Section, frozen=True, kw_only=True):
             )
 
     def _check_heads(self) -> None:
-        pairs = 2 if self.positions == "rope" else 1
-        multiple = pairs * self.heads
+        multiple, expected = self.heads, "a multiple of model.heads"
+        if self.positions == "rope":
+            multiple, expected = 2 * self.heads, "a multiple of 2 * model.heads (RoPE turns pairs)"
         if self.width % multiple:
             raise ConfigError(
-                f"a multiple of {'2 * ' * (pairs - 1)}model.heads{' (RoPE turns pairs)' * (pairs - 1)}",
+                expected,
                 key="model.width",
                 value=self.width,
                 hint=f"model.heads = {self.heads}; nearest: {nearest_multiple(self.width, multiple)}",
@@ -167,44 +174,44 @@ class ModelSection(Section, frozen=True, kw_only=True):
 
 
 class OptimSection(Section, frozen=True, kw_only=True):
-    """[optim]: as it stands, AdamW, linear warm-up, cosine decay, clipping."""
+    """[optim]: by default AdamW with linear warm-up, cosine decay and clipping."""
 
     # The optimizer.
     name: OptimizerName = "adamw"
-    # How torch steps: "fused" one kernel (fastest here), "foreach" lists of tensors, "loop" one
-    # tensor after another.
+    # How torch applies the update. "fused": one kernel, the fastest. "foreach": lists of tensors.
+    # "loop": one tensor after another.
     implementation: Literal["fused", "foreach", "loop"] = "fused"
     # Peak of the learning rate.
     lr: PositiveFloat = 1e-3
-    # Decay of the two moments, and what is added to the root of the second.
+    # Decay of Adam's two moments, and epsilon, which is added to the root of the second one.
     beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.95
     eps: PositiveFloat = 1e-8
     # Momentum of muon (Nesterov).
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.95
-    # On matrices only; norms, biases and one-dimensional parameters have none. "adam" adds it to
-    # the gradient.
+    # Weight decay of matrices; norms, biases and other one-dimensional parameters have none. "adam"
+    # adds it to the gradient.
     weight_decay: NonNegativeFloat = 0.1
-    # Behind the warm-up: half a cosine; a line; constant, then a line over the last decay_share
-    # (WSD); constant.
+    # Learning rate after the warm-up. "cosine": half a cosine. "linear": a line. "wsd": constant,
+    # then a line over the last decay_share of the run. "constant": constant.
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    # Linear warm-up in steps; warmup_tokens or warmup_share (of all steps), where above 0, take its
-    # place.
+    # Length of the linear warm-up in steps. warmup_tokens, or warmup_share of all steps, replaces it
+    # if it is above 0.
     warmup_steps: Natural = 100
     warmup_tokens: Natural = 0
     warmup_share: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     # The decay ends at this share of the peak.
     min_lr_share: Fraction = 0.1
-    # Part of the run that "wsd" decays in.
+    # For "wsd": share of the run in which the rate decays.
     decay_share: Annotated[float, Meta(gt=0, le=1)] = 0.2
     # Global norm to which gradients are clipped; 0: no clipping.
     clip: NonNegativeFloat = 1.0
-    # z-score from which on ZClip cuts a gradient norm (published: 2.5), before `clip` does; 0: off.
+    # z-score above which ZClip shortens a gradient (published: 2.5). It acts before `clip`. 0: off.
     zclip: NonNegativeFloat = 0.0
-    # Divide a tensor's learning rate by the RMS of g / sqrt(v) where that is above 1 (StableAdamW).
+    # Divide the learning rate of a tensor by the RMS of g / sqrt(v) if that is above 1 (StableAdamW).
     stable: bool = False
-    # Largest attention logit, beyond which a head's queries and keys are scaled down after the step
-    # (MuonClip: 100).
+    # Largest attention logit. After the step, queries and keys of a head above it are scaled down
+    # (MuonClip: 100). 0: off.
     qk_clip: NonNegativeFloat = 0.0
 
     @property
@@ -213,7 +220,7 @@ class OptimSection(Section, frozen=True, kw_only=True):
         return find_optimizer(self.name)
 
     def check(self, model: ModelSection, *, strategy: str) -> None:
-        """Refuse what does not go together. Raises ConfigError."""
+        """Raise ConfigError for keys that do not work together."""
         if self.warmup_tokens and self.warmup_share:
             raise ConfigError(
                 "0, or optim.warmup_share = 0", key="optim.warmup_tokens", value=self.warmup_tokens
@@ -229,17 +236,19 @@ class OptimSection(Section, frozen=True, kw_only=True):
             names = " or ".join(f'"{name}"' for name in names_of(having="works_stable"))
             raise ConfigError(f"false, or optim.name = {names}", key="optim.stable", value=True)
         if self.qk_clip and (model.hf or model.qk_norm):
-            why = (
-                "queries and keys of a Hugging Face model are not watched"
-                if model.hf
-                else "qk_norm bounds the logits"
-            )
+            why = "qk_norm already limits the logits"
+            if model.hf:
+                why = (
+                    "it needs the trainer's own attention, which a Hugging Face model does not have"
+                )
             raise ConfigError("0", key="optim.qk_clip", value=self.qk_clip, hint=why)
 
 
 def check_objective(objective: Objective, model: ModelSection) -> None:
-    """Refuse an objective that the model cannot be given. Raises ConfigError."""
-    kind = "decoder" if model.hf else model.kind
+    """Raise ConfigError for an objective that the model cannot be trained with."""
+    kind: str = model.kind
+    if model.hf:
+        kind = "decoder"
     if objective not in OBJECTIVES[kind]:
         raise ConfigError(
             f"one of {', '.join(OBJECTIVES[kind])}",
@@ -252,10 +261,10 @@ def check_objective(objective: Objective, model: ModelSection) -> None:
             '"rope", "learned" or "sinusoidal"',
             key="model.positions",
             value=model.positions,
-            hint="a filled blank has the position of its mask, which a bias by distance in the row cannot express",
+            hint="a filled blank has the position of its mask; a bias by distance cannot express that",
         )
 
 
 def nearest_multiple(value: int, multiple: int) -> int:
-    """The multiple, at least 1x, that lies nearest to `value`."""
+    """Return the multiple of `multiple` that is nearest to `value`, at least 1 x `multiple`."""
     return max(multiple, round(value / multiple) * multiple)

@@ -12,14 +12,16 @@ from trainer.config.recipe import OptimSection
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
-    """Linear warm-up to `peak` at step `warmup`, then down to `floor` at step `total` in the given
-    shape.
+    """The learning rate: linear warm-up to `peak`, then down to `floor` in the given shape.
 
-    cosine: half a cosine (Loshchilov & Hutter 2017); linear: a line; wsd: the peak up to step
-    `decay`, then a line (warm-up, stable, decay: Hu et al. 2024); constant: the peak for ever.
+    The warm-up ends at step `warmup`, the decay at step `total`; after that the rate stays at
+    `floor`. Calling it with a step (from 1) gives the learning rate of that update. It is a pure
+    function, so a resume cannot change it.
 
-    Calling it with a step (from 1) gives the learning rate of that update: a pure function, so
-    nothing can be out of step with it after a resume. After `total` it stays at the floor.
+    Attributes:
+        shape: "cosine": half a cosine (Loshchilov & Hutter 2017). "linear": a line. "wsd": the peak
+            up to step `decay`, then a line (warm-up, stable, decay; Hu et al. 2024). "constant":
+            the peak throughout.
     """
 
     peak: float
@@ -33,12 +35,13 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     def from_section(
         cls, section: OptimSection, *, steps: int, warmup: int | None = None
     ) -> Schedule:
-        """The schedule of a run of `steps` applied updates.
+        """Return the schedule of a run of `steps` applied updates.
 
         Args:
-            warmup: steps of it, as `warmup_steps` counts them; None: section.warmup_steps.
+            warmup: steps of the warm-up, as `warmup_steps` counts them; None: section.warmup_steps.
         """
-        warmup = section.warmup_steps if warmup is None else warmup
+        if warmup is None:
+            warmup = section.warmup_steps
         return cls(
             peak=section.lr,
             floor=section.lr * section.min_lr_share,
@@ -53,24 +56,28 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
             return self.peak * step / self.warmup
         if self.shape == "constant":
             return self.peak
-        start = self.decay if self.shape == "wsd" else self.warmup
-        if step >= self.total:
-            return self.floor if self.total > self.warmup else self.peak
-        if step <= start:
+        if step >= self.total > self.warmup:
+            return self.floor
+        start = self.warmup
+        if self.shape == "wsd":
+            start = self.decay
+        if step >= self.total or step <= start:
             return self.peak
         progress = (step - start) / (self.total - start)
-        left = 0.5 * (1 + math.cos(math.pi * progress)) if self.shape == "cosine" else 1 - progress
-        return self.floor + (self.peak - self.floor) * left
+        share = 1 - progress
+        if self.shape == "cosine":
+            share = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.floor + (self.peak - self.floor) * share
 
 
 def warmup_steps(
     section: OptimSection, *, steps: int, plan: BatchPlan, sequence_length: int
 ) -> int:
-    """Steps of the warm-up, however it is given.
+    """Return the steps of the warm-up, which is set in steps, in tokens or as a share of the run.
 
     Args:
-        steps: of the whole run.
-        plan: the batch size by step; under a ramp the same tokens take more steps.
+        steps: of the run.
+        plan: the batch size by step; with a batch ramp the same tokens take more steps.
         sequence_length: tokens of a sample.
     """
     if section.warmup_tokens:

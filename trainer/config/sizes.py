@@ -1,7 +1,6 @@
-"""How large a model of a configuration is, without building it and without torch.
+"""The number of parameters of a configuration, without building the model and without torch.
 
-`guardrail launch` needs the numbers to refuse a snapshot ring that the machine's memory cannot
-hold.
+`guardrail launch` needs it to refuse more snapshots than the machine's memory can hold.
 """
 
 from __future__ import annotations
@@ -13,8 +12,11 @@ _ADAMW_MOMENTS = 2  # fp32 numbers per parameter
 
 
 def hidden_width(section: ModelSection) -> int:
-    """Width of the feed-forward block: 4x the model's, or 8/3 where a gate needs a third matrix,
-    which keeps the number of parameters (Shazeer 2020, section 2)."""
+    """Return the width of the feed-forward block.
+
+    4x the model's width; 8/3 where a gate needs a third matrix, which keeps the number of
+    parameters (Shazeer 2020, section 2).
+    """
     if section.hidden:
         return section.hidden
     if section.activation not in GATED:
@@ -23,21 +25,19 @@ def hidden_width(section: ModelSection) -> int:
 
 
 def parameter_count(section: ModelSection, vocabulary: int, *, sequence_length: int = 0) -> int:
-    """Trainable numbers of the model; a tied matrix counts once.
+    """Return the number of trainable parameters of the model; a tied matrix counts once.
 
     Args:
-        sequence_length: T, rows of the tables that some models have of positions.
+        sequence_length: T, rows of a learned table of positions.
 
     Returns:
         0 for a Hugging Face model, whose size only transformers knows.
     """
     if section.hf:
         return 0
+    vocabulary_matrices = 2 - section.tied
     tables = (section.positions == "learned") + section.blank_positions
-    embeddings = (
-        vocabulary * section.width * (1 if section.tied else 2)
-        + tables * sequence_length * section.width
-    )
+    embeddings = (vocabulary_matrices * vocabulary + tables * sequence_length) * section.width
     outer = section.embedding_norm * _norm(section)
     stacks = _stack(section, section.layers, cross=section.kind == "encoder-decoder")
     if section.kind == "encoder-decoder":
@@ -48,17 +48,18 @@ def parameter_count(section: ModelSection, vocabulary: int, *, sequence_length: 
 def stage_parameters(
     section: ModelSection, vocabulary: int, *, blocks: list[list[int]], sequence_length: int = 0
 ) -> list[int]:
-    """Trainable numbers of each stage of a pipeline: the embedding is in the first one, the head in
-    the last one.
+    """Return the number of parameters of each stage of a pipeline.
+
+    The first stage has the embedding, the last one the head.
 
     Args:
-        blocks: their numbers, for each stage; one stage is the whole model.
+        blocks: numbers of the blocks of each stage; one stage is the complete model.
     """
     total = parameter_count(section, vocabulary, sequence_length=sequence_length)
     if len(blocks) == 1:
         return [total]
     block = _block(section, cross=False)
-    head = vocabulary * section.width + (0 if section.norm_place == "post" else _norm(section))
+    head = vocabulary * section.width + _last_norm(section)
     counts = [len(numbers) * block for numbers in blocks]
     counts[0] += total - section.layers * block - head
     counts[-1] += head
@@ -66,22 +67,31 @@ def stage_parameters(
 
 
 def _stack(section: ModelSection, layers: int, *, cross: bool) -> int:
-    """Blocks, the norm behind them, and a bias table of their own."""
-    last = 0 if section.norm_place == "post" else _norm(section)
-    table = section.t5_buckets * section.heads if section.positions == "t5" else 0
-    return layers * _block(section, cross=cross) + last + table
+    """Count blocks, the norm after them, and the bias table of the stack."""
+    count = layers * _block(section, cross=cross) + _last_norm(section)
+    if section.positions == "t5":
+        count += section.t5_buckets * section.heads
+    return count
+
+
+def _last_norm(section: ModelSection) -> int:
+    """Count the norm after the blocks; post-norm blocks end in their own."""
+    if section.norm_place == "post":
+        return 0
+    return _norm(section)
 
 
 def _block(section: ModelSection, *, cross: bool) -> int:
-    sublayers = 3 if cross else 2
-    norms = {"pre": sublayers, "post": sublayers, "sandwich": 2 * sublayers}[
-        section.norm_place
-    ] - section.parallel
+    norms = 2 + cross
+    if section.norm_place == "sandwich":
+        norms *= 2
+    norms -= section.parallel
     return (1 + cross) * _attention(section) + _feed_forward(section) + norms * _norm(section)
 
 
 def _norm(section: ModelSection, width: int = 0) -> int:
-    return (width or section.width) * (2 if section.norm == "layer" and section.bias else 1)
+    has_bias = section.norm == "layer" and section.bias
+    return (width or section.width) * (1 + has_bias)
 
 
 def _attention(section: ModelSection) -> int:
@@ -96,7 +106,9 @@ def _attention(section: ModelSection) -> int:
 
 def _feed_forward(section: ModelSection) -> int:
     hidden = hidden_width(section)
-    rows = (2 if section.activation in GATED else 1) * hidden
+    rows = hidden
+    if section.activation in GATED:
+        rows = 2 * hidden
     return rows * (section.width + section.bias) + section.width * (hidden + section.bias)
 
 
@@ -115,7 +127,7 @@ def state_bytes(
 
     Args:
         moments: numbers that the optimizer keeps per parameter.
-        shards: ranks that share the state: the world size under fsdp, 1 under ddp.
+        shards: ranks that share the state: the world size with fsdp, 1 with ddp.
         sequence_length: see `parameter_count`.
     """
     numbers = parameter_count(section, vocabulary, sequence_length=sequence_length) * (

@@ -134,7 +134,7 @@ BAD = [
     # Impossible combinations.
     (
         "",
-        "c.toml: train.steps = 0: expected either train.steps or train.epochs, and not both",
+        "c.toml: train.steps = 0: expected either train.steps or train.epochs",
         "train.epochs is 0",
     ),
     (
@@ -164,7 +164,7 @@ BAD = [
     ),
     (
         "[train]\nsteps = 300\nmicro_batch_size = 5",
-        "c.toml: train.micro_batch_size = 5: expected a divisor of the 16 samples that a rank has of one batch",
+        "c.toml: train.micro_batch_size = 5: expected a divisor of 16",
         "",
     ),
     (
@@ -520,12 +520,11 @@ def test_a_ring_larger_than_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(trainer_config, "memory_bytes", lambda: 32 * 2**30)
     with pytest.raises(ConfigError) as caught:
         config.check_machine()
-    assert str(caught.value) == (
-        "snapshots.keep = 4: expected a ring that fits 32.0 GiB of memory\n"
-        "  hint: 4 snapshots x 8 processes x 1.2 GiB are 39.4 GiB; 3 would fit"
-    )
+    assert (caught.value.key, caught.value.value) == ("snapshots.keep", 4)
+    for number in ("32.0 GiB", "4 snapshots x 8 processes x 1.2 GiB", "39.4 GiB", "3 would fit"):
+        assert number in str(caught.value)
     monkeypatch.setattr(trainer_config, "memory_bytes", lambda: 2**30)
-    with pytest.raises(ConfigError, match="0 needs none, and goes back to checkpoints"):
+    with pytest.raises(ConfigError, match=r"GiB; 0 needs no memory"):
         config.check_machine()
     sharded = msgspec.structs.replace(
         config, train=msgspec.structs.replace(config.train, strategy="fsdp")

@@ -173,8 +173,8 @@ def test_a_dry_run_says_what_a_layout_asks_of_machines_that_are_not_here(
         "8 replica(s) x 1 shard(s) x 4 tensor-parallel x 12 stage(s) = 384 ranks, 8 on each of 48 node(s)",
         "128 micro-batch(es) of 2; the pipeline idles 7.9% of the time",
         "a stage has 5 or 6 of 70 blocks, a rank 28 of 112 heads, 14336 of 57344 hidden units",
-        "at most 68.5 GiB a rank for 4.6 G parameters",
-        "not worked out: activations",
+        "at most 68.5 GiB per rank for 4.6 G parameters",
+        "activations",
         "not looked at: the network between 48 nodes",
         "is right in itself, for 384 ranks; nothing was started",
     ):
