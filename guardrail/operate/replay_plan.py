@@ -99,7 +99,7 @@ def _without_build(version: str) -> str:
 
 
 def _find_incident(run: RunDirectory, events: Sequence[Event], number: int) -> Incident:
-    incidents = {one.number: one for one in IncidentBuilder().of(events)}
+    incidents = {one.number: one for one in IncidentBuilder().add_events(events)}
     if number not in incidents:
         known = ", ".join(str(one) for one in sorted(incidents) if one) or "none"
         raise UsageError(f"{run.name} has no incident {number}\n  hint: it has {known}")

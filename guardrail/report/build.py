@@ -1,7 +1,7 @@
-"""What happened in a run: from a run directory to a typed report.
+"""Builds the report of a run: from a run directory to typed records.
 
-Works on a run that is young, running, ended or lost: the report lacks what the journal lacks. Text
-that came from outside is cleaned here, so that every way of showing the report is safe.
+It works for a new, running, ended or lost run. What the journal lacks, the report lacks too. Text
+from outside is cleaned here, so every format of the report is safe.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from guardrail.core.events.event import Event
 from guardrail.core.files import as_float, as_int
 from guardrail.core.records import Phase, Status
 from guardrail.core.text import clean_text
-from guardrail.report.costs import with_costs
+from guardrail.report.costs import add_costs
 from guardrail.report.incident import Incident
-from guardrail.report.incident_builder import IncidentBuilder, asked_for
+from guardrail.report.incident_builder import IncidentBuilder, list_user_actions
 from guardrail.report.interruptions import find_faults, find_restarts
 from guardrail.report.model import CheckpointLine, CommandRecord, Fault, Report, Restart
 from guardrail.report.quarantine import count_skipped
@@ -27,12 +27,13 @@ from guardrail.rundir.journal import last_turn, outcome_of
 from guardrail.rundir.liveness import is_alive
 from guardrail.rundir.run_directory import RunDirectory
 
-_TROUBLES = ("rank_hung", "rank_failed", "disk", "note")
+_PROBLEMS = ("rank_hung", "rank_failed", "disk", "note")
 
 
 def build_report(run: RunDirectory) -> Report:
-    """Return the report of a run. Raises RunDirectoryError only where the metrics cannot be
-    understood.
+    """Return the report of a run.
+
+    Raises: RunDirectoryError: the metrics cannot be understood.
     """
     events = run.events()
     status = run.read_status()
@@ -67,11 +68,11 @@ def build_report(run: RunDirectory) -> Report:
         samples_read=max(passed, known.cursor),
         seconds_lost=_seconds_lost(incidents, restarts, faults),
         incidents=incidents,
-        by_person=tuple(asked_for(events)),
+        by_person=tuple(list_user_actions(events)),
         commands=tuple(_read_command(e) for e in events if e.kind == "command"),
         checkpoints=tuple(_list_checkpoints(events)),
         restarts=restarts,
-        troubles=_list_messages(events, _TROUBLES),
+        troubles=_list_messages(events, _PROBLEMS),
         faults=faults,
         notes=_list_messages(events, ("note",)),
         data_folder=folder,
@@ -86,7 +87,7 @@ def build_report(run: RunDirectory) -> Report:
 
 
 def _find_machine(status: Status, events: list[Event]) -> dict[str, Any]:
-    """Host and number of ranks, by the first line of the run, else by its status."""
+    """Return host and number of ranks, from the first line of the run or from its status."""
     first = next((event for event in events if event.kind == "started"), None)
     if first is None:
         return {"world": status.world}
@@ -95,7 +96,7 @@ def _find_machine(status: Status, events: list[Event]) -> dict[str, Any]:
 
 
 def _measure_time(status: Status | None, events: list[Event]) -> dict[str, Any]:
-    """When the run began, and the seconds from then to the last sign of life."""
+    """Return when the run began, and the seconds from then to its last sign of life."""
     seen = [event.time for event in events]
     if status is not None:
         if not seen:
@@ -110,7 +111,7 @@ def _measure_time(status: Status | None, events: list[Event]) -> dict[str, Any]:
 def _find_state(
     run: RunDirectory, status: Status | None, events: list[Event]
 ) -> tuple[str, Event | None]:
-    """The state, and the event that is the final message, if there is one."""
+    """Return the state, and the event of the final message if there is one."""
     turn = last_turn(events)
     if turn is not None and turn.kind == "ended":
         phase = turn.data.get("phase")
@@ -152,7 +153,7 @@ def _exit_code(status: Status | None, last: Event | None) -> int | None:
 
 
 def _read_metrics(run: RunDirectory) -> dict[str, Any]:
-    """Numbers of the present timeline, read in one pass over the columns that they need."""
+    """Return numbers of the present timeline. Reads only the columns that they need, once."""
     view = run.metrics(["step", "loss", "verdict", "eval_loss", "last"])
     if not len(view):
         return {}
@@ -190,7 +191,7 @@ def _read_command(event: Event) -> CommandRecord:
 
 
 def _list_checkpoints(events: Iterable[Event]) -> list[CheckpointLine]:
-    """The last state of each; a save that failed has no name and is listed each time."""
+    """Return each checkpoint with its last state. A failed save has no name, so each one is listed."""
     found: dict[str, CheckpointLine] = {}
     for event in events:
         if event.kind != "checkpoint":
@@ -228,7 +229,7 @@ def _checkpoint_bytes(event: Event, known: CheckpointLine | None) -> int:
 
 
 def _gather_incidents(run: RunDirectory, events: list[Event], folder: str) -> tuple[Incident, ...]:
-    found = with_costs(run, events, IncidentBuilder().of(events))
+    found = add_costs(run, events, IncidentBuilder().add_events(events))
     return tuple(
         msgspec.structs.replace(incident, files=group_by_file(incident, folder))
         for incident in found
@@ -238,7 +239,7 @@ def _gather_incidents(run: RunDirectory, events: list[Event], folder: str) -> tu
 def _seconds_lost(
     incidents: Iterable[Incident], restarts: Iterable[Restart], faults: Iterable[Fault]
 ) -> float:
-    """By incidents, by ranks that failed until the run continued, and by repeated steps."""
+    """Return the seconds lost by incidents, failed ranks and repeated steps; NaN if none is known."""
     seconds = [incident.cost.total_seconds for incident in incidents]
     seconds += [restart.seconds for restart in restarts]
     seconds += [fault.seconds for fault in faults if fault.kind.startswith("rank")]

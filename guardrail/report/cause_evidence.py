@@ -43,7 +43,7 @@ _OTHER_NUMBER = re.compile(
 
 
 def evidence_from_line(data: Mapping[str, Any]) -> CauseEvidence | None:
-    """The evidence of a `diagnosis` line; None where it has none that can be read."""
+    """Return the evidence of a `diagnosis` line; None if it has none that can be read."""
     stored = data.get("evidence")
     if isinstance(stored, dict):
         try:
@@ -57,7 +57,7 @@ def evidence_from_line(data: Mapping[str, Any]) -> CauseEvidence | None:
 
 
 def evidence_from_sentence(reason: str) -> CauseEvidence:
-    """The numbers in the sentence of versions that wrote no `evidence`."""
+    """Return the numbers in the sentence of older versions, which wrote no `evidence`."""
     return CauseEvidence(
         same_batch=_find_same_batch(reason),
         other_batches=_find_other_batches(reason),

@@ -25,6 +25,20 @@ from guardrail.report.skipped_files import typical_remark
 
 STRUCTURED = 0.25  # share of the normal label-order loss from which on a text has structure
 NEIGHBOUR = 0.1  # share of the largest file below which a file is only a neighbour of the bad ones
+# What a heading calls a finding. Another kind is called by its own name.
+_ANOMALIES = {
+    FindingKind.NONFINITE: "NaN or Inf",
+    FindingKind.NO_TOKENS: "A batch without labels",
+    FindingKind.GRAD_SPIKE: "Gradient spike",
+    FindingKind.EMBED_SPIKE: "Spike of the embedding gradient",
+    FindingKind.UPDATE_SPIKE: "Spike of the update norm",
+    FindingKind.GROWTH: "Growing norm",
+    FindingKind.LEVEL_SHIFT: "Raised level",
+    FindingKind.IMPOSSIBLE: "Impossible value",
+    FindingKind.STUCK: "Repeated value",
+    FindingKind.SCALE_COLLAPSE: "Collapse of the loss scale",
+    FindingKind.RESUME_JUMP: "Jump after a resume",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +103,7 @@ TEMPLATES = {
 
 
 def find_template(incident: Incident) -> CauseTemplate:
-    """The template of an incident's cause; a cause that is not known stands for itself."""
+    """Return the template of an incident's cause. A cause that is not known is its own title."""
     if not incident.cause:
         return NOT_TESTED
     if incident.is_new_data:
@@ -103,7 +117,7 @@ def find_template(incident: Incident) -> CauseTemplate:
 
 
 def describe_incident(incident: Incident) -> Paragraph:
-    """The paragraph of an incident: what was wrong, how that is known, what it did to the run."""
+    """Return the paragraph of an incident: what was wrong, the evidence, the effect on the run."""
     template = find_template(incident)
     rank = ""
     if incident.cause_rank >= 0:
@@ -128,14 +142,12 @@ def describe_incident(incident: Incident) -> Paragraph:
 
 
 def name_anomaly(incident: Incident) -> str:
-    """ "Loss spike", "NaN or Inf", "Anomaly" where the journal has no finding."""
+    """Return "Loss spike", "NaN or Inf", ...; "Anomaly" if the journal has no finding."""
     worst = next(iter(incident.findings), None)
     if worst is None:
         return "Anomaly"
-    if worst.kind is FindingKind.NONFINITE:
-        return "NaN or Inf"
-    if worst.kind is FindingKind.NO_TOKENS:
-        return "A batch without labels"
+    if worst.kind in _ANOMALIES:
+        return _ANOMALIES[worst.kind]
     words = worst.kind.value.replace("_", " ")
     return words[:1].upper() + words[1:]
 
@@ -157,7 +169,7 @@ def _is_retry(actions: Sequence[IncidentAction]) -> bool:
 
 
 def list_files(files: Sequence[SkippedFile]) -> str:
-    """ " in 5 files: 0357.txt to 0361.txt (under 300 bytes also from 0356.txt and 0362.txt)"."""
+    """Return " in 5 files: 0357.txt to 0361.txt (under 300 bytes also from 0356.txt and 0362.txt)"."""
     if not files:
         return ""
     largest = max(file.bytes for file in files)
@@ -182,7 +194,7 @@ def _list_names(files: Sequence[SkippedFile]) -> str:
 
 
 def _is_range(names: Sequence[str]) -> bool:
-    """Whether the names differ by a number that counts up by one."""
+    """Return whether the names differ only by a number that counts up by one."""
     parts = [re.fullmatch(r"(\D*)(\d{1,15})(\D*)", os.path.basename(name)) for name in names]
     found = [(part[1], part[3], int(part[2])) for part in parts if part is not None]
     if len(found) < len(names) or len({part[:2] for part in found}) > 1:

@@ -13,7 +13,7 @@ HEADS = ("step", "command", "user", "answer")
 
 
 def list_commands(report: Report) -> Iterator[tuple[str, ...]]:
-    """A row for each command."""
+    """Give one row per command."""
     for command in report.commands:
         reason = ""
         if command.reason:
@@ -27,7 +27,7 @@ def list_commands(report: Report) -> Iterator[tuple[str, ...]]:
 
 
 def describe_command(command: CommandRecord) -> str:
-    """The command with its value: "lr 0.5", "mode ask", "answer accept"."""
+    """Return the command with its value: "lr 0.5", "mode ask", "answer accept"."""
     kind = find_command(command.command)
     if kind is not None:
         return kind(command.value).write()
@@ -38,7 +38,7 @@ def describe_command(command: CommandRecord) -> str:
 
 
 def list_effects(report: Report) -> Iterator[str]:
-    """Skips, rollbacks and undone decisions, a sentence each."""
+    """Give one sentence per skip, rollback and undo that a user asked for."""
     for action in report.by_person:
         yield f"step {action.step:,}: {_describe_effect(action)}"
     undone = {

@@ -20,22 +20,24 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def with_costs(
+def add_costs(
     run: RunDirectory, events: list[Event], incidents: list[Incident]
 ) -> Iterator[Incident]:
-    """The incidents, each with what its rows and its journal lines say that it took."""
+    """Give the incidents, each with its cost and its effect as measured in rows and journal."""
     if not incidents:
         return
     view = run.metrics(["step", "timeline", "verdict", "step_time", LOSS])
     parked = _measure_waiting(events)
     for incident in incidents:
         cost = _measure_cost(incident, view, events, parked.get(incident.number, 0.0))
-        yield msgspec.structs.replace(incident, cost=cost, effect=effect_of(incident, cost))
+        yield msgspec.structs.replace(incident, cost=cost, effect=judge_effect(incident, cost))
 
 
-def effect_of(incident: Incident, cost: Cost) -> Effect | None:
-    """Whether what was gained is worth the steps lost. None where there was no trend, no loss to
-    compare with it, or no loss after it. A gain below the noise of a single loss is neither.
+def judge_effect(incident: Incident, cost: Cost) -> Effect | None:
+    """Return whether the gain of an incident's actions is larger than their cost.
+
+    A difference below the noise of a single loss counts as neither. None without a trend, without a
+    loss to compare with it, or without a loss after the incident.
     """
     offset, noise = incident.measured.get("offset", math.nan), incident.measured.get("noise", 0.0)
     if not math.isfinite(cost.excess) or not math.isfinite(offset):
@@ -52,8 +54,8 @@ def effect_of(incident: Incident, cost: Cost) -> Effect | None:
 def _measure_cost(
     incident: Incident, view: MetricsView, events: list[Event], parked: float
 ) -> Cost:
-    """Rows that its rollbacks discarded, and tries that were rejected, with the seconds that both
-    have taken.
+    """Return what an incident cost: the rows that its rollbacks discarded, its rejected tries, and
+    the seconds of both.
     """
     import numpy as np
 
@@ -74,24 +76,24 @@ def _measure_cost(
             tried |= (timelines == action.timeline) & (steps == action.step + 1) & (verdicts != 0)
     took = seconds[discarded | tried]
     tried &= ~_applied_after_all(tried & (verdicts == list(Action).index(Action.RETRY)), view)
-    lost, onset, curve = (
-        sum(action.steps_lost for action in incident.actions),
-        max(1, incident.onset),
-        incident.curve,
-    )
+    lost = sum(action.steps_lost for action in incident.actions)
+    onset = max(1, incident.onset)
+    curve = incident.curve
     excess, price = math.nan, 0.0
     if curve is not None:
         bad = (discarded | tried) & (steps >= onset) & np.isfinite(losses)
         above = [
             loss - expected(curve, step) for step, loss in zip(steps[bad], losses[bad], strict=True)
         ]
-        excess = math.nan
         if above:
             excess = float(np.median(above))
         price = expected(curve, onset) - expected(curve, onset + lost)
+    measured = math.nan
+    if len(took):
+        measured = float(np.nansum(took))
     return Cost(
         steps=lost,
-        seconds=float(np.nansum(took)) if len(took) else math.nan,
+        seconds=measured,
         parked=parked,
         rejected=int(tried.sum()),
         excess=excess,
@@ -100,9 +102,7 @@ def _measure_cost(
 
 
 def _applied_after_all(retried: np.ndarray, view: MetricsView) -> np.ndarray:
-    """Of tries whose batch was formed again, those in which it was applied then, with the same
-    loss.
-    """
+    """Return the mask of retries whose batch was then applied with the same loss."""
     import numpy as np
 
     steps, timelines, verdicts, _, losses = view.array.T
@@ -119,7 +119,7 @@ def _applied_after_all(retried: np.ndarray, view: MetricsView) -> np.ndarray:
 
 
 def _measure_waiting(events: Iterable[Event]) -> dict[int, float]:
-    """Seconds for which each incident's question waited: number -> seconds."""
+    """Return number of an incident -> seconds for which its question waited for an answer."""
     found: dict[int, float] = {}
     since: Event | None = None
     for event in events:

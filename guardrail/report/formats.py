@@ -18,7 +18,7 @@ _SIGNALS = {
 
 
 def format_signal(signal: str) -> str:
-    """The name of a signal for a reader: "grad norm", "grad norm of blocks.0"."""
+    """Return the name of a signal for a reader: "grad norm", "grad norm of blocks.0"."""
     name, slash, block = signal.partition("/")
     shown = _SIGNALS.get(name, name.replace("_", " "))
     if slash:
@@ -27,21 +27,21 @@ def format_signal(signal: str) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Text of at most `width` characters; a longer one ends in an ellipsis."""
+    """Return at most `width` characters of a text; a shortened one ends in an ellipsis."""
     if len(text) <= width:
         return text
     return text[: max(0, width - 1)] + "…"
 
 
 def shorten_path(path: str, width: int) -> str:
-    """A path of at most `width` characters; of a longer one the end is kept."""
+    """Return at most `width` characters of a path. The end is kept."""
     if len(path) <= width:
         return path
     return "…" + path[len(path) - width + 1 :]
 
 
 def wrap_text(text: str, *, indent: str = "", width: int = COLUMNS) -> list[str]:
-    """Lines of at most `width` characters; a number and its unit stay together."""
+    """Return lines of at most `width` characters. A number and its unit stay together."""
     joined = _UNIT.sub(_TIED, text)
     lines = textwrap.wrap(
         joined, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
@@ -50,7 +50,7 @@ def wrap_text(text: str, *, indent: str = "", width: int = COLUMNS) -> list[str]
 
 
 def relative_path(path: str, folder: str) -> str:
-    """The path as seen from `folder`, where it lies below it."""
+    """Return a path relative to `folder`, if it lies below it."""
     below = folder.rstrip("/") + "/"
     if folder and path.startswith(below):
         return path[len(below) :]
@@ -58,7 +58,7 @@ def relative_path(path: str, folder: str) -> str:
 
 
 def join_words(words: Iterable[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Return "a", "a and b", "a, b and c"."""
     *others, last = list(words) or [""]
     if others:
         return f"{', '.join(others)} and {last}"

@@ -1,6 +1,4 @@
-"""What there is to know of one incident: what was seen, what was done, what was skipped, how it
-ended. Pure.
-"""
+"""The record of one incident: findings, actions, skipped data, cost, and how it ended. Pure."""
 
 from __future__ import annotations
 
@@ -13,9 +11,7 @@ from guardrail.core.records import Finding, LossTrend, Record, Span
 
 
 class Document(Record, frozen=True, kw_only=True):
-    """A range of a document that was skipped. `record` counts from 1; 0: the file is the
-    document.
-    """
+    """A skipped range of a document. `record` counts from 1; 0 means that the file is the document."""
 
     path: str
     record: int = 0
@@ -25,8 +21,8 @@ class Document(Record, frozen=True, kw_only=True):
 
 
 class Sample(Record, frozen=True, kw_only=True):
-    """One sample that was found bad by itself: its loss, its share of the gradient, and what is odd
-    about its text.
+    """One sample that was found bad by itself, with its loss, its share of the gradient, and what
+    is unusual about its text.
     """
 
     position: int
@@ -54,8 +50,8 @@ class Token(Record, frozen=True, kw_only=True):
     count: int = -1
 
     def sentence(self) -> str:
-        """'token 126 "~": up to 87% of the gradient of the embedding, norm 1.46, 264 times in the
-        batch'
+        """Return 'token 126 "~": up to 87% of the gradient of the embedding, norm 1.46, 264 times
+        in the batch'.
         """
         facts = []
         if math.isfinite(self.share):
@@ -74,7 +70,7 @@ class Token(Record, frozen=True, kw_only=True):
 
 
 class SkippedFile(Record, frozen=True, kw_only=True):
-    """A file of which documents or records were skipped: as much as the journal names.
+    """A file with skipped documents or records, as far as the journal names them.
 
     Attributes:
         path: in full.
@@ -129,7 +125,7 @@ class IncidentAction(Record, frozen=True, kw_only=True):
 
 
 class Cost(Record, frozen=True, kw_only=True):
-    """What an incident has cost.
+    """What an incident cost.
 
     Attributes:
         steps: applied updates that were discarded.
@@ -151,15 +147,15 @@ class Cost(Record, frozen=True, kw_only=True):
 
     @property
     def total_seconds(self) -> float:
-        """Training time and waiting together; NaN where nothing was measured."""
+        """Return training time plus waiting time in seconds; NaN if neither was measured."""
         if math.isnan(self.seconds):
             return self.parked or math.nan
         return self.seconds + self.parked
 
 
 class Effect(Record, frozen=True, kw_only=True):
-    """Whether the incident was worth its cost: losses against the trend from before it, nats per
-    token.
+    """Whether the actions of an incident were worth their cost: losses compared with the trend
+    before it, in nats per token.
 
     Attributes:
         excess: of what was discarded or rejected, above the trend.
@@ -177,7 +173,7 @@ class Effect(Record, frozen=True, kw_only=True):
 
 
 class Incident(Record, frozen=True, kw_only=True):
-    """Findings that belong together, with what was done and what was skipped. `number` 0: the
+    """Findings that belong together, with the actions and the skipped data. `number` is 0 if the
     journal gave none.
 
     Attributes:

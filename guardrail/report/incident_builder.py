@@ -1,6 +1,4 @@
-"""Gathers the events of a journal into incidents: the evidence, what was done, what was skipped.
-Pure.
-"""
+"""Collects the events of a journal into incidents: evidence, actions, skipped data. Pure."""
 
 from __future__ import annotations
 
@@ -19,29 +17,29 @@ from guardrail.report.cause_evidence import evidence_from_line
 from guardrail.report.incident import Incident, IncidentAction, Token
 from guardrail.report.journal_entries import (
     SKIPPED,
-    action_of,
-    curve_of,
-    documents_of,
-    samples_of,
-    samples_of_span,
-    tokens_of,
+    count_positions,
+    read_action,
+    read_documents,
+    read_samples,
+    read_tokens,
+    read_trend,
 )
 from guardrail.rundir.run_directory import findings_of, span_of
 
 NOT_MEASURED = ("number", "onset", "at_step")
-# states of an incident that say how it went on
+# states of an incident that is over
 ENDS = (
     "recovered",
     "recovered with higher loss",
     "repeated",
     "accepted",
 )
-_NEAR = 20  # verdicts without an incident's number belong together up to this many steps apart
-_TOKENS = 8  # of an incident, named
+_NEAR = 20  # steps; verdicts without an incident's number belong together up to this distance
+_TOKENS = 8  # most tokens that are kept per incident
 
 
 class IncidentBuilder:
-    """Gathers events into incidents: by number, else with what happened close by.
+    """Collects events into incidents: by number, otherwise by their distance in steps.
 
     Args:
         keep: newest incidents that are remembered; None: all.
@@ -53,7 +51,8 @@ class IncidentBuilder:
         self._unnumbered = 0
         self._decided: dict[int, IncidentAction] = {}  # rollbacks whose own line is to come
 
-    def of(self, events: Iterable[Event]) -> list[Incident]:
+    def add_events(self, events: Iterable[Event]) -> list[Incident]:
+        """Add events, and return all incidents so far, oldest first."""
         for event in events:
             match event.kind:
                 case "verdict" | "finding":
@@ -67,17 +66,19 @@ class IncidentBuilder:
                 case "remedy":
                     incident = self._incident_of(event)
                     self._store(
-                        incident, {"actions": (*incident.actions, action_of(event, "remedy"))}
+                        incident, {"actions": (*incident.actions, read_action(event, "remedy"))}
                     )
                 case "undo":
                     self._add_undo(event)
         while self._keep is not None and len(self._found) > self._keep:
             del self._found[next(iter(self._found))]
-        # Found under negative numbers where the journal gave none.
-        return [
-            msgspec.structs.replace(incident, number=max(0, number)) if number < 0 else incident
-            for number, incident in self._found.items()
-        ]
+        # Incidents to which the journal gave no number have a negative one here.
+        incidents = []
+        for number, incident in self._found.items():
+            if number < 0:
+                incident = msgspec.structs.replace(incident, number=0)
+            incidents.append(incident)
+        return incidents
 
     def _add_verdict(self, event: Event) -> None:
         action = event.data.get("action", "")
@@ -85,7 +86,7 @@ class IncidentBuilder:
         findings = findings_of(event)
         noted = action in ("", "apply") and not would and not as_int(event.data.get("incident"))
         if noted and (not findings or self._find_near(event) is None):
-            return  # a note by itself is no incident; near an open one it is evidence
+            return  # a note alone is no incident; near an open one it is evidence
         incident = self._incident_of(event, findings)
         changes: dict[str, Any] = {"findings": _join_findings(incident.findings, findings)}
         parameters = event.data.get("parameters")
@@ -101,15 +102,18 @@ class IncidentBuilder:
                 clean_text(str(rank), 20): clean_text(str(name), 200)
                 for rank, name in modules.items()
             }
-        if tokens := tokens_of(event):
+        if tokens := read_tokens(event):
             changes["tokens"] = _keep_longest((*incident.tokens, *tokens))
         # A rollback has its own line, with the snapshot that was used.
         if action == "apply" and would and would != "apply":
             action = f"would {would}"
         if action == "rollback":
-            self._decided[incident.number] = action_of(event, "rollback")
+            self._decided[incident.number] = read_action(event, "rollback")
         if action not in ("", "apply", "rollback"):
-            changes["actions"] = (*incident.actions, action_of(event, clean_text(str(action), 40)))
+            changes["actions"] = (
+                *incident.actions,
+                read_action(event, clean_text(str(action), 40)),
+            )
         self._store(incident, changes)
 
     def _add_remedy(self, event: Event) -> None:
@@ -129,8 +133,8 @@ class IncidentBuilder:
         self._store(incident, changes)
 
     def _rollback(self, event: Event, number: int) -> IncidentAction:
-        """The rollback of this line, with the batch and the finding that led to it."""
-        done, decided = action_of(event, "rollback"), self._decided.pop(number, None)
+        """Return the rollback of this line, with the batch and the finding that led to it."""
+        done, decided = read_action(event, "rollback"), self._decided.pop(number, None)
         if decided is None:
             return done
         return msgspec.structs.replace(
@@ -144,8 +148,10 @@ class IncidentBuilder:
     def _add_state(self, event: Event) -> None:
         state = clean_text(str(event.data.get("state") or ""), 40)
         incident = self._incident_of(event)
-        curve = curve_of(event.data.get("curve"))
-        trend: dict[str, Any] = {"curve": curve} if curve is not None else {}
+        curve = read_trend(event.data.get("curve"))
+        trend: dict[str, Any] = {}
+        if curve is not None:
+            trend["curve"] = curve
         if state not in ENDS:
             self._store(incident, trend)
             return
@@ -159,12 +165,13 @@ class IncidentBuilder:
         closed = None
         if state != "repeated":
             closed = event.time
-        said = clean_text(event.message, 400)
-        # which says no more than the state
-        outcome = said
-        if said == f"incident {incident.number}: {state}":
-            outcome = ""
-        ended = {"closed": closed, "closed_step": event.step if closed is not None else 0}
+        closed_step = 0
+        if closed is not None:
+            closed_step = event.step
+        outcome = clean_text(event.message, 400)
+        if outcome == f"incident {incident.number}: {state}":
+            outcome = ""  # it says no more than the state
+        ended = {"closed": closed, "closed_step": closed_step}
         self._store(
             incident, {**trend, **ended, "state": state, "outcome": outcome, "measured": numbers}
         )
@@ -172,12 +179,12 @@ class IncidentBuilder:
     def _add_cause(self, event: Event) -> None:
         cause = clean_text(str(event.data.get("cause") or ""), 60)
         reason = clean_text(str(event.data.get("reason") or event.message), 600)
-        rank, host = (
-            as_int(event.data.get("rank", -1)),
-            clean_text(str(event.data.get("host") or ""), 80),
-        )
+        rank = as_int(event.data.get("rank", -1))
+        host = clean_text(str(event.data.get("host") or ""), 80)
         if rank >= 0 and cause.startswith(("hardware", "not reproducible")):
-            reason += f"; rank {rank}{f' on {host}' if host else ''}"
+            reason += f"; rank {rank}"
+            if host:
+                reason += f" on {host}"
         changes: dict[str, Any] = {
             "cause": cause,
             "cause_reason": reason,
@@ -193,19 +200,19 @@ class IncidentBuilder:
         self._store(incident, changes)
 
     def _add_undo(self, event: Event) -> None:
-        """What a user has undone is no longer skipped."""
+        """Remove the spans that a user has undone: they are no longer skipped."""
         back = undone_spans(event)
         for incident in [
             one for one in self._found.values() if any(span in back for span in one.spans)
         ]:
             spans = tuple(span for span in incident.spans if span not in back)
-            actions = (*incident.actions, action_of(event, "undo"))
+            actions = (*incident.actions, read_action(event, "undo"))
             self._store(
                 incident, {"spans": spans, "samples": _count_samples(spans), "actions": actions}
             )
 
     def _incident_of(self, event: Event, findings: Iterable[Finding] = ()) -> Incident:
-        """The incident of an event. Its onset is the earliest that anything names."""
+        """Return the incident of an event. Its onset is the earliest that any of its events names."""
         number = as_int(event.data.get("incident", event.data.get("number")))
         if number <= 0:
             number = self._number_near(event)
@@ -213,13 +220,13 @@ class IncidentBuilder:
         onsets = [onset for onset in named if isinstance(onset, int) and onset > 0]
         incident = self._found.get(number) or self._adopt_unnumbered(number, event)
         if incident is None:
-            # a cause comes first
+            # The line with the diagnosis may come before the verdict.
             onset = min(onsets, default=as_int(event.data.get("at_step")) or event.step)
             return Incident(number=number, state="open", onset=onset, opened=event.time)
         return msgspec.structs.replace(incident, onset=min([incident.onset, *onsets]))
 
     def _adopt_unnumbered(self, number: int, event: Event) -> Incident | None:
-        """A verdict may have come before the line that gives its incident a number."""
+        """Return an incident whose verdict came before the line that gives it a number."""
         before = self._find_near(event)
         if number < 0 or before is None or before.number > 0:
             return None
@@ -234,7 +241,7 @@ class IncidentBuilder:
         return self._unnumbered
 
     def _find_near(self, event: Event) -> Incident | None:
-        """The newest incident, if it is open and the event happened close by."""
+        """Return the newest incident, if it is open and at most `_NEAR` steps away."""
         last = next(reversed(self._found.values()), None)
         if last is None or last.state != "open":
             return None
@@ -251,20 +258,21 @@ class IncidentBuilder:
         self._found[incident.number] = msgspec.structs.replace(incident, **changes)
 
 
-def asked_for(events: Iterable[Event]) -> Iterator[IncidentAction]:
-    """Skips and rollbacks that a user asked for: no incidents."""
+def list_user_actions(events: Iterable[Event]) -> Iterator[IncidentAction]:
+    """Give the skips and rollbacks that a user asked for. They are no incidents."""
     for event in events:
         span = None
         if event.kind in (*SKIPPED, "rollback"):
             span = span_of(event)
         if span is not None and span.origin == "user":
-            yield action_of(event, "rollback" if event.kind == "rollback" else "skip")
+            action = "skip"
+            if event.kind == "rollback":
+                action = "rollback"
+            yield read_action(event, action)
 
 
 def _join_findings(known: tuple[Finding, ...], new: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The worst of each kind of finding on each signal, in the order in which they first
-    appeared.
-    """
+    """Return the most severe finding per signal and kind, in the order of their first appearance."""
     worst = {(f.signal, f.kind): f for f in known}
     for finding in new:
         key = (finding.signal, finding.kind)
@@ -277,10 +285,12 @@ def _join_findings(known: tuple[Finding, ...], new: Iterable[Finding]) -> tuple[
 
 
 def _add_span(incident: Incident, span: Span, event: Event) -> dict[str, Any]:
-    """The changes that a span brings. The window of a rollback usually covers the batches that were
-    rejected before it: nothing counts twice.
+    """Return the changes that a span brings.
+
+    The window of a rollback usually covers the batches that were rejected before it. They are not
+    counted twice.
     """
-    documents = documents_of(event.data)
+    documents = read_documents(event.data)
     total = max(as_int(event.data.get("documents_total")), len(documents))
     spans = (*incident.spans, span)
     if not all(span.first <= known.first and known.last <= span.last for known in incident.spans):
@@ -292,29 +302,31 @@ def _add_span(incident: Incident, span: Span, event: Event) -> dict[str, Any]:
         "documents": documents,
         "documents_total": total,
     }
-    return found | {"named": (*incident.named, *samples_of(event))}
+    return found | {"named": (*incident.named, *read_samples(event))}
 
 
 def _add_sample_count(
     actions: tuple[IncidentAction, ...], span: Span
 ) -> tuple[IncidentAction, ...]:
-    """The actions, where the try of that batch knows how many of its samples were skipped."""
+    """Return the actions, with the number of skipped samples in the try of that batch."""
     for at in range(len(actions) - 1, -1, -1):
         batch = actions[at].batch
         if batch is not None and batch[0] == span.first and actions[at].samples_skipped < 0:
-            known = msgspec.structs.replace(actions[at], samples_skipped=samples_of_span(span))
+            known = msgspec.structs.replace(actions[at], samples_skipped=count_positions(span))
             return (*actions[:at], known, *actions[at + 1 :])
     return actions
 
 
 def _count_samples(spans: Iterable[Span]) -> int:
-    """Positions that are skipped; of a span that names some of its positions, these."""
+    """Return how many positions are skipped. A span that names some of its positions skips only
+    these.
+    """
     pieces = joined(piece for span in spans for piece in split_span(span))
     return sum(last - first for first, last in pieces)
 
 
 def _keep_longest(tokens: Iterable[Token]) -> tuple[Token, ...]:
-    """Each token once, with the longest row that it had; the longest first."""
+    """Return each token once, with the longest gradient row that it had, longest first."""
     found: dict[int, Token] = {}
     for token in tokens:
         known = found.get(token.id)

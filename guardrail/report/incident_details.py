@@ -19,11 +19,11 @@ MAX_NAMES = 4  # parameters of a rank
 PATH_WIDTH = 60
 _ACTIONS = {
     "retry": "batch repeated",
-    "pause": "paused to ask",
+    "pause": "paused to ask the user",
     "halt": "run halted",
     "rollback": "older state restored",
 }
-# kinds that the name of the signal does not tell
+# kinds that the name of the signal does not show
 _KINDS = (FindingKind.DIVERGENCE, FindingKind.LEVEL_SHIFT, FindingKind.GROWTH, FindingKind.STUCK)
 
 
@@ -70,7 +70,7 @@ def detail_incident(incident: Incident) -> IncidentDetails:
 
 
 def _list_facts(incident: Incident) -> Iterator[str]:
-    """What it cost and what it was worth, and where NaN and Inf came from: a sentence each."""
+    """Give one sentence each for cost, effect, and the origin of NaN and Inf."""
     if cost := describe_cost(incident):
         yield f"Cost: {cost}."
     if effect := describe_effect(incident):
@@ -85,14 +85,17 @@ def _list_facts(incident: Incident) -> Iterator[str]:
 
 
 def _find_own_parameters(incident: Incident) -> dict[str, list[str]]:
-    """Of the ranks that findings name: the reduction hands a NaN of one rank to all."""
+    """Return rank -> parameters with non-finite gradients, only for ranks that a finding names.
+
+    The reduction gives the NaN of one rank to all ranks.
+    """
     ranks = {str(rank) for finding in incident.findings for rank in finding.ranks}
     own = {rank: names for rank, names in incident.parameters.items() if rank in ranks}
     return own or incident.parameters
 
 
 def describe_cost(incident: Incident) -> str:
-    """ "3 steps discarded, 12 samples skipped, 1.3 s of training", as far as it was measured."""
+    """Return "3 steps discarded, 12 samples skipped, 1.3 s of training", of what was measured."""
     cost = incident.cost
     parts = []
     if cost.steps:
@@ -109,7 +112,7 @@ def describe_cost(incident: Incident) -> str:
 
 
 def describe_effect(incident: Incident) -> str:
-    """The losses against the trend, and whether what was done was worth its cost."""
+    """Return the losses compared with the trend, and whether the actions were worth their cost."""
     effect = incident.effect
     if effect is None:
         return ""
@@ -190,7 +193,7 @@ def _decision_cells(number: int, action: IncidentAction) -> tuple[str, ...]:
 
 
 def describe_decision(action: IncidentAction) -> str:
-    """What a decision did: "16 samples skipped", "restored step 220 (memory), 12 steps
+    """Return what a decision did: "16 samples skipped", "restored step 220 (memory), 12 steps
     discarded, 112 skipped".
     """
     skipped = action.samples_skipped

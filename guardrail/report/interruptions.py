@@ -1,4 +1,4 @@
-"""What interrupted a run: failed and hung ranks, disk problems, restarts."""
+"""Finds what interrupted a run: failed and hung ranks, disk problems, restarts."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ _TURNS = ("started", "restarted", "ended")
 
 
 def find_faults(events: Sequence[Event]) -> tuple[Fault, ...]:
-    """Failed and hung ranks, and disks that could not be written. Consecutive ones with the same
-    message are one, until the run has continued.
+    """Return failed and hung ranks, and failed writes to the disk.
+
+    Consecutive faults with the same message are one, until the run has continued.
     """
     found: list[Fault] = []
     step = 0
@@ -74,7 +75,7 @@ def _read_fault(event: Event, step: int) -> Fault | None:
 
 
 def _resolve_faults(faults: list[Fault], event: Event, step: int) -> None:
-    """Note in the faults that are open what this event puts right."""
+    """Mark the open faults that this event resolves."""
     if event.kind == "restarted":
         kinds: tuple[str, ...] = ("rank failed", "rank hung")
     elif event.kind in _DISK:
@@ -91,7 +92,7 @@ def _resolve_faults(faults: list[Fault], event: Event, step: int) -> None:
 
 
 def find_restarts(run: RunDirectory, events: Sequence[Event]) -> Iterator[Restart]:
-    """Each restart with the applied rows that it abandoned."""
+    """Give each restart with the applied rows that it discarded."""
     restarts = [event for event in events if event.kind == "restarted"]
     if not restarts:
         return
@@ -117,7 +118,7 @@ def find_restarts(run: RunDirectory, events: Sequence[Event]) -> Iterator[Restar
 
 
 def _find_abandoned(view: MetricsView, timeline: int) -> tuple[np.ndarray, np.ndarray]:
-    """(Steps, seconds) of the applied rows of the last timeline before `timeline`."""
+    """Return (steps, seconds) of the applied rows of the last timeline before `timeline`."""
     names = ("step", "timeline", "verdict", "step_time")
     steps, timelines, verdicts, seconds = (view.column(name) for name in names)
     before = timelines < timeline
@@ -129,7 +130,9 @@ def _find_abandoned(view: MetricsView, timeline: int) -> tuple[np.ndarray, np.nd
 
 
 def _list_differences(events: Sequence[Event], restart: Event) -> tuple[str, ...]:
-    """Parts of the state that were not what had been saved, by the check after the restart."""
+    """Return the parts of the state that differ from the saved ones, by the check after the
+    restart.
+    """
     after = (e for e in events if e.seq > restart.seq and e.kind in ("resume_check", "restarted"))
     check = next(after, None)
     if check is None or check.kind != "resume_check":
@@ -142,7 +145,7 @@ def _list_differences(events: Sequence[Event], restart: Event) -> tuple[str, ...
 
 
 def _find_ending(events: Sequence[Event], restart: Event) -> str:
-    """What the run had ended with before it was continued."""
+    """Return how the run had ended before this restart."""
     before = [e for e in events if e.seq < restart.seq and e.kind in (*_TURNS, *_RANK_FAULTS)]
     if not before:
         return ""

@@ -1,5 +1,5 @@
-"""What one line of a journal says of an incident: the action, samples, documents, tokens and the
-trend in it. Pure.
+"""Reads one line of a journal as parts of an incident: action, samples, documents, tokens, loss
+trend. Pure.
 
 Lines of other versions, and broken ones, are read as far as they make sense.
 """
@@ -20,8 +20,8 @@ from guardrail.rundir.run_directory import findings_of, span_of
 SKIPPED = ("skipped",)
 
 
-def action_of(event: Event, action: str) -> IncidentAction:
-    """What the line did, under the name `action`."""
+def read_action(event: Event, action: str) -> IncidentAction:
+    """Return the action of a line, under the name `action`."""
     data = event.data
     return IncidentAction(
         action=action,
@@ -40,7 +40,7 @@ def action_of(event: Event, action: str) -> IncidentAction:
 
 
 def _find_target(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The state that the line restored, and the steps that this discarded."""
+    """Return the state that the line restored, and the number of steps that this discarded."""
     to_step = data.get("to_step")
     if not isinstance(to_step, int):
         return {}
@@ -48,15 +48,15 @@ def _find_target(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find_window(event: Event) -> dict[str, Any]:
-    """The positions that the line skipped."""
+    """Return the positions that the line skipped."""
     window, span = _as_pair(event.data.get("window")), span_of(event)
     if span is None:
         return {"window": window}
-    return {"window": window or (span.first, span.last), "samples_skipped": samples_of_span(span)}
+    return {"window": window or (span.first, span.last), "samples_skipped": count_positions(span)}
 
 
 def _find_worst(event: Event) -> dict[str, Any]:
-    """The most severe finding of the line."""
+    """Return the most severe finding of the line."""
     worst = next(iter(findings_of(event)), None)
     if worst is None:
         return {}
@@ -67,13 +67,13 @@ def _find_worst(event: Event) -> dict[str, Any]:
     }
 
 
-def samples_of_span(span: Span) -> int:
-    """Positions that a span skips: those it names, else all of it."""
+def count_positions(span: Span) -> int:
+    """Return how many positions a span skips: those that it names, otherwise all of it."""
     return len(span.positions) or max(0, span.last - span.first)
 
 
 def _list_remedies(data: Mapping[str, Any]) -> Iterator[str]:
-    """What went with a decision, in words."""
+    """Give one sentence per remedy that belongs to a decision."""
     for item in _as_list(data.get("remedies", [data.get("remedy")])):
         if not isinstance(item, dict) or not item.get("kind"):
             continue
@@ -91,14 +91,12 @@ def _list_remedies(data: Mapping[str, Any]) -> Iterator[str]:
         back = as_int(item.get("back", item.get("ramp_steps")))
         until = ""
         if hold or back:
-            until = f", for {hold:,} steps, then back over {back:,} steps"
+            until = f", for {hold:,} steps, then ramped back in {back:,} steps"
         yield f"{what} x {value:g} from step {as_int(item.get('from_step')):,}{until}"
 
 
-def samples_of(event: Event) -> tuple[Sample, ...]:
-    """The single samples that a `left_out` line names with their loss and their share of the
-    gradient.
-    """
+def read_samples(event: Event) -> tuple[Sample, ...]:
+    """Return the single samples that a `skipped` line names, with loss and share of the gradient."""
     items = _as_list(event.data.get("samples"))
     return tuple(_as_sample(item) for item in items if isinstance(item, dict))
 
@@ -108,14 +106,14 @@ def _as_sample(item: Mapping[str, Any]) -> Sample:
         position=as_int(item.get("position")),
         loss=as_float(item.get("loss")),
         share=as_float(item.get("share")),
-        documents=documents_of(item),
+        documents=read_documents(item),
         excerpt=clean_text(str(item.get("excerpt") or ""), 200),
         odd=tuple(clean_text(str(word), 120) for word in _as_list(item.get("odd"))),
     )
 
 
-def tokens_of(event: Event) -> tuple[Token, ...]:
-    """The tokens that a verdict names where the gradient of the embedding was too large."""
+def read_tokens(event: Event) -> tuple[Token, ...]:
+    """Return the tokens that a verdict names if the gradient of the embedding was too large."""
     items = _as_list(event.data.get("tokens"))
     return tuple(
         Token(
@@ -130,8 +128,8 @@ def tokens_of(event: Event) -> tuple[Token, ...]:
     )
 
 
-def documents_of(data: Mapping[str, Any]) -> tuple[Document, ...]:
-    """The documents that a line, or one of its samples, names."""
+def read_documents(data: Mapping[str, Any]) -> tuple[Document, ...]:
+    """Return the documents that a line, or one of its samples, names."""
     found = []
     for item in _as_list(data.get("documents")):
         if isinstance(item, str):
@@ -149,8 +147,10 @@ def documents_of(data: Mapping[str, Any]) -> tuple[Document, ...]:
     return tuple(found)
 
 
-def curve_of(raw: Any) -> LossTrend | None:
-    """A trend that gives a finite loss at every step, else None: a journal may hold anything."""
+def read_trend(raw: Any) -> LossTrend | None:
+    """Return a trend that gives a finite loss at every step, else None. A journal may hold
+    anything.
+    """
     if not isinstance(raw, dict):
         return None
     numbers = {

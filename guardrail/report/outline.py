@@ -1,6 +1,4 @@
-"""A report as headings, lines and tables: what every page of it shows, whatever it is written in.
-Pure.
-"""
+"""The report as headings, lines and tables, the same for every page format. Pure."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ class Section:
 
 
 def outline_report(report: Report, spec: str) -> Iterator[Section]:
-    """All that a page says: the summary, each incident's details, commands and notes.
+    """Give the sections of a page: summary, details of each incident, commands, notes.
 
     Args:
         spec: what names the run on a command line.

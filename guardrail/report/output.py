@@ -1,4 +1,4 @@
-"""The report of a run in every format: JSON, terminal text, Markdown, HTML; and as a file."""
+"""The report of a run in every format: JSON, plain text, Markdown, HTML. Also writes it to a file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from guardrail.rundir.run_directory import RunDirectory
 
 
 def report_as_dict(run: RunDirectory) -> dict[str, Any]:
-    """The report as JSON-able data; NaN and infinities are strings, as in the journal."""
+    """Return the report as data for JSON. NaN and infinities are strings, as in the journal."""
     return msgspec.json.decode(encode_json(build_report(run)))
 
 
 def summary_text(run: RunDirectory, *, spec: str = "", chart: bool = False) -> str:
-    """The summary as plain text, without a line end after it.
+    """Return the summary as plain text, without a line end after it.
 
     Args:
         spec: what names the run on a command line, by default its name.
@@ -36,7 +36,7 @@ def summary_text(run: RunDirectory, *, spec: str = "", chart: bool = False) -> s
 
 
 def incident_text(run: RunDirectory, number: int, *, excerpts: bool = False) -> str:
-    """Everything about one incident as plain text. Raises UsageError: there is none such."""
+    """Return everything about one incident as plain text. UsageError if there is no such incident."""
     from guardrail.report.incident_details import find_incident
     from guardrail.report.render_text import render_incident
 
@@ -52,14 +52,14 @@ def incident_text(run: RunDirectory, number: int, *, excerpts: bool = False) -> 
 
 
 def commands_text(run: RunDirectory) -> str:
-    """Commands, what they did, and notes, as plain text."""
+    """Return commands, their effects, and notes as plain text."""
     from guardrail.report.render_text import render_commands
 
     return render_commands(build_report(run))
 
 
 def render_report(run: RunDirectory, form: str, *, spec: str = "", chart: bool = False) -> str:
-    """The report as "terminal" (plain text), "markdown" or "html" (one file, with curves)."""
+    """Return the report as "terminal" (plain text), "markdown" or "html" (one file, with curves)."""
     if form == "terminal":
         return summary_text(run, spec=spec, chart=chart) + "\n"
     from guardrail.report import render_html as pages

@@ -1,4 +1,4 @@
-"""Which samples a run skips, by its journal and by its quarantine file."""
+"""Finds which samples a run skips, from its journal and its quarantine file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from guardrail.rundir.run_directory import RunDirectory, span_of
 
 
 def quarantine_lines(run: RunDirectory) -> list[str]:
-    """All samples that the run skips, `ID` or `ID@EPOCH`, as `[data] quarantine = "FILE"`
-    reads them.
+    """Return all samples that the run skips, as lines `ID` or `ID@EPOCH` for `data.quarantine`.
+
+    These are the samples of the run's own quarantine file, and those at the positions that the
+    journal skips.
 
     What the run's own quarantine file names, and the samples at the positions that the journal says
     were skipped.
@@ -68,8 +70,8 @@ def count_skipped(events: list[Event]) -> int:
 
 
 def _list_spans(events: Iterable[Event]) -> Iterator[Span]:
-    """Each span that is still skipped, once: a rollback may carry its own, beside or instead of a
-    line of its own.
+    """Give each span that is still skipped, once. A rollback may carry its span itself, with or
+    without a separate line.
     """
     seen: list[Span] = []
     for event in events:

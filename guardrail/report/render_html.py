@@ -1,7 +1,6 @@
-"""A report as Markdown, and as one HTML file that needs nothing else: no script, no font, no
-address to fetch.
+"""The report as Markdown, and as one HTML file that loads nothing: no script, no font, no address.
 
-What came from outside (document names, excerpts, messages) stays text here, whatever it holds.
+Text from outside (names of documents, excerpts, messages) stays text, whatever it contains.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _LEGEND = (
 
 
 def render_markdown(sections: Iterable[Section]) -> str:
-    """CommonMark, with tables as GitHub has them."""
+    """Return CommonMark, with tables as GitHub writes them."""
     lines: list[str] = []
     for section in sections:
         lines += [f"{'#' * section.level} {_escape_markdown(section.title)}", ""]
@@ -86,7 +85,7 @@ def _render_markdown_row(cells: Iterable[str]) -> str:
 
 
 def _escape_code(text: str) -> str:
-    """A command as inline code; what a code span cannot hold is shown as text."""
+    """Return a command as inline code; as plain text if a code span cannot hold it."""
     if re.search(r"[`<&\[\]]", text):
         return _escape_markdown(text)
     return f"`{text}`"
@@ -97,7 +96,7 @@ def _escape_markdown(text: str) -> str:
 
 
 def render_page(sections: Sequence[Section], curves: Iterable[tuple[str, str]]) -> str:
-    """One HTML file.
+    """Return one HTML file.
 
     Args:
         curves: (name, SVG) as `guardrail.report.svg_curves` draws them; they stand below the

@@ -1,4 +1,4 @@
-"""A report as plain text for a terminal, a pager or a mail. Pure: everything in a report is clean
+"""The report as plain text for a terminal, a pager or a mail. Pure: all text of a report is cleaned
 already.
 """
 
@@ -42,7 +42,7 @@ _RIGHT = (0, 1)  # columns of numbers
 
 
 def render_summary(report: Report, *, spec: str, chart: Sequence[str] = ()) -> str:
-    """The summary, at most LINES lines of COLUMNS characters.
+    """Return the summary, at most LINES lines of COLUMNS characters.
 
     Args:
         spec: what names the run on a command line.
@@ -77,7 +77,7 @@ def _foot_lines(report: Report, spec: str) -> Iterator[str]:
 
 
 def _fit_table(rows: Sequence[Row], room: int) -> list[str]:
-    """The table of as many rows as there is room for, after an empty line."""
+    """Return an empty line, and the table with as many rows as fit into `room` lines."""
     for count in range(min(MAX_ROWS, len(rows)), LEAST_ROWS - 1, -1):
         lines = _table_lines(rows, count)
         if len(lines) <= room:
@@ -101,8 +101,10 @@ def _table_lines(rows: Sequence[Row], count: int) -> list[str]:
 
 
 def _fit_paragraphs(report: Report, rows: Sequence[Row], room: int) -> list[str]:
-    """Paragraphs of the incidents in the table after an empty line, in at most `room` lines. They
-    get shorter, then fewer, until they fit; the costliest stay.
+    """Return an empty line and the paragraphs of the incidents in the table, in at most `room`
+    lines.
+
+    Paragraphs are shortened first, then omitted. Those of the costliest incidents stay.
     """
     found = _list_paragraphs(report, rows)
     for longest in range(LONGEST_PARAGRAPH, 1, -1):
@@ -133,7 +135,7 @@ class _TimedParagraph:
 
 
 def _list_paragraphs(report: Report, rows: Sequence[Row]) -> list[_TimedParagraph]:
-    """Of the incidents and restarts that need one and have a row in the table, in its order."""
+    """Give the paragraphs of the incidents and restarts that have a row in the table, in its order."""
     shown = {(row.kind, row.time) for row in choose_costliest(rows, MAX_ROWS)}
     found = []
     for incident in report.incidents:
@@ -155,7 +157,7 @@ def _list_paragraphs(report: Report, rows: Sequence[Row]) -> list[_TimedParagrap
 
 
 def fit_paragraph(paragraph: _TimedParagraph, count: int) -> list[str]:
-    """The heading, and below it as many of the sentences as `count` lines hold."""
+    """Return the heading, and below it as many sentences as fit into `count` lines."""
     title = wrap_text(paragraph.title)[: min(2, count)]
     best = title
     for many in range(1, len(paragraph.sentences) + 1):
@@ -170,7 +172,7 @@ def fit_paragraph(paragraph: _TimedParagraph, count: int) -> list[str]:
 
 
 def render_incident(report: Report, incident: Incident, *, excerpts: bool = False) -> str:
-    """The paragraph of one incident, and its tables."""
+    """Return the paragraph of one incident, and its tables."""
     details = detail_incident(incident)
     lines = [*wrap_text(f"{report.run}, {details.title[:1].lower()}{details.title[1:]}"), ""]
     lines += wrap_text(details.paragraph.title)
@@ -198,7 +200,7 @@ def render_table(table: Table, *, excerpts: bool = False) -> list[str]:
 
 
 def render_commands(report: Report) -> str:
-    """Commands, what was skipped and restored by command, and notes."""
+    """Return commands, what they skipped and restored, and notes."""
     lines = [*wrap_text(describe_run(report))]
     rows = list(list_commands(report))
     if rows:

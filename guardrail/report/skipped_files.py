@@ -1,6 +1,4 @@
-"""Which files the skipped documents of an incident stand in, one entry per file, and what is odd
-about their text.
-"""
+"""Groups the skipped documents of an incident by file, with a remark about unusual text."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ _PATTERN = re.compile(r"[*?\[]")
 
 
 def find_data_folder(run: RunDirectory) -> str:
-    """The folder that holds all of `data.sources` of a run; "" where there is none, or it cannot
-    be known.
+    """Return the folder that holds all of `data.sources` of a run; "" if there is none or it is not
+    known.
     """
     try:
         data = tomllib.loads(run.config_text()).get("data", {})
@@ -45,7 +43,9 @@ def find_data_folder(run: RunDirectory) -> str:
 
 
 def _folder_of(source: str) -> str:
-    """The folder of a source: the source itself where it has no ending and no pattern."""
+    """Return the folder of a source. A source without a suffix and without a pattern is a folder
+    itself.
+    """
     if pattern := _PATTERN.search(source):
         return os.path.dirname(source[: pattern.start()] + "x")
     if os.path.splitext(source)[1]:
@@ -54,7 +54,7 @@ def _folder_of(source: str) -> str:
 
 
 def group_by_file(incident: Incident, folder: str) -> tuple[SkippedFile, ...]:
-    """The files of an incident's skipped documents, in the order of their paths."""
+    """Return the files of an incident's skipped documents, sorted by path."""
     if not incident.samples:
         return ()
     documents: dict[str, list[Document]] = {}
@@ -91,7 +91,7 @@ def _make_file(
 
 
 def typical_remark(remarks: Iterable[str]) -> str:
-    """The most frequent kind of remark, with the number in the middle of those that it has."""
+    """Return the most frequent kind of remark, with the median of its numbers."""
     known = list(remarks)
     if not known:
         return ""

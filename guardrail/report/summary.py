@@ -1,5 +1,5 @@
-"""The parts of a report's summary, as lines: how the run stands, what it lost, its checkpoints, and
-which commands come next. Pure.
+"""The lines of a report's summary: state of the run, losses of time and data, checkpoints, next
+commands. Pure.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LONGEST_SPEC = 66  # characters of what names the run in a command that fits a l
 
 
 def describe_run(report: Report) -> str:
-    """ "two/2026-11-29-01: finished, 300 of 300 steps in 1:57 (exit code 0)"."""
+    """Return "two/2026-11-29-01: finished, 300 of 300 steps in 1:57 (exit code 0)"."""
     steps = f"{report.step:,} of {report.total_steps:,} steps"
     if not report.total_steps:
         steps = format_plural(report.step, "step")
@@ -44,7 +44,7 @@ def describe_run(report: Report) -> str:
 
 
 def describe_numbers(report: Report) -> str:
-    """Loss, tokens, ranks, mode and the overhead of the guard, as far as they are known."""
+    """Return loss, tokens, ranks, mode and overhead of the guard, as far as they are known."""
     numbers = []
     if report.loss is not None:
         numbers.append(f"loss {format_number(report.loss)}")
@@ -67,7 +67,7 @@ def describe_numbers(report: Report) -> str:
 
 
 def describe_reason(report: Report) -> Iterator[str]:
-    """Why the run is not finished, and what is not over."""
+    """Give why the run is not finished, and which incident is not over."""
     if report.question and report.state == "running":
         yield f"The run waits for an answer: {report.question}"
     if report.state == "lost":
@@ -82,7 +82,9 @@ def describe_reason(report: Report) -> Iterator[str]:
 
 
 def describe_incidents(report: Report) -> str:
-    """ "2 incidents, both recovered. No rollback. 119 samples skipped (2.4 % of those read)."."""
+    """Return "2 incidents, both recovered. No rollback. 119 samples skipped (2.4 % of those
+    read).".
+    """
     parts = [_count_incidents(report.incidents)]
     parts += _count_faults(report)
     if report.incidents:
@@ -133,7 +135,7 @@ def _count_samples(report: Report) -> str:
 
 
 def describe_commands(report: Report) -> str:
-    """A count of what a user did, and of the notes; "" where there is none."""
+    """Return how many commands and notes there are; "" if there are none."""
     undone = sum(command.command == "undo" for command in report.commands)
     asked = Counter(action.action for action in report.by_person)
     parts = []
@@ -153,7 +155,9 @@ def describe_commands(report: Report) -> str:
 
 
 def describe_checkpoints(report: Report) -> str:
-    """ "Checkpoints: newest good step 250, final step 300 (not confirmed), also good 150 and 200."."""
+    """Return "Checkpoints: newest good step 250, final step 300 (not confirmed), also good 150 and
+    200.".
+    """
     there = [c for c in report.checkpoints if c.state not in ("pruned", "failed")]
     failed = [c for c in report.checkpoints if c.state == "failed"]
     if not there and not failed:
@@ -196,7 +200,7 @@ def _describe_newest(there: list[CheckpointLine], state_of_run: str) -> Iterator
 
 
 def list_next_commands(report: Report, spec: str) -> list[tuple[str, str]]:
-    """(Command, what it does), most useful first.
+    """Return (command, what it does), most useful first.
 
     Args:
         spec: what names the run on a command line.
@@ -227,7 +231,9 @@ def _commands_to_continue(report: Report, run: str) -> Iterator[tuple[str, str]]
 
 
 def _command_to_read_log(report: Report) -> Iterator[tuple[str, str]]:
-    """The log of the rank that failed last, where that ended the run and its path is short."""
+    """Give the command for the log of the rank that failed last, if that ended the run and its path
+    is short.
+    """
     last = next((fault for fault in reversed(report.faults) if fault.log), None)
     if last is None or last.resolved_step is not None:
         return
@@ -237,7 +243,9 @@ def _command_to_read_log(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def align_commands(commands: list[tuple[str, str]]) -> list[str]:
-    """The lines below "Next:"; what a command does is left away where the line has no room."""
+    """Return the lines below "Next:". The meaning of a command is omitted if it does not fit the
+    line.
+    """
     widest = max((len(command) for command, _ in commands), default=0)
     lines = []
     for command, meaning in commands:

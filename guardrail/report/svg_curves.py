@@ -1,8 +1,8 @@
-"""The signals of a run as SVG, for a page that must stand alone: band, applied steps, abandoned
-segments, rejected tries.
+"""The signals of a run as SVG for one HTML file: band, applied steps, discarded steps, rejected
+tries.
 
-A curve has two points for each column of pixels at most, the least and the greatest value in it, so
-that a million steps make a small file and no spike is lost.
+A curve has at most two points per column of pixels: the smallest and the largest value in it. So a
+million steps make a small file, and every spike is visible.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class Axis:
         return self.begin + share * (self.end - self.begin)
 
     def value(self, place: float) -> float:
-        """Pixels -> data, within the margins."""
+        """Return the data value at a place in pixels, within the margins."""
         seen = self.low + (place - self.begin) / (self.end - self.begin) * (self.high - self.low)
         if self.log:
             return 10.0**seen
         return seen
 
     def ticks(self) -> list[float]:
-        """At most seven round numbers."""
+        """Return at most seven round numbers."""
         if self.log:
             decades = range(math.ceil(self.low), math.floor(self.high) + 1)
             found = [10.0**decade for decade in decades]
@@ -75,8 +75,8 @@ class Axis:
 def draw_curves(
     run: RunDirectory, events: Iterable[Event], incidents: Sequence[Incident] = ()
 ) -> list[tuple[str, str]]:
-    """(name, SVG) of each signal that the run has measured; the loss with its trend
-    before each incident.
+    """Return (name, SVG) of each signal that the run measured. The loss shows its trend before each
+    incident.
     """
     import numpy as np
 
@@ -107,8 +107,10 @@ def draw_curves(
 def list_trends(
     incidents: Iterable[Incident], last: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(Steps, losses) of the trend before each incident, from the first loss that it was fitted to
-    until the incident was over, or to step `last` where it is open.
+    """Give (steps, losses) of the trend before each incident.
+
+    It begins at the first loss that the trend was fitted to. It ends where the incident was over,
+    or at step `last` if it is open.
     """
     import numpy as np
 
@@ -135,7 +137,7 @@ def _draw_signal(
 
     steps, values = np.asarray(view.column("step")), np.asarray(view.column(signal))
     applied = np.asarray(view.column("verdict")) == list(Action).index(Action.APPLY)
-    unit = scale_of(values[applied & np.isfinite(values)], values[np.isfinite(values)])
+    unit = fit_vertical_axis(values[applied & np.isfinite(values)], values[np.isfinite(values)])
     up = replace(unit, begin=HEIGHT - BOTTOM, end=TOP)
     parts = [*_draw_frame(across, up)]
     base, top = (
@@ -175,9 +177,12 @@ def _draw_signal(
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{NAMES[signal]}">{"".join(parts)}</svg>'
 
 
-def scale_of(applied: np.ndarray, finite: np.ndarray) -> Axis:
-    """Upwards from 1 at the bottom to 0 at the top: all that was applied, and of what was not as
-    much as leaves that at least half of the room; the rest stands at the top."""
+def fit_vertical_axis(applied: np.ndarray, finite: np.ndarray) -> Axis:
+    """Return a vertical axis from 1 at the bottom to 0 at the top.
+
+    It shows all applied values. Other values get at most half of the height; larger ones are drawn
+    at the top.
+    """
     import numpy as np
 
     finite = np.clip(finite, -LARGEST, LARGEST)
@@ -213,7 +218,7 @@ def _draw_frame(across: Axis, up: Axis) -> Iterator[str]:
 def _draw_band(
     across: Axis, up: Axis, steps: np.ndarray, base: np.ndarray, top: np.ndarray
 ) -> Iterator[str]:
-    """What the guard expected, as an area from the baseline to the threshold."""
+    """Give the normal range as an area, from the baseline to the threshold."""
     if len(steps) < 2:
         return
     xs, lower, upper = across(steps), up(base), up(top)
@@ -237,7 +242,7 @@ def _draw_line(
     values: np.ndarray,
     parts: np.ndarray | None = None,
 ) -> Iterator[str]:
-    """One polyline, or one for each of `parts`: timelines that were abandoned."""
+    """Give one polyline, or one for each of `parts`: the discarded timelines."""
     import numpy as np
 
     if parts is not None:

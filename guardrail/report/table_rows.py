@@ -1,4 +1,4 @@
-"""The table of a report: one row for each incident, fault and restart. Pure."""
+"""The table of the report: one row per incident, fault and restart. Pure."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Row:
 
 
 def make_rows(report: Report) -> list[Row]:
-    """All rows in the order of time."""
+    """Return all rows in the order of time."""
     rows = [incident_row(incident) for incident in report.incidents]
     rows += [fault_row(fault, report) for fault in report.faults]
     rows += [restart_row(restart) for restart in report.restarts if restart.after != "failure"]
@@ -64,7 +64,7 @@ def make_rows(report: Report) -> list[Row]:
 
 
 def choose_costliest(rows: Sequence[Row], count: int) -> list[Row]:
-    """At most `count` rows, those that are not over and the costliest; in their order."""
+    """Return at most `count` rows in their order: those that are not over, then the costliest."""
     order = sorted(rows, key=lambda row: (not row.urgent, -_known_seconds(row), -row.weight))
     chosen = {id(row) for row in order[:count]}
     return [row for row in rows if id(row) in chosen]
@@ -75,7 +75,7 @@ def costliest_first(rows: Iterable[Row]) -> list[Row]:
 
 
 def count_rest(rows: Sequence[Row]) -> str:
-    """ "32 more: 30 incidents and 2 restarts"."""
+    """Return "and 30 incidents and 2 restarts that cost less, 12 s lost"."""
     kinds = Counter(row.kind for row in rows)
     named = join_words(format_plural(count, kind) for kind, count in kinds.items())
     measured = [row.seconds for row in rows if math.isfinite(row.seconds)]
@@ -112,7 +112,7 @@ def incident_row(incident: Incident) -> Row:
 
 
 def describe_state(incident: Incident) -> str:
-    """ "recovered at 175", "not over"."""
+    """Return "recovered at 175", "not over"."""
     state = STATES.get(incident.state, incident.state)
     if incident.closed_step:
         return f"{state} at {incident.closed_step:,}"
@@ -120,7 +120,7 @@ def describe_state(incident: Incident) -> str:
 
 
 def describe_findings(findings: Sequence[Finding], *, most: int = 2) -> str:
-    """ "grad norm 1.1 -> 105, loss 2.27 -> 8.08": the most severe of them."""
+    """Return the most severe findings: "grad norm 1.1 -> 105, loss 2.27 -> 8.08"."""
     bad = [finding for finding in findings if finding.severity is not Severity.NOTE] or findings
     broken = [finding for finding in bad if finding.kind is FindingKind.NONFINITE]
     if broken:
@@ -135,7 +135,7 @@ def describe_findings(findings: Sequence[Finding], *, most: int = 2) -> str:
 
 
 def describe_finding(finding: Finding) -> str:
-    """One finding in a few words."""
+    """Return one finding in a few words."""
     signal, value = format_signal(finding.signal), format_number(finding.value)
     change = f"{signal} {format_number(finding.baseline)} -> {value}"
     match finding.kind:
@@ -178,7 +178,7 @@ def _name_ranks(ranks: Sequence[int]) -> str:
 
 
 def describe_actions(incident: Incident) -> str:
-    """ "restored 220, 208 skipped", "119 samples skipped"."""
+    """Return "restored 220, 208 skipped", "119 samples skipped"."""
     said = list(dict.fromkeys(_describe_each(incident.actions)))
     undone = any(action.action == "undo" for action in incident.actions)
     if incident.samples:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from guardrail.core.records import LOSS, Action
 from guardrail.report.incident import Incident
-from guardrail.report.svg_curves import list_trends, scale_of
+from guardrail.report.svg_curves import fit_vertical_axis, list_trends
 from guardrail.rundir.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ APPLIED, DISCARDED, REJECTED, TREND = "*.x-"
 
 
 def draw_chart(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
-    """Lines of at most 80 characters; empty where there is no loss to draw."""
+    """Return lines of at most 80 characters; none if there is no loss to draw."""
     import numpy as np
 
     view = run.metrics().sensible()
@@ -33,7 +33,7 @@ def draw_chart(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
     finite, applied = np.isfinite(losses), verdicts == list(Action).index(Action.APPLY)
     if finite.sum() < LEAST:
         return []
-    up = scale_of(losses[applied & finite], losses[finite])
+    up = fit_vertical_axis(losses[applied & finite], losses[finite])
     first, last = float(np.nanmin(steps)), float(np.nanmax(steps))
     grid = [[" "] * WIDTH for _ in range(HEIGHT)]
 

@@ -1,4 +1,4 @@
-"""What is odd about a text, as sentences with numbers: the heuristics that clean a corpus. Pure.
+"""Finds what is unusual about a text, with the heuristics that clean a corpus. Pure.
 
 Sources of the thresholds:
 
@@ -6,12 +6,11 @@ Sources of the thresholds:
     C4          Raffel et al. 2020, section 2.2: curly brackets and "lorem ipsum" mark text that is none
     RefinedWeb  Penedo et al. 2023, appendix G.2: lines that are mostly capitals or mostly digits
 
-The rest is what a training sample may hold and a cleaned page does not: control characters,
-mis-decoded text, another script than the corpus has, characters that hardly vary or are random.
+The other checks find what a training sample may contain and a cleaned page does not: control
+characters, wrongly decoded text, a script that the corpus lacks, constant or random characters.
 
-Gopher's words are those of English. Chinese, Japanese, Thai and other scripts that put no space
-between words are judged by their characters instead. All of it takes time in proportion to the
-length of the text.
+Gopher's words are those of English. Scripts without spaces, such as Chinese, Japanese and Thai, are
+judged by their characters instead. The time grows linearly with the length of the text.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ DUPLICATE_LINES = 0.30  # Gopher, table A1: share of lines that stood there befo
 SYMBOLS_PER_WORD = 0.10  # Gopher: "#" and "..." to words
 WORD_LENGTH = (3.0, 10.0)  # Gopher: mean length of a word
 WORDS_WITH_A_LETTER = 0.80  # Gopher
-# of the characters. C4 drops a page for a single "{"; a corpus of code may have some.
+# Share of the characters. C4 drops a page for a single "{"; a corpus of code may have some.
 BRACES = 0.02
-# of the letters; of the characters. RefinedWeb drops such lines ("mainly").
+# Share of the letters, and of the characters. RefinedWeb drops such lines ("mainly").
 CAPITALS, DIGITS = 0.60, 0.50
-UNPRINTABLE = 0.01  # of the characters
-REPLACEMENT = 0.005  # of the characters: U+FFFD and pairs that UTF-8 read as Latin-1 gives
-# bits a character. English prose has 4.1-4.4, code 4.5-5.0, random bytes as Latin-1 near 8.
+UNPRINTABLE = 0.01  # share of the characters
+REPLACEMENT = 0.005  # share of the characters: U+FFFD, and pairs of UTF-8 that was read as Latin-1
+# Bits per character. English prose has 4.1-4.4, code 4.5-5.0, random bytes as Latin-1 near 8.
 ENTROPY = (2.0, 5.8)
 # As ENTROPY, for scripts with hundreds or thousands of characters: Chinese prose has 8 to 9.8 bits,
 # Korean 7.5.
@@ -49,15 +48,15 @@ ENTROPY_OF_MANY = (2.0, 11.0)
 # 4 characters, a Chinese one less than 2.
 TOP_STRINGS = {4: 0.20, 8: 0.16}
 DUPLICATE_STRINGS = {20: 0.15, 40: 0.10}
-UNSPACED_SHARE = 0.3  # of the letters, from which on a text is one of a script without spaces
-# Where a text might repeat: so many places are looked at, and a string of so many characters is
-# looked for after each.
+UNSPACED_SHARE = 0.3  # share of the letters that makes a text one of a script without spaces
+# Where a text might repeat: the number of places that are checked, and the length of the string that
+# is searched for after each.
 PLACES, ANCHOR = 16, 8
 MOST_PERIODS = 4  # lengths that are tried
 SHOWN = 40  # characters of what is repeated
-REPEATS = 0.9  # share of its characters that a text over and over has again a period further on
-FEW_WORDS, FEW_CHARACTERS = 12, 24  # below them a share means nothing
-# robust sigmas, and bits a character, beyond what the corpus itself has
+REPEATS = 0.9  # least share of the characters that a repeating text has again one period later
+FEW_WORDS, FEW_CHARACTERS = 12, 24  # in a shorter text a share means nothing
+# Robust sigmas, and bits per character, above those of the corpus itself.
 FOREIGN_SIGMAS, FOREIGN_BITS = 6.0, 1.0
 
 _WORD = re.compile(r"\S+")
@@ -65,7 +64,7 @@ _WORD = re.compile(r"\S+")
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
-# Korean, Ethiopic and Yi have spaces, and a character for each syllable.
+# Korean, Ethiopic and Yi have spaces, and one character per syllable.
 _SYLLABLES = re.compile("[\u1200-\u139f\ua000-\ua4cf\uac00-\ud7af]")
 _MOJIBAKE = re.compile("\ufffd|[ÃÂ][\x80-\xbf]|â[\x80-\xbf€]|ï»¿")
 _SYMBOL = re.compile(r"#|\.\.\.|…")
@@ -94,15 +93,15 @@ class CorpusStatistics:
         self._limit = self._centre + max(FOREIGN_BITS, FOREIGN_SIGMAS * spread)
 
     def count_bits(self, text: str) -> float:
-        """Cross-entropy of a text under the distribution, bits a character; unseen ones share one
-        count.
+        """Return the cross-entropy of a text under the distribution, in bits per character. Unseen
+        characters share one count.
         """
         kinds = len(self._counts) + 1
         cost = {c: math.log2((self._total + kinds) / (self._counts[c] + 1)) for c in set(text)}
         return sum(cost[c] for c in text) / max(1, len(text))
 
     def describe_foreign(self, text: str) -> str:
-        """A sentence where the characters of a text are others than the corpus has, else ""."""
+        """Return a sentence if the corpus rarely has the characters of a text, else ""."""
         if not self._texts or len(text) < FEW_CHARACTERS:
             return ""
         bits = self.count_bits(text)
@@ -115,7 +114,7 @@ class CorpusStatistics:
 def text_anomalies(
     text: str, *, usual: CorpusStatistics | None = None, among: Sequence[str] = ()
 ) -> list[str]:
-    """What is odd about a text, one short sentence each; empty where nothing is.
+    """Return what is unusual about a text, one short sentence each.
 
     Args:
         usual: what the corpus looks like.
@@ -138,7 +137,7 @@ def _check_characters(text: str) -> list[str]:
         found.append(f"{controls / size:.0%} unprintable characters")
     broken = len(_MOJIBAKE.findall(text))
     if broken / size > REPLACEMENT:
-        found.append(f"{format_plural(broken, 'trace')} of text decoded wrongly")
+        found.append(f"{format_plural(broken, 'wrongly decoded character')}")
     entropy = -sum(n / size * math.log2(n / size) for n in counts.values())
     low, high = ENTROPY
     if _is_of(text, _UNSPACED) or _is_of(text, _SYLLABLES):
@@ -165,7 +164,7 @@ def _is_control(character: str) -> bool:
 
 
 def _is_of(text: str, script: re.Pattern[str]) -> bool:
-    """Whether much of a text is written in these characters."""
+    """Return whether much of a text is written in these characters."""
     return len(script.findall(text)) > UNSPACED_SHARE * sum(not c.isspace() for c in text)
 
 
@@ -180,7 +179,7 @@ def _check_words(text: str) -> list[str]:
     if len(words) < FEW_WORDS:
         return found
     if (symbols := len(_SYMBOL.findall(text)) / len(words)) > SYMBOLS_PER_WORD:
-        found.append(f"{symbols:.2f} symbols (# ...) a word")
+        found.append(f"{symbols:.2f} symbols (# ...) per word")
     if (
         share := sum(any(c.isalpha() for c in word) for word in words) / len(words)
     ) < WORDS_WITH_A_LETTER:
@@ -197,7 +196,7 @@ def _check_repetition(text: str) -> list[str]:
         return [*found, *(_find_character_runs(text) or _find_repeated_strings(text))]
     words = _WORD.findall(text)
     if len(words) < FEW_WORDS:
-        # Without words that could repeat, as in one long string, the characters may.
+        # One long string has no words that could repeat, but its characters may.
         return [*found, *_find_character_runs(text)]
     size = sum(map(len, words))
     for length, limit in TOP_GRAMS.items():
@@ -213,8 +212,9 @@ def _check_repetition(text: str) -> list[str]:
 
 
 def _count_duplicated(words: Sequence[str], length: int) -> int:
-    """Characters in n-grams of words (or of the characters of a text) that stood there before, each
-    counted once.
+    """Return how many characters are in n-grams that the text had before, each counted once.
+
+    The n-grams are of words, or of the characters of a text.
     """
     seen: set[Sequence[str]] = set()
     covered = [False] * len(words)
@@ -229,7 +229,7 @@ def _count_duplicated(words: Sequence[str], length: int) -> int:
 
 
 def _find_repeated_strings(text: str) -> list[str]:
-    """As the phrases of words, for a script without spaces."""
+    """Return as for phrases of words, for a script without spaces."""
     text = "".join(text.split())
     if len(text) < FEW_CHARACTERS:
         return []
@@ -246,7 +246,11 @@ def _find_repeated_strings(text: str) -> list[str]:
 
 
 def _find_character_runs(text: str) -> list[str]:
-    """Whether a text is a short string over and over: shifted by its length it meets itself.
+    """Return whether a text repeats one short string: shifted by its length, the text equals
+    itself.
+
+    The string is at most a quarter of the text. Its length is learned at a few places of the text:
+    how far after each place the next characters come again. So only a few lengths are tried.
 
     The string is at most a quarter of the text. How long it may be is learnt at some places of the
     text, from how far after each the next few characters come again: then no more than a handful
@@ -257,13 +261,13 @@ def _find_character_runs(text: str) -> list[str]:
     for period in _find_periods(text):
         same = sum(map(operator.eq, text, text[period:]))
         if same >= REPEATS * (len(text) - period):
-            return [f"{text[:period][:SHOWN].strip() or 'white space'!r} over and over"]
+            return [f"repeats {text[:period][:SHOWN].strip() or 'white space'!r}"]
     return []
 
 
 def _find_periods(text: str) -> list[int]:
-    """Lengths after which a text may repeat itself, shortest first; as many as there are places at
-    most.
+    """Return the lengths after which a text may repeat itself, shortest first, at most
+    `MOST_PERIODS`.
     """
     longest = len(text) // 4 - 1
     found: Counter[int] = Counter()
@@ -278,8 +282,8 @@ def _find_periods(text: str) -> list[int]:
 
 
 def _name_script(text: str) -> str:
-    """The script of most of its letters, by their Unicode names: " (mostly CYRILLIC)"; "" for Latin
-    or none.
+    """Return the script of most of its letters, by their Unicode names: " (mostly CYRILLIC)"; ""
+    for Latin or none.
     """
     names = Counter(unicodedata.name(c, "").split(" ")[0] for c in text if c.isalpha())
     names.pop("", None)

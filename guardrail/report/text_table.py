@@ -18,7 +18,7 @@ def format_table(
     indent: str = "",
     width: int = COLUMNS,
 ) -> list[str]:
-    """The lines of a table: the heads, then a line for each row.
+    """Return the lines of a table: the heads, then one line per row.
 
     Args:
         right: numbers of the columns that are aligned to the right.
@@ -38,7 +38,7 @@ def format_table(
 
 
 def measure_width(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """Characters that the table needs in order to show every cell in full."""
+    """Return how many characters the table needs to show every cell in full."""
     widths = _measure_columns([heads, *rows])
     return sum(widths) + GAP * (len(widths) - 1)
 
@@ -54,7 +54,7 @@ def _align_cell(cell: str, width: int, right: bool) -> str:
 
 
 def _shrink_columns(widths: list[int], room: int) -> None:
-    """Take from the widest columns until all fit, as far as each keeps `LEAST` characters."""
+    """Narrow the widest columns until all fit. Each keeps at least `LEAST` characters."""
     while sum(widths) > room and max(widths) > LEAST:
         widest = widths.index(max(widths))
         widths[widest] -= 1

@@ -1,6 +1,6 @@
 """The interface of a tracker: a program outside guardrail that shows a run, such as TensorBoard.
 
-A tracker is one class in a file of its own, listed in `registry.TRACKERS`. `sink.py` reads the run
+A tracker is one class in one file, listed in `registry.TRACKERS`. `sink.py` reads the run
 directory, sorts out the timelines, and calls the tracker. Both run in the supervisor, so a tracker
 that fails or hangs never delays a training step.
 

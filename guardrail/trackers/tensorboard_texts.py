@@ -1,6 +1,6 @@
 """The journal and the configuration as texts of TensorBoard.
 
-They stand in event files of their own folder. Nothing there is purged: what happened stays true
+They are in the event files of a separate folder. Nothing there is purged: what happened stays true
 after a rollback.
 
 The step of a text is the number (`seq`) of its last journal line. Unlike the training step it only

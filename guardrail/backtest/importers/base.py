@@ -1,6 +1,6 @@
 """The interface of an importer: what reads recorded runs of one format.
 
-An importer is one class in a file of its own, listed in `registry.IMPORTERS`. It recognises its
+An importer is one class in one file, listed in `registry.IMPORTERS`. It recognises its
 format by the content of a file, never by its name alone. `names.py` finds the signals among its
 columns. An importer that reads records as dictionaries needs only `jsonlines.log_from_records`.
 """

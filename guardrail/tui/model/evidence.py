@@ -75,7 +75,7 @@ class EvidenceBuilder:
                 )
         del self._left_out[:-KEPT_SPANS]
         if told:
-            self._cases = {one.number: one for one in self._book.of(told) if one.number > 0}
+            self._cases = {one.number: one for one in self._book.add_events(told) if one.number > 0}
 
     def known(self) -> JournalEvidence:
         pieces = [piece for one in self._left_out for piece in split_span(one.span)]

@@ -15,7 +15,7 @@ from guardrail.launch.log_printer import LogLines
 from guardrail.operate.preview import Preview
 from guardrail.operate.preview import preview_command as of
 from guardrail.operate.run_state import RunState
-from guardrail.report.svg_curves import scale_of
+from guardrail.report.svg_curves import fit_vertical_axis
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.numerics.scales import fit_y_scale
 from tests.parallel.test_preview import wish
@@ -82,7 +82,9 @@ def test_one_batch_is_no_batches(batches: int, said: str) -> None:
 @pytest.mark.fault("T21")
 def test_no_axis_of_a_loss_reaches_below_zero() -> None:
     losses = np.array([8.0, 4.0, 1.0, 0.1, 0.02])
-    assert scale_of(losses, losses).value(1.0) >= 0.0
-    assert scale_of(-losses, -losses).value(1.0) < -8.0, "a signal that is negative has one"
+    assert fit_vertical_axis(losses, losses).value(1.0) >= 0.0
+    assert fit_vertical_axis(-losses, -losses).value(1.0) < -8.0, (
+        "a signal that is negative has one"
+    )
     flat = np.full(40, 0.0)
     assert fit_y_scale([(flat, flat)], log=False).bottom >= 0.0

@@ -323,7 +323,7 @@ def test_cause_remedies_samples_and_outcome_are_shown(run: RunDirectory) -> None
     assert (incident.cause, incident.cause_rank) == ("not reproducible", 1)
     assert incident.actions[-1].action == "remedy" and len(incident.actions[-1].remedies) == 2
     assert (incident.named[0].position, incident.named[0].odd) == (41, ("62 % symbols",))
-    said = incident_text(run, 1)
+    said = " ".join(incident_text(run, 1).split())
     for part in ("on rank 1", "learning rate x 0.5", "10 steps", "20 steps", "62 % symbols"):
         assert part in said, f"{part!r} is not in\n{said}"
 

@@ -29,13 +29,13 @@ PROSE = inspect.cleandoc(textwrap.__doc__ or "") + (
     ("text", "word"),
     [
         ("the same phrase " * 30, "phrase"),
-        ("abcabcabc" * 20, "over and over"),
+        ("abcabcabc" * 20, "repeats"),
         ("one line of this\n" * 20, "lines are repeated"),
         (random.Random(1).randbytes(300).decode("latin-1"), "unprintable"),
-        ("cafÃ© naÃ¯ve rÃ©sumÃ© dÃ©jÃ  vu and so on with more words", "decoded wrongly"),
+        ("cafÃ© naÃ¯ve rÃ©sumÃ© dÃ©jÃ  vu and so on with more words", "wrongly decoded"),
         (
             "".join(chr(random.Random(2).randrange(0x21, 0x7F)) for _ in range(5)) * 40,
-            "over and over",
+            "repeats",
         ),
         ("3.14159 2.71828 " + " ".join(str(n * 7919) for n in range(60)), "digits"),
         ("SHOUTING IS NO STYLE FOR A WHOLE PAGE OF TEXT AND WORDS", "capitals"),
@@ -104,7 +104,7 @@ def test_scripts_without_spaces_are_ordinary_text(language: str) -> None:
 @pytest.mark.parametrize("language", ["Chinese", "Japanese", "Thai"])
 def test_repetition_in_scripts_without_spaces(language: str) -> None:
     text = UNSPACED[language]
-    assert any("over and over" in said for said in text_anomalies(text[:30] * 20))
+    assert any("repeats" in said for said in text_anomalies(text[:30] * 20))
     mixed = "".join(text[:25] + text[at : at + 12] for at in range(25, 120))
     assert any(
         "repeated strings" in said or "one string" in said for said in text_anomalies(mixed)
@@ -120,7 +120,7 @@ def test_a_string_over_and_over_is_found_at_any_length(period: int, noise: float
         draw.choice("XYZ") if draw.random() < noise else one for one in string * (600 // period)
     )
     (said,) = _find_character_runs(text)
-    assert said.endswith("over and over")
+    assert said.startswith("repeats ")
 
 
 def test_random_characters_are_no_repetition() -> None:

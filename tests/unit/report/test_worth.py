@@ -20,7 +20,7 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import GRAD_NORM, LOSS, Action, LossTrend, Observation, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.report.build import build_report
-from guardrail.report.costs import effect_of
+from guardrail.report.costs import judge_effect
 from guardrail.report.incident import Cost, Incident
 from guardrail.report.output import incident_text, render_report
 from guardrail.report.text_chart import HEIGHT, WIDTH, draw_chart
@@ -180,7 +180,7 @@ def test_a_gain_below_its_price_is_not_worth_it() -> None:
             {"offset": offset, "noise": noise},
         )
         incident = Incident(number=1, state="offset", onset=5, opened=0.0, measured=measured)
-        effect = effect_of(incident, cost)
+        effect = judge_effect(incident, cost)
         return effect.worth if effect is not None else None
 
     assert worth(0.5, 0.1) == "yes" and worth(0.5, 0.4) == "no"
