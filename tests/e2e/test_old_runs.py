@@ -215,7 +215,7 @@ def reader(old: Old) -> Iterator[RunReader]:
 
 def test_the_reader_finds_the_story(old: Old, reader: RunReader) -> None:
     told, facts = reader.latest(), old.expected["facts"]
-    assert told.loaded and told.trouble == ""
+    assert told.loaded and told.problem == ""
     assert told.status is not None and told.status.step == STOPPED_AT
     numbers = [incident["number"] for incident in facts["incidents"]]
     assert [incident.number for incident in reversed(told.story.incidents)] == numbers
@@ -223,7 +223,7 @@ def test_the_reader_finds_the_story(old: Old, reader: RunReader) -> None:
     applied = np.unique(told.series.step)
     assert applied.tolist() == list(range(1, STOPPED_AT + 1))
     timelines = facts["report"]["timeline"]
-    assert len(told.series.ghosts) == timelines - 1, "the first resume has given up nothing"
+    assert len(told.series.abandoned) == timelines - 1, "the first resume has given up nothing"
 
 
 def test_every_pane_has_its_rows(old: Old, reader: RunReader) -> None:

@@ -14,12 +14,12 @@ def plot(
     *,
     height: int,
     log: bool = False,
-    ghosts: Sequence[Curve] = (),
+    abandoned: Sequence[Curve] = (),
     baseline: np.ndarray | None = None,
     threshold: np.ndarray | None = None,
     rules: Sequence[int] = (),
 ) -> Plot:
-    pale = [dot_columns(ghost, scale) for ghost in ghosts]
+    pale = [dot_columns(ghost, scale) for ghost in abandoned]
     return draw_plot(
         dot_columns(curve, scale),
         pale,

@@ -152,8 +152,8 @@ def _news(before: Snapshot, now: Snapshot) -> bool:
     if before.story is not now.story:
         return True
     told = [
-        (one.trouble, one.recorded, one.looking_up, one.unsent, one.previews, one.columns,
-         one.series.details, len(one.series.ghosts),
+        (one.problem, one.recorded, one.looking_up, one.unsent, one.previews, one.columns,
+         one.series.details, len(one.series.abandoned),
          one.status and (one.status.phase, one.status.mode, one.status.question, one.status.disk))
         for one in (before, now)
     ]  # fmt: skip

@@ -26,12 +26,12 @@ from guardrail.tui.numerics.scales import format_short
 SMOOTHINGS = ("off", "light", "strong")
 _TONES = {
     Ink.EMPTY: "plain",
-    Ink.GHOST: "ghost",
+    Ink.ABANDONED: "abandoned",
     Ink.THRESHOLD: "threshold",
     Ink.CLIP: "warn",
     Ink.BAD: "bad",
-    Ink.GHOST_CLIP: "warn",
-    Ink.GHOST_BAD: "bad",
+    Ink.ABANDONED_CLIP: "warn",
+    Ink.ABANDONED_BAD: "bad",
     Ink.RULE: "faint",
     Ink.WARN: "warn",
     Ink.NEWS: "key",
@@ -90,7 +90,7 @@ def draw_chart(
     if rows < 1 or cells < 8:
         return [head][:height]
     scale = axis.make_x_scale(view, cells)
-    nothing = not len(view.snapshot.series) and not view.snapshot.series.ghosts
+    nothing = not len(view.snapshot.series) and not view.snapshot.series.abandoned
     memory = memory or PlotCache()
     given = memory.eye.look(view, signal, scale, rows)
     plot = list(memory.rows(given, _tones(view, signal), ticks=not nothing))

@@ -128,11 +128,11 @@ class ColumnCache:
         self, series: Series, signal: str, along: str, scale: XScale
     ) -> tuple[Columns, ...]:
         key = (signal, along, scale)
-        if key != self._ghost_key or not _same(series.ghosts, self._ghosts):
-            self._ghosts, self._ghost_key = series.ghosts, key
+        if key != self._ghost_key or not _same(series.abandoned, self._ghosts):
+            self._ghosts, self._ghost_key = series.abandoned, key
             self._pale = tuple(
                 raster.merged_dot_columns(ghost.curves(signal, along), scale)
-                for ghost in series.ghosts
+                for ghost in series.abandoned
             )
         return self._pale
 

@@ -19,9 +19,9 @@ from guardrail.tui.numerics.scales import XScale, YScale
 _PICKED = 16  # points of a column that its median is taken of
 _STEEP = 4  # rows of a column of the curve from which on it is a spike
 # What a mark may stand on without hiding the curve, the curve, and what no mark may touch.
-_UNDER = frozenset(map(int, (Ink.EMPTY, Ink.RULE, Ink.THRESHOLD, Ink.GHOST)))
+_UNDER = frozenset(map(int, (Ink.EMPTY, Ink.RULE, Ink.THRESHOLD, Ink.ABANDONED)))
 _CURVE = frozenset(map(int, (Ink.LINE, Ink.SMOOTH)))
-_ALONE = frozenset(map(int, (Ink.WARN, Ink.NEWS, Ink.GOOD, Ink.CLIP, Ink.GHOST_CLIP)))
+_ALONE = frozenset(map(int, (Ink.WARN, Ink.NEWS, Ink.GOOD, Ink.CLIP, Ink.ABANDONED_CLIP)))
 
 
 class Mark(NamedTuple):

@@ -1,10 +1,9 @@
-"""What now acts on the updates besides the schedule: factors that a command or the guard has set.
-Pure.
-"""
+"""Factors on the updates that a command or the guard has set, besides the schedule. Pure."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,9 +27,9 @@ class ActiveFactor:
 
     Attributes:
         kind: of a remedy: "lr", "embed_alpha" or "clip".
-        since: the first step that it holds for.
+        since: the first step that it acts on.
         by: who set it.
-        remedy: its course over the steps; None: it holds until it is set again.
+        remedy: its course over the steps; None: it acts until it is set again.
     """
 
     kind: str
@@ -46,23 +45,21 @@ class ActiveFactor:
 
     @property
     def until(self) -> int | None:
-        """The first step that it no longer holds for."""
-        return (
-            None
-            if self.remedy is None
-            else self.since + self.remedy.hold_steps + self.remedy.ramp_steps
-        )
+        """The first step that it no longer acts on; None: it acts until it is set again."""
+        if self.remedy is None:
+            return None
+        return self.since + self.remedy.hold_steps + self.remedy.ramp_steps
 
 
 class FactorTracker:
-    """Takes in events in their order."""
+    """Takes events in their order, and knows the factors after them."""
 
     def __init__(self) -> None:
-        self._past = RunHistory()
+        self._history = RunHistory()
         self._by: dict[tuple[str, float], str] = {}  # (kind, value) -> who set it last
 
     def add(self, event: Event) -> bool:
-        """Returns whether the factors may be others now."""
+        """Take an event; return whether the factors may have changed."""
         if event.kind not in ("skipped", "rollback", "undo", "command"):
             return False
         data = event.data
@@ -73,45 +70,47 @@ class FactorTracker:
             self._by[command.factor, float(value)] = clean_and_shorten(data.get("who") or "", 60)
         # A line of another version, or a broken one, sets nothing.
         with contextlib.suppress(KeyError, TypeError, ValueError, msgspec.ValidationError):
-            self._past.add(event)
+            self._history.add(event)
         return True
 
-    def held(self) -> tuple[ActiveFactor, ...]:
-        remedies = [one for _, one in self._past.remedies if one.kind in NAMES]
-        by_guard = [
-            ActiveFactor(one.kind, one.value, one.from_step, "guard", one) for one in remedies
+    def factors(self) -> tuple[ActiveFactor, ...]:
+        """Return the newest factors of commands, and those of the guard's remedies."""
+        found = [
+            *self._set_by_command(LR, self._history.lr),
+            *self._set_by_command(EMBED_ALPHA, self._history.alpha),
         ]
-        return (
-            *self._by_hand(LR, self._past.lr),
-            *self._by_hand(EMBED_ALPHA, self._past.alpha),
-            *by_guard,
-        )
+        for _, one in self._history.remedies:
+            if one.kind in NAMES:
+                found.append(ActiveFactor(one.kind, one.value, one.from_step, "guard", one))
+        return tuple(found)
 
-    def _by_hand(self, kind: str, setting: StepSetting) -> list[ActiveFactor]:
-        return [
-            ActiveFactor(kind, value, since, self._by.get((kind, value), ""))
-            for since, value in setting.changes[-1:]
-        ]
+    def _set_by_command(self, kind: str, setting: StepSetting) -> list[ActiveFactor]:
+        if not setting.changes:
+            return []
+        since, value = setting.changes[-1]
+        return [ActiveFactor(kind, value, since, self._by.get((kind, value), ""))]
 
 
-def format_factors(held: Sequence[ActiveFactor], step: int) -> list[str]:
-    """What acts on the update of `step`: "embedding ×0.1 since 1,201 by guard until 1,400", one
-    text a kind.
+def format_factors(factors: Sequence[ActiveFactor], step: int) -> list[str]:
+    """Return what acts on the update of `step`, one text for each kind.
+
+    For example "embedding ×0.1 since 1,201 by guard until 1,400".
     """
     texts = []
     for kind, name in NAMES.items():
-        acting = [one for one in held if one.kind == kind and one.at(step) != 1.0]
-        if not acting:
-            continue
-        value = 1.0
-        for one in acting:
-            value *= one.at(step)
-        who = ", ".join(dict.fromkeys(one.by.partition("@")[0] for one in acting if one.by))
-        ends = [one.until for one in acting]
-        text = f"{name} ×{value:.3g} since {format_count(min(one.since for one in acting))}" + (
-            f" by {who}" if who else ""
-        )
-        if all(end is not None for end in ends):
-            text += f" until {format_count(max(end for end in ends if end is not None))}"
-        texts.append(text)
+        acting = [one for one in factors if one.kind == kind and one.at(step) != 1.0]
+        if acting:
+            texts.append(f"{name} {_describe_factors(acting, step)}")
     return texts
+
+
+def _describe_factors(acting: Sequence[ActiveFactor], step: int) -> str:
+    value = math.prod(one.at(step) for one in acting)
+    text = f"×{value:.3g} since {format_count(min(one.since for one in acting))}"
+    users = dict.fromkeys(one.by.partition("@")[0] for one in acting if one.by)
+    if users:
+        text += f" by {', '.join(users)}"
+    ends = [one.until for one in acting if one.until is not None]
+    if len(ends) == len(acting):
+        text += f" until {format_count(max(ends))}"
+    return text

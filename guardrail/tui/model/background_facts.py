@@ -1,7 +1,7 @@
-"""What stands around the curves: ranks, what they print, the settings, who else watches. Read by
-the reader's thread.
+"""What is shown beside the curves: ranks, their output, the configuration, who else watches.
 
-Looking costs as little with a thousand ranks as with one: what takes long is looked at less often.
+The reader's thread reads it. It costs as little with a thousand ranks as with one: what takes long
+is read less often.
 """
 
 from __future__ import annotations
@@ -24,21 +24,25 @@ from guardrail.tui.model.rank_health import Rank, RankTracker
 if TYPE_CHECKING:
     from guardrail.tui.model.config_lines import ConfigLine
 
-LOOK_SECONDS = 1.0
-# of the time that looking may take: with a thousand ranks on a slow disk it is done every few
-# seconds
+READ_SECONDS = 1.0  # between two reads
+ENDED_READ_SECONDS = 5.0  # ... of a run that has ended
+# of the time that reading may take: a thousand ranks on a slow disk are read every few seconds
 SHARE = 0.05
 WINDOW = 100  # newest rows in which the slowest rank is counted
-_NAMED = 8
+_NAMED = 8  # ranks whose count is kept
 
 
 @dataclass(frozen=True)
 class Background:
-    """Attributes:
-    ranks: by number. slowest: (rank, how many of the newest rows it was the slowest in), the most
-    often first. printed: newest lines of all logs. settings: lines of the configuration. screens:
-    that watch now, this one included. looked: when the ranks were last looked at, by the viewer's
-    clock; until the next look nobody is missed.
+    """What one read has found.
+
+    Attributes:
+        ranks: by number.
+        slowest: (rank, in how many of the newest rows it was the slowest), the most often first.
+        printed: newest lines of all logs.
+        settings: lines of the configuration.
+        screens: that are attached now, this one included.
+        looked: when the ranks were read, by the viewer's clock. No rank counts as silent after it.
     """
 
     ranks: tuple[Rank, ...] = ()
@@ -50,11 +54,14 @@ class Background:
 
 
 class BackgroundReader:
-    """Looks around when it is time to.
+    """Reads the background of a run when it is time to.
 
     Args:
         clock: wall time, of the viewer.
-        timer: seconds, for how long looking takes.
+        timer: seconds, for how long reading takes.
+
+    Attributes:
+        around: what the last read has found.
     """
 
     def __init__(
@@ -67,41 +74,42 @@ class BackgroundReader:
         self._run, self._clock, self._timer = run, clock, timer
         self._ranks, self._tail = RankTracker(), LogTail(run.logs)
         self._next = -1.0
-        self._looks = 0
-        self._config: tuple[int, int] | None = None
+        self._is_first = True
+        self._config: tuple[int, int] | None = None  # time and size of the file that was read
         self.around = Background()
 
     def look(self, *, ended: bool = False) -> bool:
-        """Look if it is time; True if `around` says something new."""
+        """Read if it is time; return whether `around` has changed."""
         began = self._timer()
         if began < self._next:
             return False
         before = self.around
         now = self._clock()
-        ranks = self._ranks.look(self._run.read_ranks(), now)
-        printed = self._tail.lines if self._tail.look() else before.printed
+        ranks = self._ranks.update(self._run.read_ranks(), now)
+        printed = self._tail.lines if self._tail.read_new_lines() else before.printed
         self.around = replace(
             before, ranks=ranks, printed=printed, screens=self._run.screens(), looked=now
         )
-        if self._looks:  # the first frame waits for no schema
-            self._look_at_settings()
-        self._looks += 1
+        if not self._is_first:  # the first frame does not wait for the schema to be imported
+            self._read_config()
+        self._is_first = False
         took = self._timer() - began
-        self._next = began + max(LOOK_SECONDS * (5 if ended else 1), took / SHARE)
+        pause = ENDED_READ_SECONDS if ended else READ_SECONDS
+        self._next = began + max(pause, took / SHARE)
         return self.around != before
 
-    def look_at_rows(self, view: MetricsView | None) -> None:
-        """Count which rank was the slowest in the newest rows."""
+    def count_slowest(self, view: MetricsView | None) -> None:
+        """Count in how many of the newest rows each rank was the slowest."""
         if view is None or not len(view) or "slowest_rank" not in view.columns:
             return
         with np.errstate(invalid="ignore"):
             slowest = np.asarray(view.column("slowest_rank")[-WINDOW:])
             slowest = slowest[(slowest >= 0) & (slowest < 2**31)]
-        found = Counter(slowest.astype(np.int64).tolist()).most_common(_NAMED)
-        self.around = replace(self.around, slowest=tuple(found))
+        counts = Counter(slowest.astype(np.int64).tolist()).most_common(_NAMED)
+        self.around = replace(self.around, slowest=tuple(counts))
 
-    def _look_at_settings(self) -> None:
-        """The configuration, when its file is another: a resume may have changed it."""
+    def _read_config(self) -> None:
+        """Read the configuration when its file has changed: a resume may have done it."""
         try:
             info = os.stat(self._run.path / "config.toml")
             if (info.st_mtime_ns, info.st_size) == self._config:

@@ -177,7 +177,7 @@ class CurveReader:
             track.add(columns, rows, first=at)
             if self._leaving.is_set():
                 return None
-        found = replace(track.series(), ghosts=())
+        found = replace(track.series(), abandoned=())
         return Detail(found, first, end, low, high) if len(found) else None
 
     # -- the track

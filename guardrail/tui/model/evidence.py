@@ -1,10 +1,8 @@
-"""What the journal says about each incident in full, and about each stretch of data that is left
-out. Pure.
-"""
+"""What the journal says about each incident in full, and about each range of skipped data. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -17,14 +15,27 @@ from guardrail.report.incident import Incident
 from guardrail.report.incident_builder import IncidentBuilder
 from guardrail.rundir.run_directory import span_of
 
-KEPT_CASES, KEPT_SPANS = 200, 5000
-_TOLD = ("verdict", "finding", "skipped", "rollback", "incident", "diagnosis", "remedy", "undo")
+KEPT_INCIDENTS, KEPT_SPANS = 200, 5000
+_USED = (
+    "started",
+    "verdict",
+    "finding",
+    "skipped",
+    "rollback",
+    "incident",
+    "diagnosis",
+    "remedy",
+    "undo",
+)
 
 
 @dataclass(frozen=True)
 class SkippedSpan:
-    """One stretch that is left out. `incident` 0: of none; `documents` are those that the journal
-    names.
+    """One range of samples that is skipped.
+
+    Attributes:
+        incident: number of its incident; 0: it belongs to none.
+        documents: names of those that the journal lists.
     """
 
     span: Span
@@ -38,58 +49,65 @@ class SkippedSpan:
 
 @dataclass(frozen=True)
 class JournalEvidence:
-    """Attributes:
-    cases: number of an incident -> all that is known of it.
-    left_out: newest first.
-    samples_out: positions that are left out, each counted once.
-    samples: of one epoch, 0 where the journal does not say.
+    """What the journal says in full.
+
+    Attributes:
+        incidents: number of an incident -> all that is known of it.
+        skipped: newest first.
+        samples_skipped: positions that are skipped, each counted once.
+        samples: of one epoch, 0 where the journal does not say.
     """
 
-    cases: Mapping[int, Incident] = field(default_factory=dict)
-    left_out: tuple[SkippedSpan, ...] = ()
-    samples_out: int = 0
+    incidents: Mapping[int, Incident] = field(default_factory=dict)
+    skipped: tuple[SkippedSpan, ...] = ()
+    samples_skipped: int = 0
     samples: int = 0
 
 
 class EvidenceBuilder:
-    """Takes in events in their order; what it hands out never changes."""
+    """Takes events in their order; the evidence that it hands out never changes."""
 
     def __init__(self) -> None:
-        self._book = IncidentBuilder(keep=KEPT_CASES)
-        self._cases: dict[int, Incident] = {}
-        self._left_out: list[SkippedSpan] = []
+        self._builder = IncidentBuilder(keep=KEPT_INCIDENTS)
+        self._incidents: dict[int, Incident] = {}
+        self._skipped: list[SkippedSpan] = []
         self._samples = 0
 
     def add(self, events: Iterable[Event]) -> None:
-        told = [event for event in events if event.kind in _TOLD or event.kind == "started"]
-        for event in told:
-            if event.kind == "started":
-                self._samples = max(0, as_int(event.data.get("samples"))) or self._samples
-            elif event.kind == "undo":
-                back = undone_spans(event)
-                self._left_out = [one for one in self._left_out if one.span not in back]
-            elif (span := span_of(event)) is not None:
-                incident = as_int(event.data.get("incident"))
-                self._left_out.append(
-                    SkippedSpan(span, incident, tuple(_names(event.data.get("documents"))))
-                )
-        del self._left_out[:-KEPT_SPANS]
-        if told:
-            self._cases = {one.number: one for one in self._book.add_events(told) if one.number > 0}
+        used = [event for event in events if event.kind in _USED]
+        for event in used:
+            self._add_span(event)
+        del self._skipped[:-KEPT_SPANS]
+        if used:
+            incidents = self._builder.add_events(used)
+            self._incidents = {one.number: one for one in incidents if one.number > 0}
+
+    def _add_span(self, event: Event) -> None:
+        if event.kind == "started":
+            self._samples = max(0, as_int(event.data.get("samples"))) or self._samples
+        elif event.kind == "undo":
+            undone = undone_spans(event)
+            self._skipped = [one for one in self._skipped if one.span not in undone]
+        elif (span := span_of(event)) is not None:
+            names = tuple(_document_names(event.data.get("documents")))
+            self._skipped.append(SkippedSpan(span, as_int(event.data.get("incident")), names))
 
     def known(self) -> JournalEvidence:
-        pieces = [piece for one in self._left_out for piece in split_span(one.span)]
+        pieces = [piece for one in self._skipped for piece in split_span(one.span)]
         return JournalEvidence(
-            cases=MappingProxyType(self._cases),
-            left_out=tuple(reversed(self._left_out)),
-            samples_out=sum(last - first for first, last in joined(pieces)),
+            incidents=MappingProxyType(self._incidents),
+            skipped=tuple(reversed(self._skipped)),
+            samples_skipped=sum(last - first for first, last in joined(pieces)),
             samples=self._samples,
         )
 
 
-def _names(raw: object) -> Iterable[str]:
-    for item in raw if isinstance(raw, list) else []:
-        path = item.get("path") if isinstance(item, dict) else item
+def _document_names(raw: object) -> Iterator[str]:
+    if not isinstance(raw, list):
+        return
+    for item in raw:
+        path, record = item, 0
+        if isinstance(item, dict):
+            path, record = item.get("path"), as_int(item.get("record"))
         name = clean_and_shorten(str(path or ""), 400)
-        record = as_int(item.get("record")) if isinstance(item, dict) else 0
         yield f"{name}:{record}" if record else name

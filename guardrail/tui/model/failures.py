@@ -1,4 +1,4 @@
-"""What the screen says of its own failures, and of files of a run directory that are damaged."""
+"""Failures of the screen itself, and files of a run directory that are damaged."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from guardrail.core.errors import GuardrailError
 from guardrail.core.format import format_plural
 from guardrail.rundir.run_directory import RunDirectory
 
-SAID_SECONDS = 30.0  # how long the screen says that something has failed
+SHOWN_SECONDS = 30.0  # how long a failure is shown
 
 
 class Failures:
-    """The newest failure of each part of the reader; parts live on threads of their own."""
+    """The newest failure of each part of the reader; the parts run on different threads."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[str, float]] = {}
@@ -22,16 +22,19 @@ class Failures:
     def add(self, part: str, text: str) -> None:
         self._known = {**self._known, part: (text, time.monotonic())}
 
-    def said(self, now: str = "") -> str:
-        """`now`, what is wrong at this moment, and what has failed lately."""
-        oldest = time.monotonic() - SAID_SECONDS
-        lately = [text for text, when in self._known.values() if when > oldest]
-        return "; ".join([now, *lately] if now else lately)
+    def recent(self, now: str = "") -> str:
+        """Return `now`, what is wrong at this moment, and the failures of the last 30 s."""
+        oldest = time.monotonic() - SHOWN_SECONDS
+        texts = [now] if now else []
+        texts += [text for text, when in self._known.values() if when > oldest]
+        return "; ".join(texts)
 
 
 def is_gone(path: Path) -> bool:
-    """Whether a directory is not there any more; that a file system does not answer raises
-    OSError.
+    """Return whether a directory no longer exists.
+
+    Raises:
+        OSError: the file system does not answer.
     """
     try:
         os.stat(path)
@@ -50,13 +53,13 @@ def find_damage(
     journal_cut: bool,
     rows: tuple[int, int],
 ) -> tuple[str, ...]:
-    """Files of a run that are missing, unreadable or cut, each in a few words.
+    """Return the files of a run that are missing, unreadable or cut, each in a few words.
 
     Args:
-        status_known: a status was read once; `status_read`: at the last look.
+        status_known: a status was read once; `status_read`: at the last read.
         journal_known: the journal had lines.
         unreadable: lines of the journal that are no events; `journal_cut`: it has lost lines that
-        were read.
+            were read.
         rows: how many metrics.bin had before it was cut, and has now.
     """
     found = []
@@ -78,7 +81,9 @@ def find_damage(
 
 
 def format_reason(error: Exception) -> str:
-    """One line: what the system or guardrail itself says; of anything else its kind as well."""
-    if isinstance(error, OSError | GuardrailError):
-        return str((error.strerror if isinstance(error, OSError) else None) or error)
+    """Return one line: the text of a known error, and the kind as well of any other."""
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
+    if isinstance(error, GuardrailError):
+        return str(error)
     return f"{type(error).__name__}: {error}"

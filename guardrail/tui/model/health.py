@@ -1,6 +1,4 @@
-"""Is it healthy? One glyph, one short text and one tone for every state that a run can be in.
-Pure.
-"""
+"""The state of a run in one symbol, one short text and one tone. Pure."""
 
 from __future__ import annotations
 
@@ -31,8 +29,11 @@ STARTING = (Phase.STARTING, Phase.SETUP)
 
 @dataclass(frozen=True)
 class Health:
-    """`word`: the state, with its number or name where it has one; `tone`: "good", "warn", "bad" or
-    "calm".
+    """The state of a run.
+
+    Attributes:
+        word: in capital letters, with its number or user where it has one.
+        tone: "good", "warn", "bad" or "calm".
     """
 
     glyph: str
@@ -60,62 +61,68 @@ def assess_health(
     silence: float,
     paused_by: str = "",
 ) -> Health:
-    """The state of a run.
+    """Return the state of a run.
 
     Args:
         recovering: the newest incident is still open.
         silence: seconds since a new heartbeat was last seen.
-        paused_by: who has paused the run, where the journal says it.
+        paused_by: user who paused the run, where the journal names one.
     """
     if status is None:
         return Health("○", "NO STATUS YET", "calm")
     if status.phase in _ENDED:
-        return _at_the_end(status)
+        return _assess_ended(status)
     if silence > HEARTBEAT_SECONDS:
         return Health("?", f"NOT RESPONDING for {format_age(silence)}", "bad")
     if status.question:
-        left = f" {format_countdown(seconds_left(status, silence))}" if status.deadline else ""
-        return Health("◆", f"NEEDS ANSWER{left}", "warn")
+        return Health("◆", _question_word(status, silence), "warn")
     if status.phase is Phase.PAUSED:
-        return Health(
-            "‖", f"PAUSED by {clean_and_shorten(paused_by, 16)}" if paused_by else "PAUSED", "warn"
-        )
+        by = f" by {clean_and_shorten(paused_by, 16)}" if paused_by else ""
+        return Health("‖", f"PAUSED{by}", "warn")
     if status.phase in STARTING:
         return Health("○", "STARTING", "calm")
-    return _while_training(status, recovering=recovering)
+    return _assess_training(status, recovering=recovering)
 
 
 def seconds_left(status: Status, silence: float) -> float:
-    """Seconds until the guard answers its question itself. The clock of the run's host may differ
-    from the viewer's: only the viewer's time since the last heartbeat counts."""
+    """Return the seconds until the guard answers its question itself.
+
+    The clock of the run's host may differ from the viewer's. So only the time since the last
+    heartbeat is measured by the viewer's clock.
+    """
     return max(0.0, status.deadline - status.heartbeat - silence)
 
 
 def format_disk_state(status: Status) -> str:
-    """ "disk failing: checkpoint: No space left on device"."""
+    """Return "disk failing: checkpoint: No space left on device"."""
     return f"disk {status.disk}"
 
 
-def _at_the_end(status: Status) -> Health:
-    """A run that has finished with damage in its weights has not ended well."""
+def _question_word(status: Status, silence: float) -> str:
+    if not status.deadline:
+        return "NEEDS ANSWER"
+    return f"NEEDS ANSWER {format_countdown(seconds_left(status, silence))}"
+
+
+def _assess_ended(status: Status) -> Health:
+    """A run whose newest incident is not over has not ended well, even if it has finished."""
     ended = _ENDED[status.phase]
     if status.unresolved is None or ended.tone != "good":
         return ended
     return Health("▲", f"{ended.word}, {status.unresolved.headline() or 'not recovered'}", "warn")
 
 
-def _while_training(status: Status, *, recovering: bool) -> Health:
-    """With an incident that is not over nothing is green."""
+def _assess_training(status: Status, *, recovering: bool) -> Health:
+    """An incident that is not over comes before a failing disk, and both before HEALTHY."""
     if status.phase is Phase.ROLLBACK:
         return Health("▲", "ROLLING BACK", "warn")
     if status.unresolved is not None:
-        return Health(
-            "▲", clean_and_shorten(status.unresolved.headline(), 40) or "RECOVERING", "warn"
-        )
-    if recovering and status.mode is Mode.ADVISE:  # a run of an older version says no more
+        headline = clean_and_shorten(status.unresolved.headline(), 40)
+        return Health("▲", headline or "RECOVERING", "warn")
+    if recovering and status.mode is Mode.ADVISE:  # an older version writes no `unresolved`
         return Health("▲", "UNSTABLE, no action (advise)", "warn")
     if recovering:
         return Health("▲", "RECOVERING", "warn")
-    if status.disk != "ok":  # it trains, and a crash would cost more than it should
+    if status.disk != "ok":  # training goes on, but a crash would lose more steps
         return Health("▲", "DISK FAILING", "warn")
     return Health("●", "HEALTHY", "good")

@@ -163,13 +163,13 @@ def skipped_data(event: Event) -> IncidentNews:
 
 
 def format_skipped(incident: IncidentSummary) -> str:
-    """Return "12 samples of 3 documents left out", or "" where nothing was skipped."""
+    """Return "12 samples of 3 documents skipped", or "" where nothing was skipped."""
     if not incident.samples:
         return ""
     documents = ""
     if incident.documents_total:
         documents = f" of {format_plural(incident.documents_total, 'document')}"
-    return f"{format_plural(incident.samples, 'sample')}{documents} left out"
+    return f"{format_plural(incident.samples, 'sample')}{documents} skipped"
 
 
 def _merged(incident: IncidentSummary, news: IncidentNews) -> IncidentSummary:

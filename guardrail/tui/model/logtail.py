@@ -1,8 +1,7 @@
-"""The newest lines of what the ranks print: logs/*.log of a run, read as they grow, in bounded
-memory.
+"""The newest lines of what the ranks print: logs/*.log of a run, in bounded memory.
 
-Whatever a rank prints is harmless here: a line is cleaned, and of one of ten megabytes only the
-beginning is kept.
+A rank may print anything: each line is cleaned, and of a line of ten megabytes only the beginning is
+kept.
 """
 
 from __future__ import annotations
@@ -16,15 +15,18 @@ from guardrail.core.files import open_file
 from guardrail.core.format import clean_and_shorten
 
 KEPT_LINES = 2000  # of all logs together
-LINE_BYTES = 4000  # of one line that are looked at
-CHUNK = 64 * 1024  # read of one log at one look; of what is further behind only the end is read
+LINE_BYTES = 4000  # of one line that are kept
+PROGRESS_BYTES = 16 * LINE_BYTES  # of one line that are searched for the last state of a bar
+CHUNK = 64 * 1024  # bytes read of one log at once; of a larger addition only the end is read
 MAX_LOGS = 4096
 
 
 @dataclass(frozen=True)
 class PrintedLine:
-    """One line. `source` is the number of the rank, or what else has a log: "supervisor",
-    "elastic".
+    """One line.
+
+    Attributes:
+        source: number of the rank, or what else has a log: "supervisor", "elastic".
     """
 
     source: str
@@ -32,10 +34,10 @@ class PrintedLine:
 
 
 class LogTail:
-    """Reads what was added since the last look.
+    """Reads what was added to the logs since the last read.
 
     Args:
-        folder: of the logs; it need not be there yet.
+        folder: of the logs; it need not exist yet.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,50 +47,50 @@ class LogTail:
 
     @property
     def lines(self) -> tuple[PrintedLine, ...]:
-        """Oldest first; those of one look stand together by log, since lines have no common
-        clock.
-        """
+        """Oldest first; lines of one read are grouped by log, since they have no common clock."""
         return tuple(self._lines)
 
-    def look(self) -> bool:
-        """Read what is new; True if there is something. A log that cannot be read is passed
-        over.
-        """
+    def read_new_lines(self) -> bool:
+        """Read what is new; return whether there is something. An unreadable log is skipped."""
         found = False
-        try:
-            with os.scandir(self._folder) as entries:
-                names = [
-                    entry.name
-                    for entry in entries
-                    if entry.name.endswith(".log") and entry.is_file()
-                ]
-        except OSError:
-            return False
-        for name in sorted(names, key=_order)[:MAX_LOGS]:
+        for name in self._log_names():
             log = self._logs.get(name)
             if log is None:
-                log = self._logs[name] = _Log(self._folder / name, source=_source(name))
-            for text in log.look():
+                log = self._logs[name] = _Log(self._folder / name, source=_source_of(name))
+            for text in log.read_new_lines():
                 self._lines.append(PrintedLine(log.source, text))
                 found = True
         return found
+
+    def _log_names(self) -> list[str]:
+        names: list[str] = []
+        try:
+            with os.scandir(self._folder) as entries:
+                for entry in entries:
+                    if entry.name.endswith(".log") and entry.is_file():
+                        names.append(entry.name)
+        except OSError:
+            return []
+        return sorted(names, key=_by_rank)[:MAX_LOGS]
 
 
 class _Log:
     def __init__(self, path: Path, *, source: str) -> None:
         self._path, self.source = path, source
-        self._offset = -1  # bytes read; -1: never looked
-        self._rest = b""  # a line that is not complete yet, its beginning
+        self._offset = -1  # bytes read; -1: never read
+        self._rest = b""  # the beginning of a line that is not complete yet
         self._skipping = False  # inside a line that is too long
 
-    def look(self) -> list[str]:
+    def read_new_lines(self) -> list[str]:
         try:
             size = os.stat(self._path).st_size
             if size == self._offset:
                 return []
-            begin = 0 if size < self._offset else max(0, self._offset)  # it was cut: from the start
+            begin = max(0, self._offset)
+            if size < self._offset:
+                begin = 0  # the file was cut: read it from its start
             if size - begin > CHUNK:
-                # the line that we land in is torn
+                # reading begins inside a line
                 begin, self._rest, self._skipping = size - CHUNK, b"", True
             with open_file(self._path) as file:
                 file.seek(begin)
@@ -96,12 +98,12 @@ class _Log:
         except OSError:
             return []
         self._offset = begin + len(data)
-        return list(self._lines_of(data))
+        return self._split_lines(data)
 
-    def _lines_of(self, data: bytes) -> list[str]:
-        *whole, rest = data.split(b"\n")
+    def _split_lines(self, data: bytes) -> list[str]:
+        *complete, rest = data.split(b"\n")
         lines: list[str] = []
-        for part in whole:
+        for part in complete:
             line = b"" if self._skipping else self._rest + part
             if line.strip():
                 lines.append(_shown(line))
@@ -115,20 +117,23 @@ class _Log:
 
 
 def _shown(line: bytes) -> str:
-    """One line for a person; of a progress bar, which returns to the start of its line, the last
+    """Return one line as it is shown; of a progress bar, which returns to its start, the last
     state.
     """
-    last = next(
-        (part for part in reversed(line[: 16 * LINE_BYTES].split(b"\r")) if part.strip()), b""
-    )
-    return clean_and_shorten(last[:LINE_BYTES].decode("utf-8", "replace"))
+    for state in reversed(line[:PROGRESS_BYTES].split(b"\r")):
+        if state.strip():
+            return clean_and_shorten(state[:LINE_BYTES].decode("utf-8", "replace"))
+    return ""
 
 
-def _source(name: str) -> str:
+def _source_of(name: str) -> str:
     stem = name.removesuffix(".log")
     return clean_and_shorten(stem.removeprefix("rank-"), 20)
 
 
-def _order(name: str) -> tuple[int, str]:
+def _by_rank(name: str) -> tuple[int, str]:
+    """Sort other logs first, then those of the ranks by number."""
     stem = name.removesuffix(".log").removeprefix("rank-")
-    return (int(stem), "") if stem.isascii() and stem.isdigit() and len(stem) < 9 else (-1, name)
+    if stem.isascii() and stem.isdigit() and len(stem) < 9:
+        return (int(stem), "")
+    return (-1, name)

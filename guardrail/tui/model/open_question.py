@@ -54,13 +54,13 @@ class OpenQuestion:
 
     def end(self, event: Event) -> str:
         """Close the question; return how it ended: "accepted by ann@vm"."""
-        how = "asked, and not answered"
+        how = "asked, no answer"
         if self._answer and self._answered_by == "guard":
-            how = f"{self._answer} by default, nobody answered"
+            how = f"{self._answer} by default, no answer"
         elif self._answer:
             how = f"{self._answer} by {self._answered_by or 'a command'}"
         elif event.kind == "restarted":
-            how = "asked, and not answered before a restart"
+            how = "asked, no answer before a restart"
         self._clear()
         return how
 

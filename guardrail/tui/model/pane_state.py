@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PaneState:
-    """One pane as this viewer looks at it.
+    """The choices of a viewer in one pane.
 
     Attributes:
-        cursor: the entry that is marked; None: none is, and a pane that grows at its end shows its
-        end.
-        filter: only entries with this text in them are shown, in any case of letters; "" shows all.
+        cursor: the entry that is selected; None: none is.
+        filter: only entries that contain this text are shown, capital or not; "" shows all.
         focused: keys go to this pane.
     """
 

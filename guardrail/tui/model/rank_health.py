@@ -1,7 +1,7 @@
-"""Ranks as a viewer sees them: silent, stuck or slow, by the viewer's own clock. Pure.
+"""Whether a rank is silent, failed, stuck or slow, by the viewer's clock. Pure.
 
-A rank's time stamps come from the clock of its host, which may be wrong by minutes. So what counts
-is when this viewer last saw a heartbeat, or the count of progress, change.
+A rank's time stamps come from the clock of its host, which may be wrong by minutes. So the viewer's
+time counts at which a heartbeat or a count of progress was last seen to change.
 """
 
 from __future__ import annotations
@@ -13,26 +13,31 @@ from dataclasses import dataclass
 
 from guardrail.core.records import Phase, RankStatus
 
-SILENT_SECONDS = 15.0  # a rank says something each second
-STUCK_SECONDS = 60.0  # the main thread got no further, although the rank's heart beats
+SILENT_SECONDS = 15.0  # a rank sends a heartbeat each second
+STUCK_SECONDS = 60.0  # without progress of the main thread, while heartbeats go on
+STUCK_STEPS = 10  # a slow rank is stuck only after so many of its steps
 SLOW = 1.25  # times the median from which on a rank is slow
-_RESTING = (Phase.PAUSED, Phase.FINISHED, Phase.STOPPED, Phase.HALTED, Phase.FAILED)
+_IDLE = (Phase.PAUSED, Phase.FINISHED, Phase.STOPPED, Phase.HALTED, Phase.FAILED)
+_WORST_FIRST = ("silent", "failed", "stuck", "slow", "")
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank. `heard` and `moved` are times of the viewer's clock at which its heartbeat and its
-    progress changed.
+    """One rank.
+
+    Attributes:
+        status: what it reported last.
+        heard, moved: when its heartbeat and its progress last changed, by the viewer's clock.
     """
 
-    told: RankStatus
+    status: RankStatus
     heard: float
     moved: float
 
 
 @dataclass(frozen=True)
 class RankHealth:
-    """What a viewer thinks of a rank.
+    """The state of a rank.
 
     Attributes:
         ratio: its step time over the median of all; 1 where it has none.
@@ -47,70 +52,65 @@ class RankHealth:
 
     @property
     def weight(self) -> tuple[int, float, int]:
-        """Worst first when sorted."""
-        order = ("silent", "failed", "stuck", "slow", "")
-        return (
-            order.index(self.fault),
-            -max(self.seconds, 0.0) or -self.ratio,
-            self.rank.told.rank,
-        )
+        """A key that sorts the worst rank first."""
+        badness = max(self.seconds, 0.0) or self.ratio
+        return (_WORST_FIRST.index(self.fault), -badness, self.rank.status.rank)
 
 
 class RankTracker:
-    """Remembers when what a rank says last changed."""
+    """Remembers when the reports of each rank last changed."""
 
     def __init__(self) -> None:
         self._known: dict[int, Rank] = {}
 
-    def look(self, told: Iterable[RankStatus], now: float) -> tuple[Rank, ...]:
-        """The ranks by number, after one more look at what they say."""
-        found = {}
-        for status in told:
-            before = self._known.get(status.rank)
-            if before is None or before.told.incarnation != status.incarnation:
-                # What was there when we came may be old already; two times of one clock can be
-                # compared.
-                still = max(0.0, status.heartbeat - status.progress_time)
-                found[status.rank] = Rank(status, min(status.heartbeat, now), now - still)
-                continue
-            if status == before.told:
-                found[status.rank] = before
-                continue
-            heard = now if status.heartbeat != before.told.heartbeat else before.heard
-            moved = now if status.progress != before.told.progress else before.moved
-            found[status.rank] = Rank(status, heard, moved)
-        self._known = found
-        return tuple(found[number] for number in sorted(found))
+    def update(self, reports: Iterable[RankStatus], now: float) -> tuple[Rank, ...]:
+        """Take the newest reports; return the ranks by number."""
+        self._known = {status.rank: self._tracked(status, now) for status in reports}
+        return tuple(self._known[number] for number in sorted(self._known))
+
+    def _tracked(self, status: RankStatus, now: float) -> Rank:
+        before = self._known.get(status.rank)
+        if before is None or before.status.incarnation != status.incarnation:
+            # The first report may be old already. Its two times come from one clock, so their
+            # difference is right.
+            still = max(0.0, status.heartbeat - status.progress_time)
+            return Rank(status, min(status.heartbeat, now), now - still)
+        if status == before.status:
+            return before
+        heard = now if status.heartbeat != before.status.heartbeat else before.heard
+        moved = now if status.progress != before.status.progress else before.moved
+        return Rank(status, heard, moved)
 
 
 def median_step_seconds(ranks: Sequence[Rank]) -> float:
-    """Of the step times; NaN where no rank has one."""
-    times = [rank.told.step_seconds for rank in ranks if rank.told.step_seconds > 0]
+    """Return the median of the step times; NaN where no rank has one."""
+    times = [rank.status.step_seconds for rank in ranks if rank.status.step_seconds > 0]
     return statistics.median(times) if times else math.nan
 
 
 def assess_ranks(ranks: Sequence[Rank], now: float, *, ended: bool = False) -> list[RankHealth]:
-    """What is the matter with each, in the same order.
+    """Return the health of each rank, in the same order.
 
     Args:
-        ended: the run has ended; ranks that say nothing any more are no news.
+        ended: the run has ended: its ranks are silent, and that is no fault.
     """
-    usual = median_step_seconds(ranks)
-    return [_judge(rank, usual, now, ended=ended) for rank in ranks]
+    median = median_step_seconds(ranks)
+    return [_assess(rank, median, now, ended=ended) for rank in ranks]
 
 
-def _judge(rank: Rank, usual: float, now: float, *, ended: bool) -> RankHealth:
-    told = rank.told
-    ratio = told.step_seconds / usual if usual > 0 and told.step_seconds > 0 else 1.0
-    if told.phase is Phase.FAILED:
+def _assess(rank: Rank, median: float, now: float, *, ended: bool) -> RankHealth:
+    status = rank.status
+    ratio = 1.0
+    if median > 0 and status.step_seconds > 0:
+        ratio = status.step_seconds / median
+    if status.phase is Phase.FAILED:
         return RankHealth(rank, ratio, "failed")
-    if ended or told.phase in _RESTING:
+    if ended or status.phase in _IDLE:
         return RankHealth(rank, ratio)
-    if (silence := now - rank.heard) > SILENT_SECONDS:
+    silence, still = now - rank.heard, now - rank.moved
+    if silence > SILENT_SECONDS:
         return RankHealth(rank, ratio, "silent", silence)
-    still = now - rank.moved
-    if told.phase in (Phase.STEP, Phase.EVAL) and still > max(
-        STUCK_SECONDS, 10 * told.step_seconds
-    ):
+    works = status.phase in (Phase.STEP, Phase.EVAL)
+    if works and still > max(STUCK_SECONDS, STUCK_STEPS * status.step_seconds):
         return RankHealth(rank, ratio, "stuck", still)
     return RankHealth(rank, ratio, "slow" if ratio >= SLOW else "")

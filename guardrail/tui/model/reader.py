@@ -30,6 +30,6 @@ class Reader(Protocol):
         """Work out what a command would do; the result comes in `Snapshot.previews`."""
 
     def write_note(self, text: str) -> None:
-        """Write a note into the journal; a failure comes in `Snapshot.trouble`."""
+        """Write a note into the journal; a failure comes in `Snapshot.problem`."""
 
     def close(self) -> None: ...

@@ -124,7 +124,7 @@ class RunReader:
 
     def _fail(self, name: str, error: Exception) -> None:
         self._failures.add(name, f"the {name} failed and starts again: {format_reason(error)}")
-        self._latest.publish(trouble=self._failures.said())
+        self._latest.publish(problem=self._failures.recent())
         self._start_over = self._start_over or name == "reader"
 
     # -- reading what is new
@@ -140,13 +140,13 @@ class RunReader:
         self._follower.close()
 
     def look(self) -> None:
-        """Read what is new and publish it; a read error comes in `Snapshot.trouble`."""
+        """Read what is new and publish it; a read error comes in `Snapshot.problem`."""
         try:
             if not self._is_gone():
                 self._look_at_all()
         except (OSError, GuardrailError) as error:
-            trouble = self._failures.said(f"cannot read the run: {format_reason(error)}")
-            self._latest.publish(loaded=True, trouble=trouble, damage=("cannot be read",))
+            trouble = self._failures.recent(f"cannot read the run: {format_reason(error)}")
+            self._latest.publish(loaded=True, problem=trouble, damage=("cannot be read",))
 
     def _look_at_all(self) -> None:
         if self._start_over:
@@ -170,7 +170,7 @@ class RunReader:
         )
         self._latest.publish(
             loaded=True,
-            trouble=self._failures.said(),
+            problem=self._failures.recent(),
             damage=damage,
             around=self._facts.around,
         )
@@ -180,7 +180,7 @@ class RunReader:
             self._latest.publish(gone=False)
             return False
         text = f"{self._run.path} was moved or deleted; shown is what was read before"
-        self._latest.publish(gone=True, loaded=True, trouble=self._failures.said(text))
+        self._latest.publish(gone=True, loaded=True, problem=self._failures.recent(text))
         return True
 
     def _read_again(self) -> None:
@@ -228,7 +228,7 @@ class RunReader:
             self._curves.add(view.columns, rows, first)
         self._curves.apply_rollback()
         if first < end and self._follower.complete:
-            self._facts.look_at_rows(view)
+            self._facts.count_slowest(view)
 
     def _timeline_end(self, timeline: int) -> float:
         """Return the last step of a timeline; infinity while not all events are read."""
@@ -267,7 +267,7 @@ class RunReader:
             self._run.append("note", text, step=step, timeline=timeline)
         except OSError as error:
             self._failures.add("note", f"the note is not in the journal: {format_reason(error)}")
-            self._latest.publish(trouble=self._failures.said())
+            self._latest.publish(problem=self._failures.recent())
 
     def _preview(self, command: Command) -> None:
         from guardrail.operate import preview

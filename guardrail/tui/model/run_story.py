@@ -38,18 +38,18 @@ from guardrail.tui.model.open_question import OpenQuestion
 
 _MAX_LINES = 500  # newest log lines, and answers to commands, that are kept
 _MAX_MARKS = 2000  # newest marks of each kind
-ASKS = "parked, asks"
+ASKS = "paused, asks"
 _ACTIONS: dict[Action | None, str] = {
-    Action.SKIP: "update left out",
+    Action.SKIP: "update skipped",
     Action.ROLLBACK: "roll back",
     Action.PAUSE: ASKS,
     Action.HALT: "halted",
     Action.RETRY: "batch repeated",
 }
 _ADVISED_ACTIONS: dict[Action | None, str] = {
-    Action.SKIP: "would leave the update out",
+    Action.SKIP: "would skip the update",
     Action.ROLLBACK: "would roll back",
-    Action.PAUSE: "would park and ask",
+    Action.PAUSE: "would pause and ask",
     Action.HALT: "would halt",
     Action.RETRY: "would repeat the batch",
 }
@@ -78,7 +78,7 @@ class Story:
         proposals, costs, shown: of this question, see `OpenQuestion`.
         paused_by: user who paused the run by a command, while it is paused; "" while it is not, or
             where the user is not known.
-        held: factors on the updates that a command or the guard has set, also those that do not act
+        factors: on the updates that a command or the guard has set, also those that do not act
             now.
         known: the evidence in full.
     """
@@ -93,7 +93,7 @@ class Story:
     costs: tuple[str, ...] = ()
     shown: tuple[Shown | None, ...] = ()
     paused_by: str = ""
-    held: tuple[ActiveFactor, ...] = ()
+    factors: tuple[ActiveFactor, ...] = ()
     known: JournalEvidence = field(default_factory=JournalEvidence)
 
     @property
@@ -113,16 +113,16 @@ class StoryBuilder:
         self._answers: dict[str, CommandAnswer] = {}
         self._paused_by = ""
         self._evidence = EvidenceBuilder()
-        self._book = FactorTracker()
-        self._held: tuple[ActiveFactor, ...] = ()
+        self._factor_tracker = FactorTracker()
+        self._factors: tuple[ActiveFactor, ...] = ()
         self._advised = AdvisedIncidents()
 
     def add(self, events: Iterable[Event]) -> None:
         events = list(events)
         self._evidence.add(events)
         for event in events:
-            if self._book.add(event):
-                self._held = self._book.held()
+            if self._factor_tracker.add(event):
+                self._factors = self._factor_tracker.factors()
             self._take(event)
             if not self._advised.is_repeated(event):
                 self._lines.append(make_log_line(event))
@@ -144,7 +144,7 @@ class StoryBuilder:
             costs=question.costs,
             shown=question.shown,
             paused_by=self._paused_by,
-            held=self._held,
+            factors=self._factors,
             known=self._evidence.known(),
         )
 
@@ -153,7 +153,7 @@ class StoryBuilder:
             case "verdict":
                 self._verdict(event)
             case "skipped":
-                self._left_out(event)
+                self._skipped(event)
             case "rollback":
                 self._rollback(event)
             case "incident":
@@ -191,7 +191,7 @@ class StoryBuilder:
             # nothing was done: where it would have begun
             self._marks[INCIDENT][at] = label
 
-    def _left_out(self, event: Event) -> None:
+    def _skipped(self, event: Event) -> None:
         span = span_of(event)
         if span is not None and span.origin == "user":
             self._marks[SKIP][span.step] = ""

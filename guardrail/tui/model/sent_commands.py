@@ -1,5 +1,6 @@
-"""Commands on their way: sent, answered by the journal with the step of their effect, refused with
-the reason, or not answered yet, and said so. Pure but for the name of who gives them."""
+"""Commands of this viewer: sent, answered in the journal, refused, or not answered yet. Pure, but for
+the name of the user.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +22,15 @@ from guardrail.decide.control_commands.base import ControlCommand
 from guardrail.operate.identity import sender_name
 from guardrail.tui.model.health import HEARTBEAT_SECONDS
 from guardrail.tui.model.reader import Reader
+from guardrail.tui.model.run_story import CommandAnswer
 from guardrail.tui.model.view import View
 
 if TYPE_CHECKING:
     from guardrail.operate.preview import Preview
 
-SHOWN_SECONDS = 60.0  # an answer stays this long
-NOTICE_SECONDS = 10.0  # why a key did nothing, so long: it may not be true any more after that
-RENEW_SECONDS = 1.0  # between two previews of a command that somebody looks at
+SHOWN_SECONDS = 60.0  # how long an answer is shown
+NOTICE_SECONDS = 10.0  # how long a notice is shown: it may not be true any more after that
+RENEW_SECONDS = 1.0  # between two previews of a command while a dialog shows it
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,23 @@ class SentCommand:
 
 
 class LivePreview:
-    """What a command would do now: asked for at once, and again each second that somebody looks.
+    """What a command would do now: asked for at once, and each second while a dialog shows it.
 
     Args:
-        ask: has it worked out; the answer comes as `Snapshot.previews` under the command's id.
+        ask: starts a preview; the result comes in `Snapshot.previews` under the command's id.
+
+    Attributes:
+        last: the preview that was shown last.
     """
 
     def __init__(self, command: Command, ask: Callable[[Command], None]) -> None:
         self._command, self._ask = command, ask
         self._asked = command.time
-        self.last: Preview | None = None  # the one that was looked at last
+        self.last: Preview | None = None
         ask(command)
 
     def newest(self, view: View) -> Preview | None:
-        """The newest one; None until there is one."""
+        """Return the newest preview; None until there is one."""
         found = view.snapshot.previews.get(self._command.id)
         if found is not None and view.now - self._asked >= RENEW_SECONDS:
             self._asked = view.now
@@ -66,8 +71,7 @@ class SentCommands:
     """The commands of this viewer.
 
     Args:
-        reader: hands a command in (its failure comes back as `Snapshot.unsent`), works out
-        previews, writes notes.
+        reader: sends commands, works out previews, writes notes.
         clock: wall time.
     """
 
@@ -92,7 +96,7 @@ class SentCommands:
 
         Args:
             question: journal line of the question that was open for the viewer, 0: none was; None:
-            that is not known.
+                that is not known.
             shown: what the viewer was shown that it does.
         """
         now = self._clock()
@@ -112,7 +116,7 @@ class SentCommands:
         )
 
     def preview(self, kind: str, value: float) -> LivePreview:
-        """Ask what a command would do, again and again while somebody looks."""
+        """Start a preview of a command, which is renewed while it is shown."""
         command = Command(
             id=f"preview-{secrets.token_hex(8)}",
             kind=kind,
@@ -123,75 +127,83 @@ class SentCommands:
         return LivePreview(command, self._preview)
 
     def write_note(self, text: str) -> None:
-        """Write a note into the journal; it is seen there."""
+        """Write a note into the journal; the log shows it."""
         self._notice = None
         self._note(f"{text} ({sender_name()})")
 
     def newest_waiting(self, *kinds: str) -> str | None:
-        """The newest command of these kinds that has no answer yet."""
+        """Return the newest command of these kinds that has no answer yet."""
         waiting = (sent.kind for sent in reversed(self._sent) if sent.id not in self._answered)
         return next((kind for kind in waiting if kind in kinds), None)
 
     def show_notice(self, text: str, tone: str = "warn") -> None:
-        """Something for the viewer alone."""
+        """Show a text in the message line of this screen."""
         self._notice = (text, tone, self._clock())
 
     def message(self, view: View) -> tuple[str, str]:
-        """(text, tone) of the message line."""
-        for sent in self._sent:
-            if sent.id in view.snapshot.story.answers or sent.id in view.snapshot.unsent:
-                self._answered.setdefault(sent.id, view.now)
-        # Answers leave after a while; what waits for one never does.
-        self._sent = [
-            s for s in self._sent if view.now - self._answered.get(s.id, view.now) < SHOWN_SECONDS
-        ]
+        """Return (text, tone) of the message line."""
+        self._forget_old_answers(view)
         if self._notice and view.now - self._notice[2] < NOTICE_SECONDS:
             return self._notice[0], self._notice[1]
         if not self._sent:
             return "", "plain"
-        waiting = [sent for sent in self._sent if sent.id not in self._answered]
-        text, tone = self._state(self._sent[-1], view)
-        others = len(waiting) - (bool(waiting) and waiting[-1] is self._sent[-1])
-        return text + (
-            f"  (and {format_plural(others, 'command')} without an answer yet)" if others else ""
-        ), tone
+        text, tone = self._describe(self._sent[-1], view)
+        others = sum(sent.id not in self._answered for sent in self._sent[:-1])
+        if others:
+            text += f"  (and {format_plural(others, 'command')} without an answer yet)"
+        return text, tone
 
-    def _state(self, sent: SentCommand, view: View) -> tuple[str, str]:
+    def _forget_old_answers(self, view: View) -> None:
+        """Forget commands 60 s after their answer. One without an answer is never forgotten."""
+        for sent in self._sent:
+            if sent.id in view.snapshot.story.answers or sent.id in view.snapshot.unsent:
+                self._answered.setdefault(sent.id, view.now)
+        kept = []
+        for sent in self._sent:
+            if view.now - self._answered.get(sent.id, view.now) < SHOWN_SECONDS:
+                kept.append(sent)
+        self._sent = kept
+
+    def _describe(self, sent: SentCommand, view: View) -> tuple[str, str]:
         reason = view.snapshot.unsent.get(sent.id)
         if reason is not None:
             return f"✗ {sent.label}: could not be sent: {reason}", "bad"
         answer = view.snapshot.story.answers.get(sent.id)
-        if answer is None and view.status is not None and view.status.phase.ended:
+        if answer is not None:
+            return _describe_answer(sent, answer)
+        if view.status is not None and view.status.phase.ended:
             return f"✗ {sent.label}: the run ended before it answered", "bad"
-        if answer is None:
-            silent = ", and no sign of life of the run" if view.silence > HEARTBEAT_SECONDS else ""
-            return (
-                f"… {sent.label}: sent, no answer yet ({format_seconds_in_words(view.now - sent.time)}{silent})",
-                "accent",
-            )
-        why = f": {answer.reason}" if answer.reason else ""
-        if answer.applied:
-            return f"✓ {sent.label}: took effect at step {format_count(answer.step)}{why}", "good"
-        # The reason first: a narrow line is cut at its end, and what was asked for is known to who
-        # has asked.
-        return f"✗ refused{why} ({sent.label}, step {format_count(answer.step)})", "bad"
+        waited = format_seconds_in_words(view.now - sent.time)
+        if view.silence > HEARTBEAT_SECONDS:
+            waited += "; the run does not respond"
+        return f"… {sent.label}: sent, no answer yet ({waited})", "accent"
+
+
+def _describe_answer(sent: SentCommand, answer: CommandAnswer) -> tuple[str, str]:
+    why = f": {answer.reason}" if answer.reason else ""
+    step = format_count(answer.step)
+    if answer.applied:
+        return f"✓ {sent.label}: took effect at step {step}{why}", "good"
+    # The reason comes first: a narrow line is cut at its end.
+    return f"✗ refused{why} ({sent.label}, step {step})", "bad"
 
 
 def why_refused(
     status: Status | None, *, read_only: bool, lost: bool = False, name: str = "RUN"
 ) -> str | None:
-    """Why no control key can do anything now, or None.
+    """Return why control keys do nothing now; None where they do.
 
     Args:
-        lost: no process of the run has written anything for long.
+        lost: no process of the run has written anything for 60 s.
         name: of the run.
     """
     if read_only:
-        return "read-only: this screen controls nothing (attach without --read-only to control)"
+        return "read-only: attach without --read-only to send commands"
     if status is not None and status.phase.ended:
-        return f"the run has ended ({status.phase.value}); there is nothing to control"
+        return f"the run has ended ({status.phase.value}): it takes no commands"
     if lost:
-        return f"the run does not respond: no process reads commands. Start it again: guardrail launch --resume {name}"
+        again = f"guardrail launch --resume {name}"
+        return f"the run does not respond: no process reads commands. Start it again: {again}"
     return None
 
 
@@ -203,63 +215,61 @@ def parse_value(text: str, kind: type[ControlCommand]) -> float | str:
         return str(error)
 
 
+# state of a snapshot -> what the user must know before it is restored
+_STATE_WARNINGS = {
+    "suspect": "▲ This state is suspect: it was saved after the estimated start of the anomaly.",
+    "candidate": "Not confirmed yet: too few healthy steps since this snapshot.",
+}
+
+
 def preview_lines(preview: Preview) -> list[str]:
-    """What a command would do, one fact a line, the gravest first."""
+    """Return what a command would do, one sentence for each fact, the most important first."""
     if not preview.possible:
         return [f"✗ It would be refused: {preview.refusal}."]
     lines = []
     if preview.to_step is not None:
-        took = (
-            f", {format_seconds_in_words(preview.seconds_lost)} of training"
-            if preview.seconds_lost >= 0.5
-            else ""
-        )
-        lines.append(
-            f"Goes back to step {format_count(preview.to_step)} ({preview.tier}, {preview.state})."
-        )
-        lines.append(f"Loses {format_plural(preview.steps_lost, 'step')}{took}.")
+        state = f"{preview.tier}, {preview.state}"
+        lines.append(f"Restores step {format_count(preview.to_step)} ({state}).")
+        lines.append(_discarded(preview))
     if preview.samples:
-        lines.append(
-            f"Leaves out {format_plural(preview.samples, 'sample')} for the rest of the run."
-        )
+        samples = format_plural(preview.samples, "sample")
+        lines.append(f"Skips {samples} for the rest of the run.")
     if preview.returned:
-        lines.append(f"Brings {format_plural(preview.returned, 'sample')} back.")
+        lines.append(f"Allows {format_plural(preview.returned, 'skipped sample')} again.")
     if math.isfinite(preview.lr):
-        rate, now = f"{preview.lr:.3g}", f"{preview.lr_before:.3g}"
-        before = f", now {now}" if math.isfinite(preview.lr_before) and now != rate else ""
-        lines.append(f"Learning rate afterwards {rate}{before}.")
-    if preview.state == "suspect":
-        lines.append(
-            "▲ This state is suspect: it was taken after the trouble is thought to have begun."
-        )
-    elif preview.state == "candidate":
-        lines.append("It is a candidate: too few healthy steps have followed it to call it good.")
+        lines.append(_new_rate(preview))
+    if preview.state in _STATE_WARNINGS:
+        lines.append(_STATE_WARNINGS[preview.state])
     if preview.remark:
-        lines.append(clean_and_shorten(preview.remark[:1].upper() + preview.remark[1:], 300) + ".")
-    return lines or ["Nothing is lost by it."]
+        remark = preview.remark[:1].upper() + preview.remark[1:]
+        lines.append(f"{clean_and_shorten(remark, 300)}.")
+    return lines or ["No step is discarded."]
+
+
+def _discarded(preview: Preview) -> str:
+    line = f"Discards {format_plural(preview.steps_lost, 'step')}"
+    if preview.seconds_lost >= 0.5:
+        line += f", {format_seconds_in_words(preview.seconds_lost)} of training"
+    return f"{line}."
+
+
+def _new_rate(preview: Preview) -> str:
+    rate, now = f"{preview.lr:.3g}", f"{preview.lr_before:.3g}"
+    if not math.isfinite(preview.lr_before) or now == rate:
+        return f"Learning rate after this {rate}."
+    return f"Learning rate after this {rate}, now {now}."
 
 
 def rollback_cost(info: SnapshotInfo, status: Status) -> list[str]:
-    """What going back to a state costs, one fact a line."""
+    """Return what a rollback to a state costs, one sentence for each fact."""
     steps, samples = max(0, status.step - info.step), max(0, status.cursor - info.cursor)
-    lines = [f"Loses {format_plural(steps, 'step')}" + _since(info, status) + "."]
-    if samples:
-        lines.append(
-            f"Leaves out the data that came after it: up to {format_plural(samples, 'sample')}."
-        )
-    if info.state == "suspect":
-        lines.append(
-            "▲ This state is suspect: it was taken after the trouble is thought to have begun."
-        )
-    elif info.state == "candidate":
-        lines.append("It is a candidate: too few healthy steps have followed it to call it good.")
-    return lines
-
-
-def _since(info: SnapshotInfo, status: Status) -> str:
+    line = f"Discards {format_plural(steps, 'step')}"
     seconds = status.heartbeat - info.time
-    return (
-        f", made in the last {format_seconds_in_words(seconds)}"
-        if info.time > 0 and seconds >= 1
-        else ""
-    )
+    if info.time > 0 and seconds >= 1:
+        line += f", trained in the last {format_seconds_in_words(seconds)}"
+    lines = [f"{line}."]
+    if samples:
+        lines.append(f"Skips the data after it: up to {format_plural(samples, 'sample')}.")
+    if info.state in _STATE_WARNINGS:
+        lines.append(_STATE_WARNINGS[info.state])
+    return lines

@@ -1,5 +1,5 @@
-"""What one frame of the screen is drawn from: the run's snapshot, the time, and what the viewer
-chose. Immutable.
+"""What one frame of the screen is drawn from: the snapshot of a run, the time, and the choices of
+the viewer. Immutable.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from guardrail.core.format import clean_and_shorten
-from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, Status
+from guardrail.core.records import (
+    EMBED_GRAD_NORM,
+    EMBED_SHARE,
+    GRAD_NORM,
+    LOSS,
+    SnapshotInfo,
+    Status,
+)
 from guardrail.tui.model.background_facts import Background
 from guardrail.tui.model.health import (
     GONE,
@@ -29,10 +36,10 @@ from guardrail.tui.numerics.series import STEP, THROUGHPUT, Series
 if TYPE_CHECKING:
     from guardrail.operate.preview import Preview
 
-# What is shown without a choice: as many of them, from the first on, as the terminal has room for.
+# The charts that are shown by default: from the first on as many as the terminal has room for.
 CHARTS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE, "lr", THROUGHPUT)
 _TEXTS = ("run", "progress", "disk", "commands_problem", "question", "host")
-SLOW_SECONDS = 0.5  # what takes longer is said
+SLOW_SECONDS = 0.5  # reading that takes longer is shown
 LABELS = {
     GRAD_NORM: "gradient norm",
     EMBED_GRAD_NORM: "embedding gradient norm",
@@ -47,52 +54,48 @@ LABELS = {
 
 
 def signal_label(signal: str) -> str:
-    """A signal as a person names it. Names of further signals come from outside."""
+    """Return the name of a signal as it is shown; unknown names come from outside."""
     return LABELS.get(signal) or clean_and_shorten(signal.replace("_", " "), 40)
 
 
 def clean_status(status: Status) -> Status:
-    """The same status with every text in it cleaned, so that what is measured is what is shown.
+    """Return the same status with cleaned texts: their width is measured before they are drawn.
 
-    Before the first step of a start, and after the end, no process holds a state in memory: those
-    that the status of the processes before still names are gone.
+    Before the first step of a start, and after the end, no process holds a state in memory. States
+    in memory that the status names then were those of earlier processes.
     """
     without_memory = status.phase in STARTING or status.phase.ended
-    snapshots = [
-        msgspec.structs.replace(
-            s,
-            tier=clean_and_shorten(s.tier, 20),
-            state=clean_and_shorten(s.state, 20),
-            path=clean_and_shorten(s.path),
-        )
-        for s in status.snapshots
-        if not (without_memory and s.tier == "memory")
-    ]
+    snapshots: list[SnapshotInfo] = []
+    for info in status.snapshots:
+        if without_memory and info.tier == "memory":
+            continue
+        tier, state = clean_and_shorten(info.tier, 20), clean_and_shorten(info.state, 20)
+        path = clean_and_shorten(info.path)
+        snapshots.append(msgspec.structs.replace(info, tier=tier, state=state, path=path))
     texts = {name: clean_and_shorten(getattr(status, name)) for name in _TEXTS}
     return msgspec.structs.replace(status, snapshots=tuple(snapshots), **texts)
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A run as its directory tells it. Whatever text is put in comes out cleaned.
+    """A run as its directory shows it. All texts are cleaned.
 
     Attributes:
         name: NAME/DATE-NN.
-        heard: when a new heartbeat was last seen, by the viewer's own clock: clocks of two machines
-        differ.
+        heard: when a new heartbeat was last seen, by the viewer's clock: clocks of two machines
+            differ.
         loaded: the metrics have been read to their end at least once.
-        trouble: why the directory could not be read just now, or "".
+        problem: why the directory could not be read just now, or "".
         damage: files of the directory that are cut, missing or unreadable, each in a few words;
             what they still hold is shown.
-        gone: the directory is not there any more; what was read of it is shown.
-        unsent: id of a command -> why it could not be handed in.
-        recorded: of a log that something else has written: what it is, and how far it is judged. ""
-        for a run.
+        gone: the directory no longer exists; what was read of it is shown.
+        unsent: id of a command -> why it could not be sent.
+        recorded: of a log of another program: what it is, and how much of it is judged. "" for a
+            run.
         previews: id of a preview that was asked for -> what the command would do.
-        around: ranks, their output, the configuration, who else watches.
-        columns: names of what the rows hold, from outside.
-        looking_up: since when rows that are looked at closer are being read, by the viewer's clock;
-        None: none are.
+        around: ranks, their output, the configuration, other screens.
+        columns: names of the columns of the rows, from outside.
+        looking_up: since when single rows are being read, by the viewer's clock; None: none are.
     """
 
     name: str
@@ -101,7 +104,7 @@ class Snapshot:
     series: Series = field(default_factory=Series)
     story: Story = field(default_factory=Story)
     loaded: bool = True
-    trouble: str = ""
+    problem: str = ""
     damage: tuple[str, ...] = ()
     gone: bool = False
     unsent: Mapping[str, str] = field(default_factory=dict)
@@ -112,7 +115,7 @@ class Snapshot:
     looking_up: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("name", "trouble", "recorded"):
+        for name in ("name", "problem", "recorded"):
             object.__setattr__(self, name, clean_and_shorten(getattr(self, name)))
         object.__setattr__(
             self, "damage", tuple(clean_and_shorten(text, 80) for text in self.damage)
@@ -126,21 +129,20 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class View:
-    """A snapshot as this viewer looks at it.
+    """A snapshot with the choices of this viewer.
 
     Attributes:
         now: wall time.
-        charts: the signals that are looked at, the first ones first where not all have room.
+        charts: signals with a chart; where not all have room, the first ones.
         big: the signal whose chart is enlarged.
         logarithmic: signals drawn on a log axis.
-        message: (text, tone) of the line that answers keys.
-        axis: what the x-axis runs along, of `series.AXES`; `smooth`: 0 not at all, 1 lightly, 2
-        strongly.
-        span: how much of the axis the charts show, None: all of it; `end`: the last of it, None: it
-        follows the newest.
-        at: the step that the value cursor stands on, None: there is none and titles say the newest
-        values.
-        focus: the pane that keys go to; `full`: it has the whole screen.
+        message: (text, tone) of the message line.
+        axis: of the charts, one of `series.AXES`.
+        smooth: 0 not at all, 1 lightly, 2 strongly.
+        span: length of the range in view, None: the complete run.
+        end: its end, None: it follows the newest step.
+        at: the step of the cursor, None: there is none, and titles show the newest values.
+        focus: the pane that keys go to; `full`: it fills the screen.
         states: name of a pane -> what was chosen there.
     """
 
@@ -161,7 +163,7 @@ class View:
     states: Mapping[str, PaneState] = field(default_factory=dict)
 
     def state(self, pane: str) -> PaneState:
-        """What the viewer chose in a pane."""
+        """Return what the viewer chose in a pane."""
         return replace(self.states.get(pane, PaneState()), focused=self.focus == pane)
 
     @property
@@ -170,24 +172,23 @@ class View:
 
     @property
     def silence(self) -> float:
+        """Seconds since a new heartbeat was last seen."""
         return max(0.0, self.now - self.snapshot.heard)
 
     @property
     def responds(self) -> bool:
-        """A heartbeat came within the last seconds, or the run has ended and none is due."""
+        """A heartbeat came within the last 10 s, or the run has ended and sends none."""
         ended = self.status is not None and self.status.phase.ended
         return ended or (self.silence <= HEARTBEAT_SECONDS and not self.snapshot.gone)
 
     @property
     def lost(self) -> bool:
-        """The run has not ended, and for so long no process of it has written that none can read a
-        command.
-        """
+        """No process of the run has written for 60 s, so that none can read a command."""
         return self.snapshot.gone or (not self.responds and self.silence > LOST_SECONDS)
 
     @property
     def waits(self) -> bool:
-        """Rows that are looked at closer are long in coming."""
+        """Reading single rows takes long."""
         since = self.snapshot.looking_up
         return since is not None and self.now - since >= SLOW_SECONDS
 

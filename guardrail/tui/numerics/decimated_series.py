@@ -286,7 +286,11 @@ class DecimatedSeries:
         }
         found = self._series(0, self._rows)
         return replace(
-            found, ghosts=self._ghosts, above=above, low_above=self._old.low_above, stem=self._stem
+            found,
+            abandoned=self._ghosts,
+            above=above,
+            low_above=self._old.low_above,
+            stem=self._stem,
         )
 
     def _series(self, first: int, end: int) -> Series:

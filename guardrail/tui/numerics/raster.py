@@ -27,12 +27,12 @@ class Ink(IntEnum):
 
     EMPTY = 0
     LINE = 1
-    GHOST = 2
+    ABANDONED = 2
     THRESHOLD = 3
     CLIP = 4
     BAD = 5
-    GHOST_CLIP = 6
-    GHOST_BAD = 7
+    ABANDONED_CLIP = 6
+    ABANDONED_BAD = 7
     RULE = 8
     SMOOTH = 9
     WARN = 10  # marks of what happened, by what they mean
@@ -170,14 +170,14 @@ def draw_plot(
     for part in pale:
         ghost |= _cells(_dotted(part, y, dots), width)
     _paint(result, body, drawn, Ink.LINE)
-    _paint(result, body, ghost, Ink.GHOST)
+    _paint(result, body, ghost, Ink.ABANDONED)
     _draw_band(result, body, y, dots, baseline, threshold)
     for cell in rules:
         if 0 <= cell < width:
             free = result.inks[:, cell] == Ink.EMPTY
             result.codes[free, cell], result.inks[free, cell] = ord("┊"), Ink.RULE
     for part in pale:
-        _alarms(result, part, y, Ink.GHOST_CLIP, Ink.GHOST_BAD)
+        _alarms(result, part, y, Ink.ABANDONED_CLIP, Ink.ABANDONED_BAD)
     _alarms(result, main, y, Ink.CLIP, Ink.BAD)
     result.ticks = place_ticks(y, rows, offset=height - rows)
     return result

@@ -71,7 +71,7 @@ class Series:
     step: np.ndarray = field(default_factory=lambda: np.zeros(0))
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
     bad: Mapping[str, np.ndarray] = field(default_factory=dict)
-    ghosts: tuple[Series, ...] = ()
+    abandoned: tuple[Series, ...] = ()
     axes: Mapping[str, np.ndarray] = field(default_factory=dict)
     above: Mapping[str, tuple[Level, ...]] = field(default_factory=dict)
     thin: int = 0
@@ -95,7 +95,7 @@ class Series:
 
     def end(self, axis: str) -> float:
         """The end of the present or of any ghost: what the x-axis has to show."""
-        ends = [one.along(axis)[-1] for one in (self, *self.ghosts) if len(one)]
+        ends = [one.along(axis)[-1] for one in (self, *self.abandoned) if len(one)]
         return float(max(ends, default=0.0))
 
     def place(self, step: float, axis: str) -> float:

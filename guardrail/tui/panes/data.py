@@ -35,7 +35,7 @@ _NAMED = 3  # documents that an entry names
 
 def _matching_spans(view: View, state: PaneState) -> list[SkippedSpan]:
     """Return the spans that are skipped, newest first."""
-    spans = view.snapshot.story.known.left_out
+    spans = view.snapshot.story.known.skipped
     if not state.filter:
         return list(spans)
     return [one for one in spans if state.shows(_text(one))]
@@ -86,8 +86,10 @@ def _position_rows(view: View) -> list[Row]:
         rows.append(
             make_row(f" position {format_count(status.cursor)}{epoch}   {tokens} tokens trained on")
         )
-    if known.samples_out:
-        rows.append(make_row((f" {format_plural(known.samples_out, 'sample')} skipped", "strong")))
+    if known.samples_skipped:
+        rows.append(
+            make_row((f" {format_plural(known.samples_skipped, 'sample')} skipped", "strong"))
+        )
     return rows
 
 

@@ -98,7 +98,7 @@ def _recorded(view: View, incident: IncidentSummary) -> Incident | None:
     """Return what the journal says about an incident in full."""
     if incident.number <= 0:
         return None
-    return view.snapshot.story.known.cases.get(incident.number)
+    return view.snapshot.story.known.incidents.get(incident.number)
 
 
 def _text(view: View, incident: IncidentSummary) -> str:

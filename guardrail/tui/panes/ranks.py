@@ -86,7 +86,7 @@ def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Ro
     if not shown:
         empty = empty_row(state, "no rank has reported yet", width)
         return [pane_title("ranks", width, state), empty]
-    hosts = len({one.rank.told.host for one in shown})
+    hosts = len({one.rank.status.host for one in shown})
     about = f"{format_count(len(shown))} on {format_plural(hosts, 'host')}"
     rows = [pane_title("ranks", width, state, right=make_row((about, "dim")))]
     rows.append(_summary_row(view, shown, width))
@@ -96,7 +96,7 @@ def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Ro
         named = max(min(_NAMED, room - 1), room - map_rows)
         rows += heat_map(shown, width, max(0, room - named))
     ordered = _ordered(view, shown)
-    longest = max(one.rank.told.step_seconds for one in shown)
+    longest = max(one.rank.status.step_seconds for one in shown)
     for index in entries_in_view(len(ordered), height - len(rows), state):
         line = _rank_row(ordered[index], _now(view), longest, width)
         rows.append(fit_row(mark_entry(line, index, state), width))
@@ -105,7 +105,7 @@ def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Ro
 
 def _describe(view: View, one: RankHealth, width: int) -> Sequence[Row]:
     """Return all that a rank reports of itself."""
-    told = one.rank.told
+    told = one.rank.status
     step_time = f"{_seconds(told.step_seconds)} of a step, {one.ratio:.2f} × the median"
     facts = [
         ("phase", PHASES[told.phase]),
@@ -140,7 +140,7 @@ def heat_map(ranks: Sequence[RankHealth], width: int, height: int) -> list[Row]:
     rows: list[Row] = []
     for first in range(0, len(ranks), cells * group):
         in_row = ranks[first : first + cells * group]
-        line: list[Piece] = [(f"{in_row[0].rank.told.rank:>{_GUTTER - 1}} ", "dim")]
+        line: list[Piece] = [(f"{in_row[0].rank.status.rank:>{_GUTTER - 1}} ", "dim")]
         for begin in range(0, len(in_row), group):
             worst = min(in_row[begin : begin + group], key=lambda one: one.weight)
             glyph, tone = _map_cell(worst)
@@ -176,8 +176,8 @@ def _slowest_pieces(view: View, shown: Sequence[RankHealth]) -> list[Piece]:
     total = sum(times for _, times in counts)
     often, times = max(counts, key=lambda pair: pair[1], default=(-1, 0))
     in_steps = f"in {times} of {format_plural(total, 'step')}"
-    slowest = max(shown, key=lambda one: one.rank.told.step_seconds)
-    told = slowest.rank.told
+    slowest = max(shown, key=lambda one: one.rank.status.step_seconds)
+    told = slowest.rank.status
     pieces: list[Piece] = []
     if told.step_seconds > 0 and len(shown) > 1:
         tone = "warn" if slowest.fault == "slow" else "plain"
@@ -188,7 +188,7 @@ def _slowest_pieces(view: View, shown: Sequence[RankHealth]) -> list[Piece]:
     for fault in ("silent", "stuck", "failed"):
         if many := sum(one.fault == fault for one in shown):
             pieces.append((f"   {_FAULTS[fault][0]} {many} {fault}", "bad"))
-    if any(one.rank.told.gpu_memory_bytes and one.rank.told.gpu_percent < 0 for one in shown):
+    if any(one.rank.status.gpu_memory_bytes and one.rank.status.gpu_percent < 0 for one in shown):
         pieces.append(("   GPU use unknown: needs guardrail[gpu]", "dim"))
     if total and told.rank != often:
         pieces.append((f"   {often} was slowest {in_steps}", "dim"))
@@ -201,7 +201,7 @@ def _rank_row(one: RankHealth, now: float, longest: float, width: int) -> Row:
     Args:
         longest: seconds that the longest bar stands for.
     """
-    told = one.rank.told
+    told = one.rank.status
     glyph, tone = _FAULTS.get(one.fault, ("●", "good"))
     line: list[Piece] = [
         (f"{told.rank:>5} ", "strong"),
@@ -229,13 +229,13 @@ def _rank_row(one: RankHealth, now: float, longest: float, width: int) -> Row:
 def _bar_pieces(one: RankHealth, longest: float, cells: int) -> list[Piece]:
     if cells < _LEAST_BAR:
         return []
-    filled = round(cells * one.rank.told.step_seconds / longest) if longest > 0 else 0
+    filled = round(cells * one.rank.status.step_seconds / longest) if longest > 0 else 0
     tone = _FAULTS["slow"][1] if one.fault == "slow" else "accent"
     return [("▇" * filled, tone), (" " * (cells - filled), "plain")]
 
 
 def _gpu_words(one: RankHealth) -> str:
-    told = one.rank.told
+    told = one.rank.status
     used, known = format_size(told.gpu_memory_bytes), told.gpu_percent >= 0
     busy = f"{told.gpu_percent:.0f} % busy" if known else _NO_GPU_USE
     if used:
@@ -249,11 +249,11 @@ def _state_words(one: RankHealth) -> str:
         return f"{one.fault} {format_elapsed(one.seconds)}"
     if one.fault == "slow":
         return f"{one.ratio:.1f} × median"
-    return one.fault or PHASES[one.rank.told.phase]
+    return one.fault or PHASES[one.rank.status.phase]
 
 
 def _text(one: RankHealth) -> str:
-    told = one.rank.told
+    told = one.rank.status
     return f"{told.rank} {told.host} {PHASES[told.phase]} {one.fault}"
 
 

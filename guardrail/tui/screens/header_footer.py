@@ -82,8 +82,8 @@ def status_rows(view: View, width: int, height: int) -> Sequence[Row]:
     """The status line: what is going on, and whether all that is written is safe."""
     status = view.status
     parts: list[Piece] = []
-    if view.snapshot.trouble:
-        parts.append((f"✗ {view.snapshot.trouble}", "bad"))
+    if view.snapshot.problem:
+        parts.append((f"✗ {view.snapshot.problem}", "bad"))
     parts += [(f"✗ {text}", "bad") for text in view.snapshot.damage]
     if view.snapshot.recorded:
         return [fit_row(_joined([*parts, (view.snapshot.recorded, "plain")]), width)]
@@ -106,7 +106,7 @@ def status_rows(view: View, width: int, height: int) -> Sequence[Row]:
     parts.append((f"timeline {status.timeline}", "dim"))
     if status.disk == "ok":
         parts.append(("disk ok", "dim"))
-    held = format_factors(view.snapshot.story.held, status.step + 1)
+    held = format_factors(view.snapshot.story.factors, status.step + 1)
     if status.lr_factor != 1 and not any(text.startswith("rate ") for text in held):
         held = [f"rate ×{status.lr_factor:g}", *held]
     parts += [(text, "accent") for text in held]
@@ -116,7 +116,7 @@ def status_rows(view: View, width: int, height: int) -> Sequence[Row]:
         parts.append((f"guard {100 * status.guard_share:.1f} %", "dim"))
     if view.snapshot.around.screens > 1:
         parts.append((f"{view.snapshot.around.screens} screens", "accent"))
-    hosts = len({rank.told.host for rank in view.snapshot.around.ranks})
+    hosts = len({rank.status.host for rank in view.snapshot.around.ranks})
     where = (
         f" on {format_count(hosts)} hosts"
         if hosts > 1

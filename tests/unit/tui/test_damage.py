@@ -215,12 +215,12 @@ def test_a_reader_that_fails_says_so_and_starts_again(
     try:
         wait_for(
             lambda: (
-                "the reader failed and starts again: KeyError: 'a column" in reader.latest().trouble
+                "the reader failed and starts again: KeyError: 'a column" in reader.latest().problem
             )
         )
         failing.clear()
         wait_for(lambda: reader.latest().series.last_step == 80)
-        assert "KeyError" in reader.latest().trouble, "the next look does not wipe it off"
+        assert "KeyError" in reader.latest().problem, "the next look does not wipe it off"
     finally:
         reader.close()
 
@@ -236,7 +236,7 @@ def test_a_reading_that_fails_in_the_background_says_so(
         with monkeypatch.context() as broken:
             broken.setattr(run, "rows", lambda first, end: {}["nothing"])
             reader.choose_signals(("loss", "lr"), "tokens")
-            wait_for(lambda: "the zoom failed" in reader.latest().trouble)
+            wait_for(lambda: "the zoom failed" in reader.latest().problem)
         reader.choose_signals(("loss", "lr"), "tokens")
         wait_for(lambda: "lr" in reader.latest().series.values)
         reader.send(Command(id="a", kind="pause"))

@@ -119,8 +119,8 @@ def test_what_is_summed_up_is_what_the_rows_say(stretches: list[tuple[int, int]]
         np.testing.assert_array_equal(a.values[name][a.thin :], b.values[name][len(b) - kept :])
         assert repr(extremes(a, name)) == repr(extremes(b, name))
         assert repr(a.last(name)) == repr(b.last(name))
-    assert a.end("tokens") == b.end("tokens") and len(a.ghosts) == len(b.ghosts)
-    for ghost, other in zip(a.ghosts, b.ghosts, strict=True):
+    assert a.end("tokens") == b.end("tokens") and len(a.abandoned) == len(b.abandoned)
+    for ghost, other in zip(a.abandoned, b.abandoned, strict=True):
         assert ghost.last_step == other.last_step and repr(extremes(ghost, "loss")) == repr(
             extremes(other, "loss")
         )
@@ -159,7 +159,7 @@ def test_a_ghost_of_a_whole_day_is_summed_up_too() -> None:
     track.add(COLUMNS, noise(np.arange(1.0, 100_001).tolist(), [0.0] * 100_000))
     before = extremes(track.series(), "loss")
     track.abandon(after=0)
-    (ghost,) = track.series().ghosts
+    (ghost,) = track.series().abandoned
     assert len(ghost) <= 2048 and repr(extremes(ghost, "loss")) == repr(before)
 
 
@@ -277,7 +277,7 @@ def test_a_return_far_back_keeps_the_rows_before_it(
     )
     reader.look()
     series, expected = reader.latest().series, whole(long_run)
-    assert series.last_step == 1003 and series.details == () and len(series.ghosts) == 2
+    assert series.last_step == 1003 and series.details == () and len(series.abandoned) == 2
     count = int(np.searchsorted(expected.step, 1003, side="right"))
     assert series.last("loss") == expected.values["loss"][count - 1]
     seen = np.concatenate([part.points.high for part in series.curves("loss")])
@@ -296,7 +296,7 @@ def test_a_file_that_cannot_be_read_is_trouble_and_tried_again(
     with monkeypatch.context() as broken:
         broken.setattr(RunDirectory, "rows", stale)
         closer(reader, (100.0, 300.0))
-        assert "Stale" in reader.latest().trouble and reader.latest().looking_up is None
+        assert "Stale" in reader.latest().problem and reader.latest().looking_up is None
     assert closer(reader, (100.0, 300.0)).details == (), "not at every frame"
     reader._curves._tried = (reader._curves._tried[0], time.monotonic() - 6.0)
     assert closer(reader, (100.0, 300.0)).exact(200)

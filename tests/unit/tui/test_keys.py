@@ -168,8 +168,8 @@ async def test_a_preview_says_what_is_lost_before_anything_is_sent() -> None:
         await pilot.pause(0.3)
         shown = text_of(pilot.app.screen.query(Lines).first())
         for words in (
-            "Loses 14 steps, 2 min 10 s of training",
-            "Leaves out 224 samples",
+            "Discards 14 steps, 2 min 10 s of training",
+            "Skips 224 samples",
             "0.0005, now 0.001",
             "▸ No",
         ):
@@ -418,7 +418,7 @@ async def test_a_number_that_makes_no_sense_is_said(presses: list[str], reason: 
 async def test_the_preview_of_a_rollback_says_what_it_costs() -> None:
     async def look(pilot: Pilot[None], reader: FakeReader) -> None:
         shown = text_of(pilot.app.screen.query(Lines).first())
-        assert "Loses 84 steps" in shown and "up to 1,488 samples" in shown and "▸ No" in shown
+        assert "Discards 84 steps" in shown and "up to 1,488 samples" in shown and "▸ No" in shown
         assert "roll back to step 1,200?" in shown
 
     assert not (await act("r", "down", "down", "down", "enter", script=look, foresees=False)).sent
@@ -479,7 +479,7 @@ async def test_a_dialog_that_controls_a_run_closes_when_the_run_ends(presses: li
 
     done = await act(*presses, fake=fake, script=ends)
     assert (
-        not done.sent and done.message == "the run has ended (stopped); there is nothing to control"
+        not done.sent and done.message == "the run has ended (stopped): it takes no commands"
     )
 
 
@@ -835,7 +835,7 @@ async def test_a_preview_is_renewed_and_the_command_carries_the_one_that_was_see
         )
         reader.put(replace(reader.snapshot, previews={id: told}))
         await pilot.pause(0.3)
-        assert "Loses 129 steps" in text_of(pilot.app.screen.query(Lines).first())
+        assert "Discards 129 steps" in text_of(pilot.app.screen.query(Lines).first())
         await pilot.press("y")
         await pilot.pause(0.3)
         (sent,) = reader.sent
@@ -893,7 +893,7 @@ async def test_no_answer_yet_is_said() -> None:
 
 
 async def test_no_answer_and_no_sign_of_life() -> None:
-    assert "no answer yet (30 s, and no sign of life of the run)" in await answers(
+    assert "no answer yet (30 s; the run does not respond)" in await answers(
         None, later=30.0, silent=True
     )
 

@@ -116,7 +116,7 @@ def test_news_are_drawn_at_once_and_watched(what: str, app: Turned, reader: Fake
         "a question": replace(
             old, status=msgspec.structs.replace(old.status, question="what now?")
         ),
-        "trouble": replace(old, trouble="cannot read the run"),
+        "trouble": replace(old, problem="cannot read the run"),
         "rows read again": replace(old, looking_up=1.0),
     }[what]
     reader.put(new)

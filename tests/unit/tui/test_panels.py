@@ -197,7 +197,7 @@ def test_facts_put_trouble_first() -> None:
 def test_facts_before_the_first_sign_of_life() -> None:
     nothing = View(Snapshot("a/b"), 0.0)
     assert "waiting" in text(panels.status_rows(nothing, 80, 1))
-    broken = View(Snapshot("a/b", trouble="cannot read the run: Stale file handle"), 0.0)
+    broken = View(Snapshot("a/b", problem="cannot read the run: Stale file handle"), 0.0)
     assert "Stale file handle" in text(panels.status_rows(broken, 80, 1))
 
 
@@ -208,7 +208,7 @@ def test_incidents_newest_first_and_cut_to_the_height() -> None:
     rows = incidents.PANE.build(view(), 60, 12, PaneState())
     shown = text(rows)
     assert shown.index("#2") < shown.index("#1") and len(rows) <= 12
-    assert "rolled back to 1,200" in shown and "48 samples of 3 documents left out" in shown
+    assert "rolled back to 1,200" in shown and "48 samples of 3 documents skipped" in shown
     assert "#1" not in text(incidents.PANE.build(view(), 60, 7, PaneState()))
     assert "none" in text(
         incidents.PANE.build(View(snapshot_of(FakeRun().begin()), 0.0), 60, 5, PaneState())
@@ -323,7 +323,7 @@ def test_axes_count_only_what_was_learnt_and_from_the_first_row() -> None:
     assert (
         (np.diff(tokens) >= 0).all()
         and (np.diff(seconds) >= 0).all()
-        and len(series.ghosts[-1].along("tokens"))
+        and len(series.abandoned[-1].along("tokens"))
     )
     shown = text(draw_chart(replace(view(), axis="time"), "loss", 100, 16)[-2:])
     assert (
@@ -461,7 +461,7 @@ def hostile_run(evil: str) -> Snapshot:
     info = SnapshotInfo(step=1, cursor=0, timeline=0, tier=evil, state=evil, path=evil)
     changed = msgspec.structs.replace(fake.status, run=evil, progress=evil, disk=f"failing: {evil}",
                                       question=evil, host=evil, snapshots=(info,))  # fmt: skip
-    return replace(told, name=evil, status=changed, trouble=evil, unsent={"x": evil})
+    return replace(told, name=evil, status=changed, problem=evil, unsent={"x": evil})
 
 
 @pytest.mark.parametrize("size", [(110, 30), (60, 15)], ids=str)

@@ -198,7 +198,7 @@ def hostile(piece: str) -> View:
         snapshots=(SnapshotInfo(step=1, cursor=1, timeline=0, tier=piece, state=piece, path=piece),),
     )  # fmt: skip
     snapshot = replace(
-        snapshot_of(fake), name=piece, status=status, trouble=piece, recorded="", around=around
+        snapshot_of(fake), name=piece, status=status, problem=piece, recorded="", around=around
     )
     return View(replace(snapshot, story=digest.story()), fake.time)
 
@@ -242,7 +242,7 @@ def test_the_straggler_and_the_silent_one_are_named(count: int, width: int, heig
     if count == 1024:
         assert shown.count("█") == 1, "one cell of the map is hot"
         worst = ranks_pane.PANE.entries(seen, PaneState())
-        assert [one.rank.told.rank for one in worst[:2]] == [3, 5]
+        assert [one.rank.status.rank for one in worst[:2]] == [3, 5]
 
 
 def test_nobody_is_missed_between_two_looks() -> None:
@@ -256,7 +256,8 @@ def test_nobody_is_missed_between_two_looks() -> None:
 def test_a_rank_is_found_by_its_number_and_its_host() -> None:
     seen = view(Background(ranks(1024, slow=513, now=example().time)))
     assert [
-        one.rank.told.rank for one in ranks_pane.matching_ranks(seen, PaneState(filter="node-064"))
+        one.rank.status.rank
+        for one in ranks_pane.matching_ranks(seen, PaneState(filter="node-064"))
     ] == list(range(512, 520))
     assert ranks_pane.PANE.count(seen, PaneState(filter="slow")) == 1
 
@@ -270,16 +271,17 @@ def test_silence_goes_by_the_clock_of_the_viewer() -> None:
     """The host's clock is an hour behind; each new heartbeat is a sign of life all the same."""
     book, skew = RankTracker(), -3600.0
     for now in (1000.0, 1010.0, 1020.0):
-        known = book.look(
+        known = book.update(
             [rank(0, heartbeat=now + skew, progress=7, progress_time=now + skew), rank(1)], now
         )
     first, second = assess_ranks(known, 1021.0)
     assert (first.fault, second.fault) == ("", "silent")
-    book.look([rank(0, heartbeat=5.0, progress=7)], 1100.0)
-    (stuck,) = assess_ranks(book.look([rank(0, heartbeat=6.0, progress=7)], 1200.0), 1201.0)
+    book.update([rank(0, heartbeat=5.0, progress=7)], 1100.0)
+    (stuck,) = assess_ranks(book.update([rank(0, heartbeat=6.0, progress=7)], 1200.0), 1201.0)
     assert stuck.fault == "stuck" and stuck.seconds > 100
     (again,) = assess_ranks(
-        book.look([rank(0, heartbeat=1201.0, progress_time=1201.0, incarnation=1)], 1201.0), 1202.0
+        book.update([rank(0, heartbeat=1201.0, progress_time=1201.0, incarnation=1)], 1201.0),
+        1202.0,
     )
     assert again.fault == ""
     assert assess_ranks(known, 99999.0, ended=True)[1].fault == "", "after the end nobody is missed"
@@ -294,7 +296,7 @@ def test_looking_at_many_ranks_takes_its_share_of_the_time_and_no_more(tmp_path:
     (run.logs / "rank-0.log").write_bytes(b"hello\n")
     seconds = iter([0.0, 0.5, 1.0, 9.9, 10.0, 10.0, 10.5])
     lookout = BackgroundReader(run, clock=lambda: 1.0, timer=lambda: next(seconds))
-    assert lookout.look() and [one.told.rank for one in lookout.around.ranks] == [0]
+    assert lookout.look() and [one.status.rank for one in lookout.around.ranks] == [0]
     assert not lookout.around.settings, "the first frame waits for no schema"
     assert not lookout.look() and not lookout.look(), (
         "half a second of work is not done again for ten"
@@ -315,8 +317,8 @@ def test_a_reader_publishes_what_is_around(tmp_path: Path) -> None:
     run.write_rank(rank(0))
     reader = RunReader(run, present=False)
     reader.look()
-    assert [one.told.rank for one in reader.latest().around.ranks] == [0]
-    assert not reader.latest().trouble
+    assert [one.status.rank for one in reader.latest().around.ranks] == [0]
+    assert not reader.latest().problem
 
 
 def test_the_slowest_of_the_newest_rows_is_counted(tmp_path: Path) -> None:
@@ -325,7 +327,7 @@ def test_the_slowest_of_the_newest_rows_is_counted(tmp_path: Path) -> None:
         for step in range(1, 300):
             writer.append({"step": step, "slowest_rank": 7 if step % 4 else math.nan})
     lookout = BackgroundReader(run)
-    lookout.look_at_rows(run.metrics())
+    lookout.count_slowest(run.metrics())
     assert lookout.around.slowest == ((7, WINDOW * 3 // 4),)
 
 
@@ -334,32 +336,32 @@ def test_the_slowest_of_the_newest_rows_is_counted(tmp_path: Path) -> None:
 
 def test_logs_are_followed_in_bounded_memory(tmp_path: Path) -> None:
     tail = LogTail(tmp_path)
-    assert not tail.look()
+    assert not tail.read_new_lines()
     log = tmp_path / "rank-3.log"
     log.write_bytes(b"one\ntw")
-    assert tail.look() and [line.text for line in tail.lines] == ["one"]
-    assert not tail.look()
+    assert tail.read_new_lines() and [line.text for line in tail.lines] == ["one"]
+    assert not tail.read_new_lines()
     with log.open("ab") as file:
         file.write(b"o\r  50 %\r 100 %\nthree \xff\x1b[2J\n\n")
-    assert tail.look()
+    assert tail.read_new_lines()
     assert [(line.source, line.text) for line in tail.lines[1:]] == [
         ("3", " 100 %"),
         ("3", "three �"),
     ]
     with log.open("ab") as file:
         file.write(b"x" * 10_000_000)
-    tail.look()
+    tail.read_new_lines()
     with log.open("ab") as file:
         file.write(b"still the same line\nnext\n")
-    tail.look()
+    tail.read_new_lines()
     assert tail.lines[-1].text == "next" and all(len(line.text) <= 500 for line in tail.lines)
     log.write_bytes(b"cut\n")
-    assert tail.look() and tail.lines[-1].text == "cut"
+    assert tail.read_new_lines() and tail.lines[-1].text == "cut"
     (tmp_path / "rank-0.log").write_bytes(b"".join(b"%d\n" % at for at in range(100_000)))
-    tail.look()
+    tail.read_new_lines()
     assert len(tail.lines) == logtail.KEPT_LINES and tail.lines[-1].text == "99999"
     os.mkfifo(tmp_path / "rank-9.log")
-    assert not tail.look(), "a pipe holds nobody up"
+    assert not tail.read_new_lines(), "a pipe holds nobody up"
 
 
 def test_output_is_filtered_by_rank_and_words_and_shows_its_end() -> None:
@@ -458,10 +460,13 @@ def test_what_is_undone_is_no_longer_left_out() -> None:
     evidence.add(
         [event(1, "skipped", span=one, incident=1), event(2, "rollback", span=two, incident=1)]
     )
-    assert evidence.known().samples_out == 32, "what both leave out counts once"
+    assert evidence.known().samples_skipped == 32, "what both leave out counts once"
     evidence.add([event(3, "undo", spans=[two])])
     known = evidence.known()
-    assert (known.samples_out, [one.span.origin for one in known.left_out]) == (16, ["rejected"])
+    assert (known.samples_skipped, [one.span.origin for one in known.skipped]) == (
+        16,
+        ["rejected"],
+    )
 
 
 def test_the_journal_says_who_gave_a_command() -> None:
@@ -490,7 +495,7 @@ def test_gpus_whose_use_is_unknown_say_what_is_missing() -> None:
         ("answer", 0, "ann@vm", "accepted by ann@vm"),
         ("answer", 1, "ann@vm", "continued by ann@vm"),
         ("answer", 2, "ann@vm", "stopped by ann@vm"),
-        ("answer", 1, "guard", "continued by default, nobody answered"),
+        ("answer", 1, "guard", "continued by default, no answer"),
         ("skip", 3, "ben@vm", "answered with skip by ben@vm"),
     ],
 )
@@ -516,10 +521,10 @@ def test_an_incident_says_how_its_question_was_answered_and_by_whom(
             text for text, _ in BY_NAME["incidents"].build(view, 110, 20, PaneState())[1]
         )
 
-    assert "parked, asks" in row()
+    assert "paused, asks" in row()
     fake.event("command", "taken", command=command, value=value, who=who, effect="applied", id="x")
     if said.startswith("stopped"):
         fake.event("ended", "stopped", phase="stopped")
     else:
         fake.event("resumed", "training goes on")
-    assert said in row() and "parked, asks" not in row()
+    assert said in row() and "paused, asks" not in row()

@@ -122,7 +122,7 @@ def test_a_ghost_keeps_no_more_than_itself() -> None:
     table[:, 0], table[:, 1] = np.arange(1, 100_001), 0
     track.add(COLUMNS, table)
     track.abandon(after=99_990)
-    ghost = track.series().ghosts[0]
+    ghost = track.series().abandoned[0]
     assert len(ghost) == 10 and all(
         array.base is None for array in (ghost.step, *ghost.values.values())
     )

@@ -26,7 +26,7 @@ from guardrail.tui.numerics.scales import (
 from tests.support.plots import plot
 
 _BIT = [[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]]
-_ALARMS = (Ink.CLIP, Ink.BAD, Ink.GHOST_CLIP, Ink.GHOST_BAD)
+_ALARMS = (Ink.CLIP, Ink.BAD, Ink.ABANDONED_CLIP, Ink.ABANDONED_BAD)
 
 
 def curve(y: Sequence[float] | np.ndarray, x: np.ndarray | None = None) -> Curve:
@@ -99,7 +99,7 @@ def test_nothing_raises_and_nothing_is_lost(
     drawn, scale = curve(y), XScale(0.5, per_dot, 2 * width)
     with np.errstate(over="ignore"):
         threshold = sample_last(drawn.x, drawn.y * 2, scale)
-    result = plot(drawn, scale, height=height, log=log, ghosts=[curve(ghost)],
+    result = plot(drawn, scale, height=height, log=log, abandoned=[curve(ghost)],
                   baseline=sample_last(drawn.x, drawn.y, scale), threshold=threshold, rules=rules)  # fmt: skip
     assert result.codes.shape == (height, width)
     assert all(len(result.text(row)) == width for row in range(height))
@@ -205,21 +205,23 @@ def test_a_gap_of_steps_is_bridged() -> None:
 def test_a_ghost_is_dotted_and_gives_way_to_the_present() -> None:
     x = np.arange(1.0, 41)
     ghost = Curve.of(x[20:30], np.full(10, 5.0))
-    result = plot(curve(np.linspace(2, 6, 40)), XScale(0.5, 1.0, 40), height=9, ghosts=[ghost])
-    assert (result.inks == Ink.GHOST).any() and (result.inks[:, :9] != Ink.GHOST).all()
+    result = plot(curve(np.linspace(2, 6, 40)), XScale(0.5, 1.0, 40), height=9, abandoned=[ghost])
+    assert (result.inks == Ink.ABANDONED).any() and (result.inks[:, :9] != Ink.ABANDONED).all()
 
 
 def test_a_clipped_ghost_says_its_value() -> None:
     ghost = Curve.of(np.arange(21.0, 25), np.array([2.0, 3.0, 11.5, 9.0]))
-    result = plot(curve(np.full(40, 2.0)), XScale(0.5, 1.0, 40), height=9, ghosts=[ghost])
+    result = plot(curve(np.full(40, 2.0)), XScale(0.5, 1.0, 40), height=9, abandoned=[ghost])
     assert "▲11.5" in result.text(0).replace("▲▲", "▲")
-    assert (result.inks[0] == Ink.GHOST_CLIP).any()
+    assert (result.inks[0] == Ink.ABANDONED_CLIP).any()
 
 
 def test_a_ghost_below_the_present_is_shown_whole() -> None:
     """A person went back while all was well: what was given up had come further down."""
     ghost = Curve.of(np.arange(21.0, 41), np.linspace(2.0, 1.0, 20))
-    result = plot(curve(np.linspace(2.2, 2.0, 20)), XScale(0.5, 1.0, 40), height=9, ghosts=[ghost])
+    result = plot(
+        curve(np.linspace(2.2, 2.0, 20)), XScale(0.5, 1.0, 40), height=9, abandoned=[ghost]
+    )
     assert result.scale.bottom <= 1.0 and "▼" not in picture(result)
 
 

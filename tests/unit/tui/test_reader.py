@@ -38,10 +38,10 @@ def test_a_run_on_disk_reads_as_it_was_written(run: RunDirectory) -> None:
     assert not reader.latest().loaded and reader.latest().name == run.name
     reader.look()
     told, expected = reader.latest(), snapshot_of(example())
-    assert told.status == expected.status and told.loaded and told.trouble == ""
+    assert told.status == expected.status and told.loaded and told.problem == ""
     assert repr(told.story) == repr(expected.story), "repr, since a NaN is not equal to itself"
     assert told.series.step.tolist() == expected.series.step.tolist()
-    assert len(told.series.ghosts) == 1
+    assert len(told.series.abandoned) == 1
 
 
 def test_only_news_is_published(run: RunDirectory) -> None:
@@ -71,7 +71,7 @@ def test_further_signals_and_another_axis_come_by_choice(
     series, expected = reading.latest().series, snapshot_of(example()).series
     assert series.values["lr"].tolist() == expected.values["lr"][: len(series)].tolist()
     assert series.along("tokens").tolist() == expected.along("tokens")[: len(series)].tolist()
-    assert series.last_step == 1000 and len(series.ghosts) == 2, "what was left stays left"
+    assert series.last_step == 1000 and len(series.abandoned) == 2, "what was left stays left"
     reading.choose_signals(("loss",), "step")
     reading.choose_signals(("loss", "lr"), "tokens")
     reading.send(Command(id="after", kind="pause"))  # comes after both on the same thread
@@ -88,7 +88,7 @@ def test_a_rollback_is_true_before_the_first_row_after_it(run: RunDirectory) -> 
     )
     reader.look()
     told = reader.latest()
-    assert told.series.last_step == 1000 and [g.last_step for g in told.series.ghosts] == [
+    assert told.series.last_step == 1000 and [g.last_step for g in told.series.abandoned] == [
         1207,
         1284,
     ]
@@ -116,16 +116,16 @@ def test_a_directory_that_cannot_be_read_says_so_and_comes_back(
     with monkeypatch.context() as broken:
         broken.setattr(run, "read_status", stale)
         reader.look()
-        assert "Stale file handle" in reader.latest().trouble
+        assert "Stale file handle" in reader.latest().problem
     reader.look()
-    assert reader.latest().trouble == "" and reader.latest().status is not None
+    assert reader.latest().problem == "" and reader.latest().status is not None
 
 
 def test_columns_that_cannot_be_read_are_trouble_and_not_a_crash(run: RunDirectory) -> None:
     (run.path / "metrics.json").write_text("{}")
     reader = RunReader(run)
     reader.look()
-    assert "metrics.json" in reader.latest().trouble and reader.latest().status is not None
+    assert "metrics.json" in reader.latest().problem and reader.latest().status is not None
 
 
 def test_silence_counts_from_the_last_new_heartbeat_by_our_own_clock(run: RunDirectory) -> None:
@@ -216,7 +216,7 @@ def test_an_empty_directory_is_quiet(tmp_path: Path) -> None:
     reader = RunReader(run)
     reader.look()
     told = reader.latest()
-    assert told.status is None and told.loaded and not told.trouble and len(told.series) == 0
+    assert told.status is None and told.loaded and not told.problem and len(told.series) == 0
 
 
 @pytest.mark.fault("B3")
@@ -261,8 +261,8 @@ def test_threads_of_the_screen_outlive_whatever_happens(
         reader.write_note("a note")
         said = {
             "send": lambda: "a mistake" in reader.latest().unsent.get("first", ""),
-            "screen_seen": lambda: "the reader failed and starts again" in reader.latest().trouble,
-            "append": lambda: "a mistake" in reader.latest().trouble,
+            "screen_seen": lambda: "the reader failed and starts again" in reader.latest().problem,
+            "append": lambda: "a mistake" in reader.latest().problem,
         }
         wait_for(said[what])
         failing = False

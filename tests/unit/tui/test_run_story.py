@@ -43,9 +43,9 @@ def test_the_example() -> None:
     assert spike.action == "rolled back to 1,200"
     worst = spike.findings[0]
     assert (worst.signal, worst.kind, worst.value) == ("loss", FindingKind.LOSS_SPIKE, 11.5)
-    assert format_skipped(spike) == "48 samples of 3 documents left out"
+    assert format_skipped(spike) == "48 samples of 3 documents skipped"
     assert spike.documents == ("0037.txt", "0038.txt", "web.jsonl:1207")
-    assert (nan.number, nan.step, nan.action) == (1, 403, "update left out")
+    assert (nan.number, nan.step, nan.action) == (1, 403, "update skipped")
     assert told.marks["R"] == ((1200, "2"),)
     assert told.marks["S"] == ((403, "1"),), "the skip at 1,207 belongs to the abandoned timeline"
     assert not told.recovering
@@ -63,7 +63,7 @@ def test_a_verdict_before_its_incident_has_a_number() -> None:
         event("incident", number=3, state="open", onset=11),
     )
     assert [(i.number, i.step, i.action, len(i.findings)) for i in told.incidents] == [
-        (3, 11, "update left out", 1)
+        (3, 11, "update skipped", 1)
     ]
 
 
@@ -76,7 +76,7 @@ def test_verdicts_without_any_incident() -> None:
         event("verdict", action="apply", findings=[finding(severity="note")], at_step=500),
     )
     assert [(i.step, i.action) for i in told.incidents] == [
-        (400, "would leave the update out"),
+        (400, "would skip the update"),
         (11, "would roll back"),
     ]
     assert not told.marks["S"] and not told.recovering

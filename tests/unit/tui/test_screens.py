@@ -318,7 +318,7 @@ async def test_without_colour(
 async def test_trouble_with_the_directory(same: Callable[[str, str], None]) -> None:
     def scene() -> Scene:
         snapshot, now = healthy()
-        return replace(snapshot, trouble="cannot read the run: Stale file handle"), now
+        return replace(snapshot, problem="cannot read the run: Stale file handle"), now
 
     async with studio(SIZES["120x32"]) as at:
         await at.show(scene)

@@ -71,7 +71,7 @@ def test_a_new_timeline_makes_a_ghost() -> None:
         1.5,
         pytest.approx(1.4),
     ]
-    assert [ghost.step.tolist() for ghost in series.ghosts] == [[5, 6, 7]]
+    assert [ghost.step.tolist() for ghost in series.abandoned] == [[5, 6, 7]]
     assert series.end("step") == 7
 
 
@@ -79,19 +79,22 @@ def test_rejected_attempts_of_one_step_stand_side_by_side() -> None:
     series = track_of(
         rows((1, 0, 2.0), (2, 0, 9.0), (2, 0, 8.0), (2, 0, 2.1), (3, 0, 2.0))
     ).series()
-    assert series.step.tolist() == [1, 2, 2, 2, 3] and not series.ghosts
+    assert series.step.tolist() == [1, 2, 2, 2, 3] and not series.abandoned
 
 
 def test_a_rejected_attempt_that_was_rolled_back_is_a_ghost_even_at_the_very_next_step() -> None:
     series = track_of(rows((1, 0, 2.0), (2, 0, 9.0)), rows((2, 1, 2.1))).series()
     assert series.values["loss"].tolist() == [2.0, pytest.approx(2.1)]
-    assert series.ghosts[0].values["loss"].tolist() == [9.0]
+    assert series.abandoned[0].values["loss"].tolist() == [9.0]
 
 
 def test_a_step_that_goes_back_without_a_new_timeline_abandons_too() -> None:
     """The journal line of a restart may be lost; the rows say it all the same."""
     series = track_of(rows((1, 0, 2.0), (2, 0, 2.0), (3, 0, 2.0), (2, 0, 1.0))).series()
-    assert series.values["loss"].tolist() == [2.0, 1.0] and series.ghosts[0].step.tolist() == [2, 3]
+    assert series.values["loss"].tolist() == [2.0, 1.0] and series.abandoned[0].step.tolist() == [
+        2,
+        3,
+    ]
 
 
 def test_rows_that_are_none_are_passed_over() -> None:
@@ -112,13 +115,13 @@ def test_rows_that_are_none_are_passed_over() -> None:
 def test_abandon_before_any_row_of_the_new_timeline() -> None:
     track = track_of(rows(*((s, 0, 2.0) for s in range(1, 8))))
     track.abandon(after=4)
-    assert track.series().step.tolist() == [1, 2, 3, 4] and track.series().ghosts[
+    assert track.series().step.tolist() == [1, 2, 3, 4] and track.series().abandoned[
         0
     ].step.tolist() == [5, 6, 7]
     track.abandon(after=4)
-    assert len(track.series().ghosts) == 1
+    assert len(track.series().abandoned) == 1
     track.add(COLUMNS, rows((5, 1, 1.0)))
-    assert track.series().step.tolist() == [1, 2, 3, 4, 5] and len(track.series().ghosts) == 1
+    assert track.series().step.tolist() == [1, 2, 3, 4, 5] and len(track.series().abandoned) == 1
 
 
 def test_what_was_handed_out_never_changes() -> None:
@@ -136,7 +139,7 @@ def test_only_the_newest_ghosts_are_kept() -> None:
     track = DecimatedSeries()
     for timeline in range(50):
         track.add(COLUMNS, rows((1, timeline, 1.0), (2, timeline, float(timeline))))
-    ghosts = track.series().ghosts
+    ghosts = track.series().abandoned
     assert len(ghosts) == 32 and ghosts[-1].values["loss"][-1] == 48
 
 
@@ -158,7 +161,7 @@ def test_the_present_is_what_the_run_directory_says(
     table = rows(*zip(steps, numbers, np.arange(len(steps), dtype=float), strict=True))
     series = track_of(*(table[first : first + cut] for first in range(0, len(table), cut))).series()
     assert series.values["loss"].tolist() == np.flatnonzero(present).tolist()
-    ghosts = sum(len(ghost) for ghost in series.ghosts)
+    ghosts = sum(len(ghost) for ghost in series.abandoned)
     assert ghosts + len(series) == len(steps)
 
 
@@ -172,7 +175,7 @@ def test_an_example_run_in_one_chunk_and_in_many() -> None:
     assert np.array_equal(a.step, b.step) and np.array_equal(
         a.values["loss"], b.values["loss"], equal_nan=True
     )
-    assert len(a.ghosts) == len(b.ghosts) == 1
+    assert len(a.abandoned) == len(b.abandoned) == 1
 
 
 def test_columns_of_another_version() -> None:
@@ -225,7 +228,7 @@ def test_signals_and_axes_by_choice() -> None:
         track.series().along("tokens").tolist() == [100, 200]
         and track.series().end("tokens") == 200
     )
-    assert track.series().ghosts[0].along("time").tolist() == [51, 51]
+    assert track.series().abandoned[0].along("time").tolist() == [51, 51]
 
 
 def test_what_not_every_row_has_is_said_by_its_last_value() -> None:
