@@ -478,9 +478,7 @@ async def test_a_dialog_that_controls_a_run_closes_when_the_run_ends(presses: li
         await pilot.press("enter")
 
     done = await act(*presses, fake=fake, script=ends)
-    assert (
-        not done.sent and done.message == "the run has ended (stopped): it takes no commands"
-    )
+    assert not done.sent and done.message == "the run has ended (stopped): it takes no commands"
 
 
 async def test_a_click_only_marks() -> None:
