@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 from guardrail.backtest.importers.recorded_log import Log, options_for_log
 from guardrail.backtest.rejudge import Rejudge, Watch
 from guardrail.core.config import check_guard_options
+from guardrail.core.events.decisions import CLOSED
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Finding, FindingKind, Mode, Verdict
 from guardrail.decide.controller import Controller
-from guardrail.decide.incidents import CLOSED
 from guardrail.decide.policy import format_evidence
 from guardrail.detectors.build import OWN_SIGNALS
 from guardrail.detectors.signed_loss import LossKind

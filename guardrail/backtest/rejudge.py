@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from guardrail.backtest.importers.run_directory import watched_signals
+from guardrail.core.events.decisions import Diagnosed, RolledBack, Skipped, StepJudged, Undone
 from guardrail.core.events.event import SENSELESS, Event
+from guardrail.core.events.run_state import CommandAnswered, Note, Restarted
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     GRAD_NORM,
@@ -26,6 +28,7 @@ from guardrail.core.records import (
     FindingKind,
     Mode,
     Observation,
+    Span,
     Verdict,
 )
 from guardrail.decide.control_commands.base import ReplayTarget
@@ -33,8 +36,7 @@ from guardrail.decide.control_commands.registry import replay_line
 from guardrail.decide.controller import Controller
 from guardrail.decide.diagnoses import diagnosis_of
 from guardrail.decide.run_history import RunHistory
-from guardrail.decide.undo import undone_spans
-from guardrail.rundir.run_directory import RunDirectory, findings_of, span_of
+from guardrail.rundir.run_directory import RunDirectory
 
 ACTIONS = list(Action)
 CHUNK = 4096  # rows read at once
@@ -55,7 +57,7 @@ class JudgedRow(NamedTuple):
     row: int
     verdict: Verdict
     done: Action
-    said: Event | None
+    said: StepJudged | None
 
     @property
     def agrees(self) -> bool:
@@ -68,12 +70,9 @@ class JudgedRow(NamedTuple):
         if self.said is None:
             return self.verdict.action is self.done
         decided = self.verdict.would if self.verdict.action is Action.PAUSE else self.verdict.action
-        beyond = self.said.data.get("beyond")
-        return (
-            decided is Action(beyond)
-            if beyond
-            else self.verdict.action is Action(self.said.data["action"])
-        )
+        if self.said.beyond:
+            return decided is Action(self.said.beyond)
+        return self.verdict.action is Action(self.said.action)
 
 
 class State(NamedTuple):
@@ -111,8 +110,10 @@ class Rejudge:
         # indices of commands to the controller that are still to come
         self._changes: deque[int] = deque()
         # (timeline, step) -> what the journal says of its tries
-        self._told: dict[tuple[int, int], deque[Event]] = {}
-        self._causes: dict[tuple[int, int], deque[Event]] = {}  # as above: what replays have shown
+        self._told: dict[tuple[int, int], deque[StepJudged | Note]] = {}
+        self._causes: dict[
+            tuple[int, int], deque[Diagnosed]
+        ] = {}  # as above: what replays have shown
         # Batches that were rejected, as positions -> from where on the next batch begins.
         self._left_out: dict[tuple[int, int], int] = {}
         self._wanted: set[int] = set()  # steps to whose state the run went back
@@ -130,27 +131,30 @@ class Rejudge:
                 self.lost.append(f"line {event.seq} of the journal makes no sense")
 
     def _read_event(self, index: int, event: Event) -> None:
-        data = event.data
-        if event.kind in ("rollback", "undo"):
-            timeline, to_step = int(data["new_timeline"]), int(data["to_step"])
-            self._begins[timeline] = index
-            self._wanted.add(to_step)
-        elif event.kind == "restarted":
-            self._begins[event.timeline] = index
-            self._wanted.add(event.step)
-        elif event.kind in ("verdict", "finding") and "at_step" in data:
-            self._told.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
-        elif event.kind == "diagnosis":
-            self._causes.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
-        elif event.kind == "note" and data.get("overflow"):
-            self._told.setdefault((event.timeline, event.step + 1), deque()).append(event)
-        elif event.kind == "command":
-            if _ControllerChange.read(event) is not None:
-                self._changes.append(index)
-        elif event.kind == "skipped":
-            span = span_of(event)
-            if span is not None and span.origin == "rejected":
-                self._left_out[span.first, span.last] = span.first if span.positions else span.last
+        match event:
+            case (
+                RolledBack(new_timeline=int() as timeline, to_step=int() as to_step)
+                | Undone(new_timeline=int() as timeline, to_step=int() as to_step)
+            ):
+                self._begins[timeline] = index
+                self._wanted.add(to_step)
+            case RolledBack() | Undone():
+                raise ValueError(f"line {event.seq}: it goes back to no state")
+            case Restarted():
+                self._begins[event.timeline] = index
+                self._wanted.add(event.step)
+            case StepJudged(at_step=int() as at):
+                self._told.setdefault((event.timeline, at), deque()).append(event)
+            case Diagnosed(at_step=int() as at):
+                self._causes.setdefault((event.timeline, at), deque()).append(event)
+            case Note(overflow=True):
+                self._told.setdefault((event.timeline, event.step + 1), deque()).append(event)
+            case CommandAnswered():
+                if _ControllerChange.read(event) is not None:
+                    self._changes.append(index)
+            case Skipped(span=Span(origin="rejected") as span):
+                next_first = span.first if span.positions else span.last
+                self._left_out[span.first, span.last] = next_first
 
     def __iter__(self) -> Iterator[JudgedRow]:
         import numpy as np
@@ -175,7 +179,7 @@ class Rejudge:
             self._watch(row, self._controller.bands())
         done = ACTIONS[int(cells[6])]
         said = self._said(timeline, step, done)
-        told = findings_of(said) if said is not None else ()
+        told = said.findings if said is not None else ()
         ranks = {
             f.signal: f.ranks
             for f in told
@@ -196,7 +200,7 @@ class Rejudge:
         causes = self._causes.get((timeline, step)) if self._own else None
         return JudgedRow(row, self._observe(obs, done, causes), done, said)
 
-    def _observe(self, obs: Observation, done: Action, causes: deque[Event] | None) -> Verdict:
+    def _observe(self, obs: Observation, done: Action, causes: deque[Diagnosed] | None) -> Verdict:
         """The verdict; afterwards the controller knows what the run did, whether or not that was
         the verdict.
         """
@@ -204,7 +208,7 @@ class Rejudge:
         before = None if applied else controller.state_dict()
         verdict = controller.observe(obs)
         if causes and controller.needs_cause_test(verdict):
-            verdict = controller.apply_diagnosis(obs, verdict, diagnosis_of(causes.popleft().data))
+            verdict = controller.apply_diagnosis(obs, verdict, diagnosis_of(causes.popleft()))
         if before is not None and verdict.accepted:
             controller.load_state_dict(before)
         elif applied and self._own and verdict.action is not Action.APPLY:
@@ -221,29 +225,31 @@ class Rejudge:
         begin = bisect_left(self._rejected, (self._applied_end, 0))
         return sum(end <= first for _, end in self._rejected[begin:])
 
-    def _said(self, timeline: int, step: int, done: Action) -> Event | None:
+    def _said(self, timeline: int, step: int, done: Action) -> StepJudged | None:
         """The journal's line on this try: tries of one step are told in order, and only the last
         can be applied.
         """
         told = self._told.get((timeline, step))
         if not told:
             return None
-        action = told[0].data.get("action")
+        first = told[0]
         overflow = done is Action.FP16_OVERFLOW
-        if action is None or action == Action.FP16_OVERFLOW:
-            # Each overflow is noted; in `advise`, that of a collapse behind its verdict.
-            said = told.popleft() if overflow and action is not None else None
-            if overflow and told and told[0].kind == "note":
+        if isinstance(first, Note) or first.action == Action.FP16_OVERFLOW:
+            # Each overflow is noted; in `advise`, that of a collapse comes after its verdict.
+            said = None
+            if overflow and isinstance(first, StepJudged):
+                told.popleft()
+                said = first
+            if overflow and told and isinstance(told[0], Note):
                 told.popleft()
             return said
-        asked = action == Action.PAUSE
-        if (
-            overflow
-            or action not in (*Action,)
-            or not (asked or (action == Action.APPLY) is (done is Action.APPLY))
-        ):
+        if overflow or first.action not in (*Action,):
             return None
-        return told.popleft()
+        if first.action != Action.PAUSE:
+            if (first.action == Action.APPLY) is not (done is Action.APPLY):
+                return None
+        told.popleft()
+        return first
 
     # -- what happened between two rows ------------------------------------------------------------
 
@@ -255,11 +261,12 @@ class Rejudge:
         while self._changes and self._changes[0] < index:
             self._change(self._changes.popleft())
         event = self._events[index]
-        restarted = event.kind == "restarted"
-        step = event.step if restarted else int(event.data["to_step"])
-        if restarted:
+        step = event.step
+        if isinstance(event, RolledBack | Undone) and event.to_step is not None:
+            step = event.to_step
+        if isinstance(event, Restarted):
             self._restart(index)
-            if not event.data.get("checkpoint"):
+            if not event.checkpoint:
                 self._saved[0] = State(self._controller.state_dict(), 0)
         saved = self._saved.get(step)
         if saved is None:
@@ -267,23 +274,26 @@ class Rejudge:
             return
         self._controller.load_state_dict(saved.controller)
         self._applied_end = saved.applied_end
-        if restarted:
-            if self._own:
-                self._controller.incidents.rewind(step, same_steps=True)
-            if self._own and event.data.get("checkpoint"):
-                self._controller.resumed()
-        else:
-            span = span_of(event)
-            gone = [span] if span is not None and span.origin == "rollback" else undone_spans(event)
-            self._rejected = [
-                r
-                for r in self._rejected
-                if not any(s.first <= r[0] and r[1] <= s.last for s in gone)
-            ]
-            if self._own:
-                past = RunHistory.of(self._events[: index + 1])
-                self._controller.went_back(step, past.rollbacks)
-                self._controller.pardons = [*self._settings.allowlist, *past.pardons]
+        match event:
+            case Restarted():
+                if self._own:
+                    self._controller.incidents.rewind(step, same_steps=True)
+                if self._own and event.checkpoint:
+                    self._controller.resumed()
+            case RolledBack(span=Span(origin="rollback") as span):
+                self._go_back(index, step, [span])
+            case Undone():
+                self._go_back(index, step, event.spans)
+            case _:
+                self._go_back(index, step, [])
+
+    def _go_back(self, index: int, step: int, gone: Sequence[Span]) -> None:
+        """Forget the rejections in `gone`; the line of that index restored the state of `step`."""
+        self._rejected = [one for one in self._rejected if not _is_within(one, gone)]
+        if self._own:
+            past = RunHistory.of(self._events[: index + 1])
+            self._controller.went_back(step, past.rollbacks)
+            self._controller.pardons = [*self._settings.allowlist, *past.pardons]
 
     def _restart(self, index: int) -> None:
         """A new process: what it knows is what the journal had told."""
@@ -350,6 +360,11 @@ class _ControllerChange(ReplayTarget):
 
     def accept_incidents(self, step: int, batch: tuple[int, int]) -> None:
         self.batch = batch
+
+
+def _is_within(batch: tuple[int, int], spans: Sequence[Span]) -> bool:
+    """Return whether a batch [first, last) lies in one of the spans."""
+    return any(span.first <= batch[0] and batch[1] <= span.last for span in spans)
 
 
 def _overflow(measured: Mapping[str, float]) -> bool:

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from guardrail.core.records import Action, Finding, Observation
-from guardrail.decide.policy import Rollback, is_anomaly
+from guardrail.decide.policy import is_anomaly
 from guardrail.decide.response import Response
+from guardrail.decide.rollback import Rollback
 from guardrail.detectors.base import LogJumps
 from guardrail.detectors.build import find_detector
 

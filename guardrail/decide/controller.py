@@ -22,6 +22,7 @@ from typing import Any
 
 from msgspec import structs
 
+from guardrail.core.events.decisions import CLOSED, REPEATED
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     LOSS,
@@ -42,7 +43,6 @@ from guardrail.decide import level_shift as levels
 from guardrail.decide.advise_mode import AdviseSimulation
 from guardrail.decide.detector_set import ActiveDetectors, DetectorSet
 from guardrail.decide.diagnoses import leaving_nothing_out, signals_of
-from guardrail.decide.incidents import CLOSED, RECURRED
 from guardrail.decide.memory import ControllerMemory
 from guardrail.decide.policy import by_severity, is_anomaly, rejects, weights_are_clean
 from guardrail.decide.recovery import LEAST, MOST, expected, fit_trend
@@ -268,7 +268,7 @@ class Controller(ControllerMemory):
             if levels.are_only_norms_high(self.detector_set, obs, findings):
                 notes = levels.begin_norms(self.detector_set, obs, findings)
                 return self._level(obs, notes, "again behind a rollback while the loss is as usual")
-            state = state or RECURRED
+            state = state or REPEATED
         done = respond(case, action)
         taken, would = done.action, None
         if self.mode is Mode.ADVISE:

@@ -9,15 +9,16 @@ for that cause was in vain.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from msgspec import ValidationError, convert, structs
+from msgspec import structs
 
-from guardrail.core.cause_evidence import CauseEvidence
+from guardrail.core.events.decisions import Diagnosed
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Cause, Diagnosis, Finding, Mode, Severity, Verdict
-from guardrail.decide.policy import Rollback, close_together
+from guardrail.decide.policy import close_together
+from guardrail.decide.rollback import Rollback
 
 
 class DiagnosisKey(NamedTuple):
@@ -171,29 +172,20 @@ def signals_of(findings: Iterable[Finding]) -> frozenset[str]:
     )
 
 
-def diagnosis_of(data: Mapping[str, Any]) -> Diagnosis:
-    """From the data of a `cause` event."""
+def diagnosis_of(event: Diagnosed) -> Diagnosis:
+    """Return the diagnosis of a journal line. Raises ValueError where its cause is unknown."""
+    event.check_readable("positions")
     return Diagnosis(
-        cause=Cause(data["cause"]),
-        reason=str(data.get("reason", "")),
-        rank=int(data.get("rank", -1)),
-        host=str(data.get("host", "")),
-        passes=int(data.get("passes", 0)),
-        applied=bool(data.get("applied", False)),
-        positions=tuple(map(int, data.get("positions") or ())),
-        ahead=bool(data.get("ahead", False)),
-        structure=None if data.get("structure") is None else float(data["structure"]),
-        shift=bool(data.get("shift", False)),
-        borne=bool(data.get("borne", False)),
-        evidence=_evidence(data.get("evidence")),
+        cause=Cause(event.cause),
+        reason=event.reason,
+        rank=event.rank,
+        host=event.host,
+        passes=event.passes,
+        applied=event.applied,
+        positions=event.positions,
+        ahead=event.ahead,
+        structure=event.structure,
+        shift=event.shift,
+        borne=event.borne,
+        evidence=event.evidence,
     )
-
-
-def _evidence(raw: Any) -> CauseEvidence | None:
-    """The numbers of a cause test; None where the line has none that can be read."""
-    if raw is None or isinstance(raw, CauseEvidence):
-        return raw
-    try:
-        return convert(raw, CauseEvidence, strict=False)
-    except ValidationError:
-        return None

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 from guardrail.core.guard_options import EscalationStep
 from guardrail.core.records import Cause
-from guardrail.decide.policy import Rollback
 from guardrail.decide.remedies.base import EscalationRemedy
 from guardrail.decide.remedies.registry import BY_ACTION
+from guardrail.decide.rollback import Rollback
 
 
 def choose_remedy(

@@ -20,17 +20,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from guardrail.core.events.decisions import ACCEPTED, HIGHER_LOSS, OPEN, RECOVERED
 from guardrail.core.records import LossTrend, RecoveryResult
 from guardrail.decide.recovery import LEAST, MOST, compare
 
-OPEN, RECOVERED, OFFSET, RECURRED, ACCEPTED = (
-    "open",
-    "recovered",
-    "recovered with higher loss",
-    "repeated",
-    "accepted",
-)
-CLOSED = (RECOVERED, OFFSET, ACCEPTED)
 PATIENCE = 4
 
 
@@ -130,7 +123,7 @@ class Incidents:
         if lasting and self._healthy < PATIENCE * self.compared:
             return self.number, ""
         self.outcome = outcome
-        state = OFFSET if lasting else RECOVERED
+        state = HIGHER_LOSS if lasting else RECOVERED
         self.end(self.number, state, step=step, onset=self.onset, curve=self.curve)
         return self.number, state
 
@@ -210,7 +203,7 @@ class Incidents:
         """An incident has ended, or an unresolved one is resolved, with step `step`."""
         if number == self.number:
             self.open = False
-        until = None if state == OFFSET else step
+        until = None if state == HIGHER_LOSS else step
         ended = Ended(number, onset, until, curve, state == ACCEPTED)
         self._set([*(one for one in self.ended if one.number != number), ended])
 

@@ -5,13 +5,21 @@ Pure.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-from msgspec import convert
+from msgspec.structs import replace
 
+from guardrail.core.events.decisions import (
+    OPEN,
+    REPEATED,
+    Diagnosed,
+    IncidentChanged,
+    RolledBack,
+    Undone,
+    VerdictGiven,
+)
 from guardrail.core.events.event import SENSELESS, Event
-from guardrail.core.format import format_plural
+from guardrail.core.events.run_state import CommandAnswered, Restarted
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     Action,
@@ -21,13 +29,12 @@ from guardrail.core.records import (
     Observation,
     Severity,
     Verdict,
-    field_of,
 )
 from guardrail.decide.control_commands.base import ReplayTarget
 from guardrail.decide.control_commands.registry import replay_line
 from guardrail.decide.diagnoses import Diagnoses, diagnosis_of
-from guardrail.decide.incidents import CLOSED, OPEN, RECURRED, Incidents
-from guardrail.decide.policy import Rollback, rollback_of
+from guardrail.decide.incidents import Incidents
+from guardrail.decide.rollback import Rollback, rollback_of
 from guardrail.detectors.build import find_detector
 
 
@@ -93,18 +100,12 @@ class ControllerMemory:
             self.levels.append(batch)
         return self.incidents.accept(step)
 
-    def load_rollbacks(self, rollbacks: Iterable[Rollback | Mapping[str, Any]]) -> None:
-        """All rollbacks of the run, oldest first, as records or as the data of `rollback`
-        events.
-        """
-        self.rollbacks = [
-            one if isinstance(one, Rollback) else rollback_of(one) for one in rollbacks
-        ]
+    def load_rollbacks(self, rollbacks: Iterable[Rollback]) -> None:
+        """Replace the rollbacks of the run; oldest first."""
+        self.rollbacks = list(rollbacks)
 
-    def went_back(self, step: int, rollbacks: Iterable[Rollback | Mapping[str, Any]]) -> None:
-        """The run has gone back to the state after `step` updates; `rollbacks` as `load_rollbacks`
-        takes them.
-        """
+    def went_back(self, step: int, rollbacks: Iterable[Rollback]) -> None:
+        """Take note that the state after `step` updates was restored; `rollbacks`: all of the run."""
         self.load_rollbacks(rollbacks)
         self.incidents.rewind(step)
 
@@ -113,103 +114,91 @@ class ControllerMemory:
         self.rollbacks, self.empty_spans, self.pardons = [], set(), list(self.settings.allowlist)
         self.levels, self.borne = [], []
         self.diagnoses = Diagnoses()
-        began: list[int] = []  # timelines that the rollbacks began
         self.incidents = Incidents(confirm=self.settings.steps_until_good)
-        known = _Known()
+        known = _KnownIncidents()
         for event in events:
-            # A line that makes no sense changes nothing: `Past` counts it, and a run must be able
-            # to go on after it.
+            # A damaged line changes nothing: `RunHistory` counts it, and the run must continue.
             with contextlib.suppress(*SENSELESS):
-                self._take_over(event, known, began)
+                self._take_over(event, known)
         known.resume(self.incidents)
 
-    def _take_over(self, event: Event, known: _Known, began: list[int]) -> None:
-        """One line of the journal; `began` holds the timelines that the rollbacks before it
-        began.
-        """
-        data = event.data
-        if event.kind == "rollback":
-            rollback, timeline = (
-                rollback_of(data),
-                int(data.get("new_timeline", event.timeline + 1)),
-            )
-            self.rollbacks.append(rollback)
-            began.append(timeline)
-            self.incidents.rewind(rollback.to_step)
-        elif event.kind == "restarted":
-            self.incidents.rewind(event.step, same_steps=True)
-        elif event.kind == "undo":
-            to_step, pardons = (
-                int(data["to_step"]),
-                [(int(first), int(last)) for first, last in data["pardons"]],
-            )
-            stand = [at for at, timeline in enumerate(began) if timeline not in data["rollbacks"]]
-            self.rollbacks, began[:] = (
-                [self.rollbacks[at] for at in stand],
-                [began[at] for at in stand],
-            )
-            self.pardons += pardons
-            self.incidents.rewind(to_step)
-        elif event.kind == "diagnosis":
-            at = int(data.get("at_step") or event.step + 1)
-            diagnosis = diagnosis_of(data)
-            known.last = max(known.last, at)
-            first, last = map(int, data.get("batch") or (0, 0))
-            self.note_cause(diagnosis, (first, last))
-            self.diagnoses.learn(
-                int(data["incident"]),
-                diagnosis,
-                onset=int(data.get("onset") or at),
-                step=at,
-                place=first,
-                signals=data.get("signals") or (),
-                rollbacks=self.rollbacks,
-            )
-        elif event.kind == "incident":
-            known.turned(event, self.incidents)
-        elif event.kind == "verdict":
-            known.rejected(event)
-            findings = data.get("findings") or ()
-            if data.get("action") == Action.SKIP and findings and not _has_anomaly(findings):
-                first, last = data["window"]
-                self.empty_spans.add((int(first), int(last)))
-        elif event.kind == "command":
-            replay_line(event, _AcceptedIncidents(self, known))
+    def _take_over(self, event: Event, known: _KnownIncidents) -> None:
+        """Learn from one line of the journal. Raises one of SENSELESS where it is damaged."""
+        match event:
+            case RolledBack():
+                rollback = rollback_of(event)
+                self.rollbacks.append(rollback)
+                self.incidents.rewind(rollback.to_step)
+            case Restarted():
+                self.incidents.rewind(event.step, same_steps=True)
+            case Undone():
+                self._undo(event)
+            case Diagnosed():
+                self._add_diagnosis(event, known)
+            case IncidentChanged():
+                known.add_change(event, self.incidents)
+            case VerdictGiven():
+                known.add_verdict(event)
+                if event.action == Action.SKIP and event.findings and event.window is not None:
+                    if not _has_anomaly(event.findings):
+                        self.empty_spans.add(event.window)
+            case CommandAnswered():
+                replay_line(event, _AcceptedIncidents(self, known))
 
-    def incident_line(self, verdict: Verdict) -> tuple[str, dict[str, Any]]:
-        """(Message, data) of the `incident` line of a verdict that turns an incident."""
-        number, state, outcome = verdict.incident, verdict.incident_state, verdict.outcome
-        lost = sum(one.from_step - one.to_step for one in self.rollbacks if one.incident == number)
-        onset = verdict.onset or next(
-            (one.onset for one in self.incidents.ended if one.number == number), None
+    def _undo(self, event: Undone) -> None:
+        event.check_readable("rollbacks", "pardons")
+        if event.to_step is None:
+            raise ValueError(f"line {event.seq}: an undo to no state")
+        self.rollbacks = [one for one in self.rollbacks if one.new_timeline not in event.rollbacks]
+        self.pardons += event.pardons
+        self.incidents.rewind(event.to_step)
+
+    def _add_diagnosis(self, event: Diagnosed, known: _KnownIncidents) -> None:
+        diagnosis = diagnosis_of(event)
+        if event.incident is None:
+            raise ValueError(f"line {event.seq}: a diagnosis of no incident")
+        at = event.at_step or event.step + 1
+        batch = event.batch or (0, 0)
+        known.last = max(known.last, at)
+        self.note_cause(diagnosis, batch)
+        self.diagnoses.learn(
+            event.incident,
+            diagnosis,
+            onset=event.onset or at,
+            step=at,
+            place=batch[0],
+            signals=event.signals,
+            rollbacks=self.rollbacks,
         )
-        data: dict[str, Any] = {
-            "number": number,
-            "state": state,
-            "onset": onset,
-            "steps_lost": lost,
-        }
-        data["at_step"] = verdict.step
-        message = f"incident {number}: {state}"
-        if state not in CLOSED:
-            data["curve"] = self.incidents.curve
-            return (
-                f"{message}, {format_plural(lost, 'step')} repeated so far"
-                if state == RECURRED
-                else message
-            ), data
-        if outcome is not None:
-            data |= {
-                name: getattr(outcome, name) for name in ("expected", "got", "noise", "offset")
-            }
-            message += (
-                f": loss {outcome.got:.4g} against {outcome.expected:.4g} that its curve before step "
-                f"{onset} leads to, noise {outcome.noise:.2g}"
-            )
-        return message + (f"; {format_plural(lost, 'step')} repeated" if lost else ""), data
+
+    def incident_line(self, verdict: Verdict) -> IncidentChanged:
+        """Return the journal line of a verdict that opens, repeats or ends an incident."""
+        assert verdict.incident is not None
+        number, outcome = verdict.incident, verdict.outcome
+        ended = [one.onset for one in self.incidents.ended if one.number == number]
+        line = IncidentChanged(
+            number=number,
+            state=verdict.incident_state,
+            onset=verdict.onset or next(iter(ended), None),
+            steps_lost=sum(
+                one.from_step - one.to_step for one in self.rollbacks if one.incident == number
+            ),
+            at_step=verdict.step,
+        )
+        if not line.is_closed:
+            return replace(line, curve=self.incidents.curve)
+        if outcome is None:
+            return line
+        return replace(
+            line,
+            expected=outcome.expected,
+            got=outcome.got,
+            noise=outcome.noise,
+            offset=outcome.offset,
+        )
 
 
-class _Known:
+class _KnownIncidents:
     """What a journal says of incidents, up to one of its lines.
 
     Attributes:
@@ -223,37 +212,34 @@ class _Known:
         self._onsets: dict[int, int] = {}
         self._curves: dict[int, LossTrend | None] = {}
 
-    def turned(self, event: Event, incidents: Incidents) -> None:
-        """An `incident` line. What has ended is added to `incidents`."""
-        data, number = event.data, int(event.data["number"])
+    def add_change(self, event: IncidentChanged, incidents: Incidents) -> None:
+        """Learn from an `incident` line. One that has ended is added to `incidents`."""
+        event.check_readable("number", "onset", "curve")
+        number = event.number
         self.number = max(self.number, number)
-        self._earlier(number, data.get("onset"))
-        if data.get("state") in (OPEN, RECURRED):
+        self._add_onset(number, event.onset)
+        if event.state in (OPEN, REPEATED):
             self.open = number
-            raw = data.get("curve")
-            self._curves[number] = (
-                raw if raw is None or isinstance(raw, LossTrend) else convert(raw, LossTrend)
-            )
+            self._curves[number] = event.curve
             return
         self.open = 0
-        at, onset = (
-            int(data.get("at_step") or event.step + 1),
-            self._onsets.get(number, event.step + 1),
-        )
         incidents.end(
-            number, str(data.get("state")), step=at, onset=onset, curve=self._curves.get(number)
+            number,
+            event.state,
+            step=event.at_step or event.step + 1,
+            onset=self._onsets.get(number, event.step + 1),
+            curve=self._curves.get(number),
         )
 
-    def rejected(self, event: Event) -> None:
-        """A `verdict` line."""
-        data, number = event.data, event.data.get("incident")
-        if number is not None and (data.get("action") != Action.APPLY or data.get("would")):
-            self.last = max(self.last, int(data.get("at_step") or event.step))
-            self._earlier(int(number), data.get("onset"))
+    def add_verdict(self, event: VerdictGiven) -> None:
+        if event.incident is None or (event.action == Action.APPLY and not event.would):
+            return
+        self.last = max(self.last, event.at_step or event.step)
+        self._add_onset(event.incident, event.onset)
 
-    def _earlier(self, number: int, onset: Any) -> None:
+    def _add_onset(self, number: int, onset: int | None) -> None:
         if onset is not None:
-            self._onsets[number] = min(int(onset), self._onsets.get(number, int(onset)))
+            self._onsets[number] = min(onset, self._onsets.get(number, onset))
 
     def resume(self, incidents: Incidents) -> None:
         onset, curve = self._onsets.get(self.open, 0), self._curves.get(self.open)
@@ -265,7 +251,7 @@ class _Known:
 class _AcceptedIncidents(ReplayTarget):
     """What command lines of the journal change in a memory."""
 
-    def __init__(self, memory: ControllerMemory, known: _Known) -> None:
+    def __init__(self, memory: ControllerMemory, known: _KnownIncidents) -> None:
         self._memory, self._known = memory, known
 
     def accept_incidents(self, step: int, batch: tuple[int, int]) -> None:
@@ -285,6 +271,6 @@ def _pardonable(findings: Iterable[Finding]) -> bool:
     )
 
 
-def _has_anomaly(findings: Iterable[Any]) -> bool:
+def _has_anomaly(findings: Iterable[Finding]) -> bool:
     """Return whether a finding of a journal line counts towards a rollback."""
-    return any(find_detector(field_of(finding, "kind")).is_anomaly for finding in findings)
+    return any(find_detector(finding.kind).is_anomaly for finding in findings)

@@ -7,8 +7,7 @@ so that a process which starts again after a crash decides as the one that died 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
@@ -17,51 +16,13 @@ from guardrail.core.records import (
     Diagnosis,
     Finding,
     FindingKind,
-    Record,
     Severity,
     SnapshotInfo,
-    origin_of_span,
 )
+from guardrail.decide.rollback import Rollback
 from guardrail.detectors.build import find_detector
 
 _RANK = {Severity.WEIGHTS_DAMAGED: 2, Severity.REJECT: 1, Severity.NOTE: 0}
-
-
-class Rollback(Record, frozen=True, kw_only=True):
-    """One rollback that was done.
-
-    Attributes:
-        from_step: applied steps when it was decided.
-        to_step: applied steps of the state that was restored.
-        onset: first step of the trouble.
-        window: positions [first, last) that it left out.
-        escalation: action of the escalation step that it was, "" for a user's.
-        incident: that it answered, None without one.
-        by_person: commanded, not decided by the guard; such a rollback is outside the budget.
-    """
-
-    from_step: int
-    to_step: int
-    onset: int
-    window: tuple[int, int]
-    by_person: bool = False
-    escalation: str = ""
-    incident: int | None = None
-
-
-def rollback_of(data: Mapping[str, Any]) -> Rollback:
-    """From the data of a `rollback` event."""
-    first, last = data["window"]
-    by_person = origin_of_span(data.get("span")) == "user"
-    return Rollback(
-        from_step=int(data["from_step"]),
-        to_step=int(data["to_step"]),
-        onset=int(data["onset"]),
-        window=(int(first), int(last)),
-        by_person=by_person,
-        escalation=str(data.get("rung") or ""),
-        incident=None if by_person or data.get("incident") is None else int(data["incident"]),
-    )
 
 
 def by_severity(findings: Iterable[Finding]) -> tuple[Finding, ...]:

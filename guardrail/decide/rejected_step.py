@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Cause, Diagnosis, Finding, Observation, Severity
-from guardrail.decide.policy import Rollback, decide_action, recent_rollbacks, weights_are_clean
+from guardrail.decide.policy import decide_action, recent_rollbacks, weights_are_clean
+from guardrail.decide.rollback import Rollback
 from guardrail.decide.rollback_window import Applied
 
 

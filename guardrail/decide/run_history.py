@@ -13,12 +13,29 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from guardrail.core.events.decisions import (
+    Diagnosed,
+    IncidentChanged,
+    RolledBack,
+    Skipped,
+    Undone,
+    VerdictGiven,
+)
 from guardrail.core.events.event import SENSELESS, Event
+from guardrail.core.events.run_state import (
+    CheckpointChanged,
+    CommandAnswered,
+    Ended,
+    Restarted,
+    Resumed,
+    Started,
+)
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Mode, Remedy, Span, Unresolved
 from guardrail.decide.control_commands.base import ReplayTarget
 from guardrail.decide.control_commands.registry import replay_line
 from guardrail.decide.remedies.effects import CLIP, EMBED_ALPHA, LR, compute_factor, resets_moments
+from guardrail.decide.rollback import Rollback, rollback_of
 from guardrail.decide.step_setting import StepSetting
 
 # Actions by which something is done about an incident.
@@ -49,7 +66,7 @@ class RunHistory(ReplayTarget):
 
     Attributes:
         spans: what is left out, quarantined again at a start.
-        rollbacks: `rollback` events' data, oldest first, less those that were undone.
+        rollbacks: oldest first, without those that were undone.
         remedies: of the decisions that stand, each with the span or, for a rollback, the timeline
         that it came with.
         pardons: stretches [first, last) of positions that the guard must not reject again.
@@ -71,7 +88,7 @@ class RunHistory(ReplayTarget):
     """
 
     spans: list[Span] = field(default_factory=list)
-    rollbacks: list[dict[str, Any]] = field(default_factory=list)
+    rollbacks: list[Rollback] = field(default_factory=list)
     remedies: list[tuple[Span | int | None, Remedy]] = field(default_factory=list)
     pardons: list[tuple[int, int]] = field(default_factory=list)
     branches: list[tuple[int, int]] = field(default_factory=list)
@@ -85,7 +102,7 @@ class RunHistory(ReplayTarget):
     acted: set[int] = field(default_factory=set)
     let_pass: dict[int, str] = field(default_factory=dict)
     restarts: int = 0
-    started: dict[str, Any] | None = None
+    started: Started | None = None
     ended: str | None = None
     lines: int = 0
     unread: int = 0
@@ -107,76 +124,69 @@ class RunHistory(ReplayTarget):
         return past
 
     def add(self, event: Event) -> None:
-        data = event.data
+        """Learn from one line. Raises one of SENSELESS where it is damaged."""
         self.lines += 1
         self.seq = event.seq or self.seq + 1  # what was just written carries no number yet
         self.timeline = max(self.timeline, event.timeline)
-        match event.kind:
-            case "started":
-                self.started = data
-                self.run_id = str(data.get("run_id") or "")
-            case "restarted":
+        match event:
+            case Started():
+                self.started = event
+                self.run_id = event.run_id
+            case Restarted():
                 self.restarts += 1
-                self.run_id = self.run_id or str(data.get("run_id") or "")
+                self.run_id = self.run_id or event.run_id
                 self.ended = None
                 self._branch(event.timeline, event.step)
-            case "skipped":
-                self._span(data.get("span"))
-                self._act(data)
-                self._remedies(data, _as_span(data.get("span")))
-            case "rollback":
-                self._span(data.get("span"))
-                timeline, to_step = int(data["new_timeline"]), int(data["to_step"])
-                self._act(data)
-                self._remedies(data, timeline)
-                self._branch(timeline, to_step)
-                self.lr.rewind(to_step)
-                self.alpha.rewind(to_step)
-                # one that cannot be read as one is none that counts towards a bound
-                _check_rollback(data)
-                self.rollbacks.append(data)
-            case "undo":
-                self._undo(data)
-            case "command":
+            case Skipped():
+                self._add_span(event)
+                self._add_remedies(event, event.span)
+            case RolledBack():
+                self._add_rollback(event)
+            case Undone():
+                self._undo(event)
+            case CommandAnswered():
                 replay_line(event, self)
-            case "checkpoint":
-                name = str(data.get("path", "")).rsplit("/", 1)[-1]
-                state = data.get("state")
-                if state == "candidate" and isinstance(step := data.get("cp_step"), int):
-                    self.saved.add(step)
-                if state == "good":
-                    self.good.add(name)
-                elif state == "suspect":
-                    self.suspects.add(name)
-                elif state in ("candidate", "pruned"):
-                    # A name that is written again belongs to another state of the run.
-                    self.good.discard(name)
-                    self.suspects.discard(name)
-            case "verdict":
-                self._judged(data)
-            case "diagnosis" if data.get("shift") or data.get("borne"):
-                self._let_pass(data, NEW_DATA)
-            case "resumed" if data.get("answer") == GO_ON:
-                self._let_pass(data, "go on")
-            case "incident":
-                self.incident = max(self.incident, int(data.get("number", 0)))
-            case "ended":
-                self.ended = str(data.get("phase", ""))
+            case CheckpointChanged():
+                self._add_checkpoint(event)
+            case VerdictGiven():
+                self._add_verdict(event)
+            case Diagnosed() if event.shift or event.borne:
+                self._let_pass(event.incident, NEW_DATA)
+            case Resumed(answer="go_on"):
+                self._let_pass(event.incident, "go on")
+            case IncidentChanged():
+                event.check_readable("number")
+                self.incident = max(self.incident, event.number)
+            case Ended():
+                self.ended = event.phase
 
-    def _judged(self, data: dict[str, Any]) -> None:
-        action = data.get("action")
-        if action in ACTS:
-            self._act(data)
-        elif action == Action.APPLY and data.get("would") not in (None, Action.APPLY):
-            self._let_pass(data, Mode.ADVISE.value)
+    def _add_checkpoint(self, event: CheckpointChanged) -> None:
+        name = event.path.rsplit("/", 1)[-1]
+        match event.state:
+            case "good":
+                self.good.add(name)
+            case "suspect":
+                self.suspects.add(name)
+            case "candidate" | "pruned":
+                # A name that is written again belongs to another state of the run.
+                self.good.discard(name)
+                self.suspects.discard(name)
+        if event.state == "candidate" and event.cp_step is not None:
+            self.saved.add(event.cp_step)
 
-    def _act(self, data: dict[str, Any]) -> None:
-        if isinstance(number := data.get("incident"), int):
-            self.acted.add(number)
+    def _add_verdict(self, event: VerdictGiven) -> None:
+        if event.action in ACTS:
+            self._act(event.incident)
+        elif event.action == Action.APPLY and event.would not in (None, Action.APPLY):
+            self._let_pass(event.incident, Mode.ADVISE.value)
 
-    def _let_pass(self, data: dict[str, Any], why: str) -> None:
-        if isinstance(number := data.get("incident"), int):
-            self.let_pass[number] = why
+    def _act(self, incident: int | None) -> None:
+        if incident is not None:
+            self.acted.add(incident)
+
+    def _let_pass(self, incident: int | None, why: str) -> None:
+        if incident is not None:
+            self.let_pass[incident] = why
 
     def unresolved(self, one: Unresolved) -> Unresolved:
         """With what the journal says of an incident: whether something was done, and why updates
@@ -195,30 +205,44 @@ class RunHistory(ReplayTarget):
     def set_mode(self, mode: Mode) -> None:
         self.mode = mode
 
-    def _undo(self, data: dict[str, Any]) -> None:
-        """A decision was taken back: its spans are not left out, its rollbacks are none, its
-        batches are pardoned.
+    def _add_span(self, event: Skipped | RolledBack) -> None:
+        """Skip the samples of a line; something was done about its incident."""
+        event.check_readable("span")
+        if event.span is not None and event.span not in self.spans:
+            self.spans.append(event.span)
+        self._act(event.incident)
+
+    def _add_remedies(self, event: Skipped | RolledBack, decision: Span | int | None) -> None:
+        event.check_readable("remedies")
+        self.remedies += [(decision, remedy) for remedy in event.remedies]
+
+    def _add_rollback(self, event: RolledBack) -> None:
+        self._add_span(event)
+        if event.new_timeline is None or event.to_step is None:
+            raise ValueError(f"line {event.seq}: a rollback to no state")
+        self._add_remedies(event, event.new_timeline)
+        self._go_back(event.to_step, event.new_timeline)
+        # A line that holds no complete rollback counts towards no limit.
+        self.rollbacks.append(rollback_of(event))
+
+    def _undo(self, event: Undone) -> None:
+        """Take a decision back: its spans are not skipped, its rollbacks do not count, and its
+        batches are allowed.
         """
-        back = [_as_span(raw) for raw in data["spans"]]
-        self.spans = [span for span in self.spans if span not in back]
-        self.rollbacks = [
-            one for one in self.rollbacks if one["new_timeline"] not in data["rollbacks"]
-        ]
-        gone = [*back, *data["rollbacks"]]
-        self.remedies = [
-            (decision, remedy) for decision, remedy in self.remedies if decision not in gone
-        ]
-        self.pardons += [(int(first), int(last)) for first, last in data["pardons"]]
-        to_step = int(data["to_step"])
-        self._branch(int(data["new_timeline"]), to_step)
+        event.check_readable("spans", "rollbacks", "pardons")
+        if event.new_timeline is None or event.to_step is None:
+            raise ValueError(f"line {event.seq}: an undo to no state")
+        gone = [*event.spans, *event.rollbacks]
+        self.spans = [span for span in self.spans if span not in event.spans]
+        self.rollbacks = [one for one in self.rollbacks if one.new_timeline not in event.rollbacks]
+        self.remedies = [pair for pair in self.remedies if pair[0] not in gone]
+        self.pardons += event.pardons
+        self._go_back(event.to_step, event.new_timeline)
+
+    def _go_back(self, to_step: int, timeline: int) -> None:
+        self._branch(timeline, to_step)
         self.lr.rewind(to_step)
         self.alpha.rewind(to_step)
-
-    def _remedies(self, data: dict[str, Any], decision: Span | int | None) -> None:
-        for raw in data.get("remedies") or ():
-            self.remedies.append(
-                (decision, raw if isinstance(raw, Remedy) else msgspec.convert(raw, Remedy))
-            )
 
     def effects(self, step: int, settings: GuardOptions) -> Effects:
         """What the update of a step is made with: what a person has set, and the remedies of the
@@ -255,11 +279,6 @@ class RunHistory(ReplayTarget):
             return f"it belongs to timeline {timeline}, and the journal knows none after {self.timeline}"
         return ""
 
-    def _span(self, raw: Any) -> None:
-        span = _as_span(raw)
-        if span is not None and span not in self.spans:
-            self.spans.append(span)
-
     def _branch(self, timeline: int, step: int) -> None:
         self.branches.append((timeline, step))
         self.timeline = max(self.timeline, timeline)
@@ -267,22 +286,3 @@ class RunHistory(ReplayTarget):
     def lives(self, *, timeline: int, step: int) -> bool:
         """Whether a state of (timeline, step) lies on the way to the present."""
         return all(step <= to_step for branch, to_step in self.branches if branch > timeline)
-
-
-def _as_span(raw: Any) -> Span | None:
-    return raw if raw is None or isinstance(raw, Span) else msgspec.convert(raw, Span)
-
-
-def _check_rollback(data: Mapping[str, Any]) -> None:
-    """Raise one of SENSELESS where `policy.rollback_of` would."""
-    first, last = data["window"]
-    incident = data.get("incident")
-    for number in (
-        data["from_step"],
-        data["to_step"],
-        data["onset"],
-        first,
-        last,
-        0 if incident is None else incident,
-    ):
-        int(number)

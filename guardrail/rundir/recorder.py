@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from guardrail.core.events.event import Event
 from guardrail.core.events.faults import DiskChanged
 from guardrail.core.events.kinds import make_event, with_data
@@ -64,7 +66,13 @@ class Recorder:
             "kind": kind,
             "message": message,
         }
-        event = make_event(fixed | data)
+        return self._append(make_event(fixed | data))
+
+    def write(self, event: Event) -> Event:
+        """Append an event that was built from its fields, as `event` does; its time is now."""
+        return self._append(with_data(msgspec.structs.replace(event, time=time.time())))
+
+    def _append(self, event: Event) -> Event:
         self._learn(event)
         if self._run is not None:
             self._waiting.append(event)

@@ -19,11 +19,12 @@ from guardrail.core.sections import NotifySection
 from guardrail.launch import preflight
 from guardrail.launch.notify import Notifier, build_notice, find_notify_kind
 from guardrail.rundir.run_directory import RunDirectory
+from tests.support.events import make_line
 from tests.support.lab import Lab
 
 
 def event(kind: str, message: str = "", **data: Any) -> Event:
-    return Event(seq=7, time=1.0, step=12, timeline=0, kind=kind, message=message, data=data)
+    return make_line(seq=7, time=1.0, step=12, timeline=0, kind=kind, message=message, data=data)
 
 
 @pytest.mark.parametrize(

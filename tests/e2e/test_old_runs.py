@@ -164,7 +164,7 @@ def test_status_ranks_and_commands_are_read(old: Old) -> None:
         (1, Phase.STOPPED, STOPPED_AT),
     ]
     assert old.run.notified() == old.expected["notified"]
-    waiting = [(one.kind.value, one.value, one.at_step) for one in old.run.commands_pending()]
+    waiting = [(one.kind, one.value, one.at_step) for one in old.run.commands_pending()]
     assert sorted(waiting) == sorted(map(tuple, old.expected["waiting"]))
     assert old.run.commands_refused() == []
 

@@ -25,6 +25,7 @@ from guardrail.operate.replay_comparison import Comparison
 from guardrail.operate.replay_plan import ReplayPlan, machine_remarks, plan_replay, starts_in
 from guardrail.rundir.manifest import checkpoint_dirs
 from guardrail.rundir.run_directory import MetricsView, RunDirectory
+from tests.support.events import make_line
 from tests.support.running import BATCH, BLIND, new_run, of_kind, tiny, train
 
 LR, SKIP, ROLLBACK, UNDO, STOP, POLICY = (
@@ -235,7 +236,7 @@ def test_a_device_that_is_not_here_and_a_run_without_steps(
 def test_only_the_starts_of_the_stretch_count() -> None:
     def start(step: int, world: int) -> Event:
         kind = "restarted" if step else "started"
-        return Event(seq=1, time=0.0, step=step, timeline=0, kind=kind, data={"world": world})
+        return make_line(seq=1, time=0.0, step=step, timeline=0, kind=kind, data={"world": world})
 
     # that at step 20 gave up what 30 began
     events = [start(0, 1), start(30, 2), start(20, 3), start(60, 4)]

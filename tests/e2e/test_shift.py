@@ -30,6 +30,7 @@ from guardrail.decide.controller import Controller
 from guardrail.decide.root_cause import AnomalySignature, ReplayPass, ahead_of, structure_of
 from guardrail.report.build import build_report
 from tests.parallel.test_law import killed_behind
+from tests.support.events import make_line
 from tests.support.feed import healthy_loss, noisy, obs, warmed
 from tests.support.running import (
     BATCH,
@@ -137,7 +138,7 @@ def test_the_batch_is_formed_again_and_begins_a_level(mode: Mode) -> None:
         verdict = controller.observe(other(later))
         assert verdict.action is Action.APPLY and verdict.accepted, verdict
         ends.append(verdict.incident_state)
-    assert [state for state in ends if state] == ["offset"], (
+    assert [state for state in ends if state] == ["recovered with higher loss"], (
         "it is over, and the loss has stayed above its curve"
     )
     # What leaves the new level is found as what left the old one was.
@@ -174,7 +175,7 @@ def test_a_process_that_starts_again_knows_where_the_level_begins() -> None:
         ("incident", {"number": 1, "state": "open", "onset": step, "curve": curve}),
     ]
     resumed.rebuild(
-        Event(seq=at, time=0.0, step=step - 1, timeline=0, kind=kind, message="", data=fields)
+        make_line(seq=at, time=0.0, step=step - 1, timeline=0, kind=kind, message="", data=fields)
         for at, (kind, fields) in enumerate(data, 1)
     )
     assert resumed.incidents.open
@@ -199,7 +200,9 @@ def test_nobody_is_wary_before_the_place_of_the_trouble() -> None:
         again = Controller(GuardOptions())
         warmed(again)
         again.rebuild(
-            Event(seq=at, time=0.0, step=step - 1, timeline=0, kind=kind, message="", data=fields)
+            make_line(
+                seq=at, time=0.0, step=step - 1, timeline=0, kind=kind, message="", data=fields
+            )
             for at, (kind, fields) in enumerate(
                 [
                     ("incident", {"number": 1, "state": "open", "onset": step}),
@@ -287,7 +290,7 @@ def test_a_level_begins_at_its_place_though_nobody_is_wary_any_more(mark: str, s
             *(("incident", {"number": 1, "state": state}) for state in ends),
         ]
         controller.rebuild(
-            Event(seq=at, time=0.0, step=step, timeline=0, kind=kind, message="", data=fields)
+            make_line(seq=at, time=0.0, step=step, timeline=0, kind=kind, message="", data=fields)
             for at, (kind, fields) in enumerate(lines, 1)
         )
         assert controller.incidents.open is not bool(ends)

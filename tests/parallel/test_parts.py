@@ -34,6 +34,7 @@ from guardrail.torch.measure.update_gate import Gate
 from guardrail.torch.state import rng_state as rng
 from guardrail.torch.state.forward_side_effects import ForwardSideEffects
 from guardrail.torch.state.training_state import TrainingState
+from tests.support.events import make_line
 from tests.support.lab import wait_for
 from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCABULARY, Setup, Tiny
@@ -70,7 +71,7 @@ def test_a_setting_that_a_rollback_overtakes_holds_from_its_target_on() -> None:
 
 
 def event(kind: str, *, step: int = 0, timeline: int = 0, **data: Any) -> Event:
-    return Event(seq=0, time=0.0, step=step, timeline=timeline, kind=kind, data=data)
+    return make_line(seq=0, time=0.0, step=step, timeline=timeline, kind=kind, data=data)
 
 
 SPAN = Span(first=80, last=88, origin="rejected", step=11)

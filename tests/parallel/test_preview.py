@@ -27,6 +27,7 @@ from guardrail.operate.preview import preview_command as of
 from guardrail.operate.preview import rollback_for
 from guardrail.operate.run_state import AppliedStep, RunState
 from guardrail.rundir.run_directory import RunDirectory
+from tests.support.events import make_line
 from tests.support.fake_run import FakeRun
 from tests.support.lab import wait_for
 from tests.support.ranks import wait_ranks
@@ -167,7 +168,7 @@ def decision(
 ) -> Event:
     span = Span(first=first, last=last, origin=cause, step=step)
     data = {"span": msgspec.to_builtins(span), "incident": 1, **data}
-    return Event(
+    return make_line(
         seq=seq, time=0.0, step=step, timeline=0, kind=kind, message=f"line {seq}", data=data
     )
 

@@ -26,6 +26,7 @@ from guardrail.decide.sample_order import SampleOrder
 from guardrail.decide.undo import UndoPlan, find, lines_of
 from guardrail.report.quarantine import quarantine_lines
 from guardrail.rundir.run_directory import RunDirectory
+from tests.support.events import make_line
 from tests.support.feed import BATCH as FED
 from tests.support.feed import healthy_loss, obs, warmed
 from tests.support.lab import wait_for
@@ -59,7 +60,7 @@ def line(
     )
     if kind != "undo":
         data = {"span": msgspec.to_builtins(span), **data}
-    return Event(
+    return make_line(
         seq=seq, time=0.0, step=seq, timeline=0, kind=kind, message=f"line {seq}", data=data
     )
 
@@ -105,7 +106,7 @@ def test_only_some_samples_of_a_batch() -> None:
 
 
 def test_a_rollback_that_left_nothing_out_pardons_the_batch_that_it_was_about() -> None:
-    verdict = Event(
+    verdict = make_line(
         seq=5, time=0.0, step=5, timeline=0, kind="verdict", data={"incident": 1, "batch": [40, 48]}
     )
     undoing = meant([verdict, line(6, "rollback", 24, 24, "rollback", new_timeline=1, incident=1)])
@@ -113,7 +114,7 @@ def test_a_rollback_that_left_nothing_out_pardons_the_batch_that_it_was_about() 
 
 
 def incident(seq: int, state: str) -> Event:
-    return Event(
+    return make_line(
         seq=seq, time=0.0, step=9, timeline=1, kind="incident", data={"number": 1, "state": state}
     )
 
@@ -123,7 +124,7 @@ def test_a_rollback_that_skipped_nothing_is_not_undone_once_its_batch_was_applie
     """To go back would only repeat steps; while its incident is open, or a remedy of it holds,
     there is a reason to.
     """
-    verdict = Event(
+    verdict = make_line(
         seq=5, time=0.0, step=5, timeline=0, kind="verdict", data={"incident": 1, "batch": [40, 48]}
     )
     back = line(6, "rollback", 24, 24, "rollback", new_timeline=1, incident=1)

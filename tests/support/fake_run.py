@@ -41,6 +41,7 @@ from guardrail.tui.model.run_story import StoryBuilder
 from guardrail.tui.model.view import Snapshot
 from guardrail.tui.numerics.decimated_series import DecimatedSeries
 from guardrail.tui.numerics.series import AXES, choosable_signals
+from tests.support.events import make_line
 
 START = 1_795_569_240.0  # 2026-11-25 01:14:00 UTC
 STEP_SECONDS = 0.12
@@ -69,7 +70,7 @@ class FakeRun:
 
     def event(self, kind: str, message: str, **data: Any) -> Event:
         plain = msgspec.to_builtins(data)
-        event = Event(
+        event = make_line(
             seq=len(self.events) + 1,
             time=self.time,
             step=self.step,

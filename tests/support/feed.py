@@ -21,7 +21,7 @@ from guardrail.core.records import (
     Verdict,
 )
 from guardrail.decide.controller import Controller
-from guardrail.decide.policy import Rollback
+from guardrail.decide.rollback import Rollback
 from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.decide.sample_order import SampleOrder
 

@@ -248,6 +248,23 @@ class IncidentChanged(Event, frozen=True, kw_only=True):
     def notice(self) -> str:
         return "incident" if self.state == OPEN else self.state
 
+    def sentence(self) -> str:
+        """Return "incident 1: recovered: loss 2.3, trend 2.2 (noise 0.1); 17 steps repeated"."""
+        if self.message:
+            return self.message
+        said = f"incident {self.number}: {self.state}"
+        repeated = format_plural(self.steps_lost or 0, "step")
+        if self.state == ACCEPTED:
+            return f"{said} as it is after step {self.step}"
+        if self.state == REPEATED:
+            return f"{said}, {repeated} repeated so far"
+        if self.got is not None and self.expected is not None:
+            said += f": loss {self.got:.4g}, trend before step {self.onset} {self.expected:.4g}"
+            said += f" (noise {self.noise or 0.0:.2g})"
+        if self.is_closed and self.steps_lost:
+            said += f"; {repeated} repeated"
+        return said
+
 
 class Diagnosed(Event, frozen=True, kw_only=True):
     """The cause test of an incident has a result; see `Diagnosis` for the fields of that name.
@@ -281,7 +298,7 @@ class Diagnosed(Event, frozen=True, kw_only=True):
     signals: tuple[str, ...] = ()
 
     def sentence(self) -> str:
-        return self.message or f"incident {self.incident}: {self.cause}: {self.reason}"
+        return self.message or f"cause of incident {self.incident}: {self.cause}: {self.reason}"
 
 
 # Actions by which something is done about an incident.

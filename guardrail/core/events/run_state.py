@@ -24,8 +24,8 @@ class Started(Event, frozen=True, kw_only=True):
 
     kind: str = "started"
     world: Whole = 0
-    samples: Whole = 0
-    order_seed: Whole = 0
+    samples: Whole | None = None
+    order_seed: int | None = None
     shuffled: bool | None = None
     batch_size: Whole = 0
     host: str = ""
@@ -123,6 +123,11 @@ class Evaluated(Event, frozen=True, kw_only=True):
 
     kind: str = "eval"
     loss: float | None = None
+
+    def sentence(self) -> str:
+        if self.message or self.loss is None:
+            return self.message
+        return f"held-out loss {self.loss:.4f} after step {self.step}"
 
 
 class Paused(Event, frozen=True, kw_only=True):

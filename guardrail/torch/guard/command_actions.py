@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from guardrail.core.events.decisions import ACCEPTED, IncidentChanged
 from guardrail.core.records import Phase, Span, Status, Verdict
-from guardrail.decide.incidents import ACCEPTED
 from guardrail.decide.undo import UndoPlan
 from guardrail.torch.checkpoint.rollback_target import Target
 from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
@@ -138,13 +138,8 @@ class GuardActions:
         controller, step = self._ctx.controller, self._ctx.progress.step
         accepted = controller.accept(step, batch)
         for one in [one for one in controller.incidents.ended if one.number in accepted]:
-            self._ctx.recorder.event(
-                "incident",
-                f"incident {one.number}: accepted as it is after step {step}",
-                number=one.number,
-                state=ACCEPTED,
-                onset=one.onset,
-                at_step=step,
+            self._ctx.recorder.write(
+                IncidentChanged(number=one.number, state=ACCEPTED, onset=one.onset, at_step=step)
             )
         self._snapshots.note_incident(controller.incidents.since)
 

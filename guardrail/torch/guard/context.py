@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 import torch.distributed as dist
 
@@ -133,6 +134,11 @@ class RunRecorder(Recorder):
         if timeline is None:
             timeline = self._progress.timeline
         return super().event(kind, message, step=step, timeline=timeline, **data)
+
+    def write(self, event: Event) -> Event:
+        """Append an event that was built from its fields, at the step and timeline of the run."""
+        step, timeline = self._progress.step, self._progress.timeline
+        return super().write(msgspec.structs.replace(event, step=step, timeline=timeline))
 
 
 @dataclass(slots=True, kw_only=True)

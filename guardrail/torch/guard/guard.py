@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from guardrail.core.config import GuardConfig
+from guardrail.core.events.run_state import Evaluated
 from guardrail.core.records import Action, Mode, Phase, Verdict
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_cursor import Batch
@@ -225,7 +226,7 @@ class Guard(GuardParts):
     def log_eval(self, loss: float) -> None:
         """Record the held-out loss after the present step (nats a token, equal on all ranks)."""
         self.metrics.set_eval_loss(loss)
-        self.journal("eval", f"held-out loss {loss:.4f} after step {self.step}", loss=loss)
+        self.context.recorder.write(Evaluated(loss=loss))
 
     def poll_stop(self) -> bool:
         """Return on every rank whether any was asked to stop, in a long evaluation. Collective."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from guardrail.core.events.decisions import Skipped
 from guardrail.core.records import MAX_NAMED, Remedy, Span
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.hooks import DescribeSamples
@@ -33,14 +34,12 @@ class Quarantine:
 
     def skip(self, span: Span, remedies: Sequence[Remedy] = (), **more: Any) -> None:
         """Write the journal line, then quarantine the samples of a span."""
-        data = self.data_of(span) | more
-        if remedies:
-            data["remedies"] = list(remedies)
-        self._ctx.recorder.event("skipped", f"left out {amount(data)}", **data)
+        line = Skipped(**self.fields_of(span), remedies=tuple(remedies), **more)
+        self._ctx.recorder.write(line)
         self._ctx.order.skip_span(span)
 
-    def data_of(self, span: Span) -> dict[str, Any]:
-        """Return what a journal line says of a span: its samples and, on rank 0, their documents.
+    def fields_of(self, span: Span) -> dict[str, Any]:
+        """Return the fields of a journal line about a span: its samples and, on rank 0, their documents.
 
         Called on every rank: the others wait while rank 0 looks its documents up.
         """
@@ -54,7 +53,7 @@ class Quarantine:
         if self._is_described and ids:
             documents, total = ctx.ranks.run_together(lambda: self._documents_of(ids))
             if self.describe_samples is not None:
-                data["documents"] = documents[:MAX_NAMED]
+                data["documents"] = tuple(documents[:MAX_NAMED])
                 data["documents_total"] = total
         return data
 
@@ -73,14 +72,3 @@ class Quarantine:
             self._data_size = order.data_size(self._total_steps)
         share = self._ctx.config.guard.max_skipped_share
         return order.why_guard_may_not_skip(span, share=share, data=self._data_size)
-
-
-def amount(data: dict[str, Any]) -> str:
-    """Return the data of a `left_out` event in words: "64 samples of 2 documents (a, b)"."""
-    total = data.get("documents_total", 0)
-    samples = f"{data['count']} sample{'' if data['count'] == 1 else 's'}"
-    if not total:
-        return samples
-    names = list(dict.fromkeys(str(d["path"]).rsplit("/", 1)[-1] for d in data["documents"]))
-    more = ", ..." if len(names) > 3 or total > len(data["documents"]) else ""
-    return f"{samples} of {total} document{'s' if total > 1 else ''} ({', '.join(names[:3])}{more})"

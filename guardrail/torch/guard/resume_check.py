@@ -108,11 +108,9 @@ class ResumeCheck:
         """Raise UsageError where positions that the run has passed would hold other samples now."""
         ctx = self._ctx
         order, cursor = ctx.order.order, int(extra["cursor"])
-        started = ctx.history.started or {}
-        was = extra.get("order") or {
-            "samples": started.get("samples"),
-            "seed": started.get("order_seed"),
-        }
+        was = extra.get("order") or {}
+        if not was and (started := ctx.history.started) is not None:
+            was = {"samples": started.samples, "seed": started.order_seed}
         if not cursor and not ctx.history.spans:
             return
         ahead = order.samples(cursor, cursor + AHEAD)

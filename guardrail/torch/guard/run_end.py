@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from guardrail.core.events.run_state import Ended
 from guardrail.core.records import Phase
 from guardrail.torch.checkpoint.memory_snapshots import Facts
 from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
@@ -56,13 +57,8 @@ class RunEnd:
             phase = Phase.FAILED
             reason = f"{planned.value}: {reason}; but {unsaved}. Resume the run when the disk takes writes again"
         ctx.progress.phase = phase
-        ctx.recorder.event(
-            "ended",
-            f"{phase.value} at step {step}: {reason}",
-            phase=phase.value,
-            reason=reason,
-            saved=not unsaved,
-            planned=planned.value,
+        ctx.recorder.write(
+            Ended(phase=phase.value, reason=reason, saved=not unsaved, planned=planned.value)
         )
         if ctx.ranks.rank == 0 and phase in (Phase.HALTED, Phase.FAILED):
             # The loop just ends. Without this a script would go on as if all of its steps had been

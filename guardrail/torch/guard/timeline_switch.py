@@ -10,13 +10,15 @@ from typing import Any
 
 import msgspec
 
+from guardrail.core.events.decisions import RolledBack, Undone
+from guardrail.core.events.run_state import Note, Restarted, ResumeChecked, Started
 from guardrail.core.records import Phase, Span, Verdict
 from guardrail.decide.undo import UndoPlan
 from guardrail.torch.checkpoint.rollback_target import Target
 from guardrail.torch.checkpoint.snapshot_manager import Restored, SnapshotManager
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.guarded_scheduler import GuardedScheduler
-from guardrail.torch.guard.quarantine import Quarantine, amount
+from guardrail.torch.guard.quarantine import Quarantine
 from guardrail.torch.guard.resume_check import ResumeCheck
 from guardrail.torch.guard.versions import VERSIONS
 from guardrail.torch.guard.written_settings import WrittenSettings
@@ -70,19 +72,19 @@ class TimelineSwitch:
         ctx = self._ctx
         world = ctx.ranks.world
         self._first_timeline = ctx.progress.timeline
-        ctx.recorder.event(
-            "started",
-            f"training begins on {world} rank{'s' if world > 1 else ''}",
-            world=world,
-            samples=ctx.order.order.n_samples,
-            order_seed=ctx.order.order.seed,
-            shuffled=ctx.order.order.shuffled,
-            batch_size=ctx.order.batch_size,
-            host=socket.gethostname(),
-            device=ctx.ranks.device.type,
-            versions=VERSIONS,
-            run_id=ctx.ranks.broadcast(secrets.token_hex(8)),
-            **self._resume_check.fingerprints,
+        ctx.recorder.write(
+            Started(
+                world=world,
+                samples=ctx.order.order.n_samples,
+                order_seed=ctx.order.order.seed,
+                shuffled=ctx.order.order.shuffled,
+                batch_size=ctx.order.batch_size,
+                host=socket.gethostname(),
+                device=ctx.ranks.device.type,
+                versions=VERSIONS,
+                run_id=ctx.ranks.broadcast(secrets.token_hex(8)),
+                data=dict(self._resume_check.fingerprints),
+            )
         )
         self._snapshots.take_first(self.facts, past=ctx.history)
 
@@ -98,32 +100,22 @@ class TimelineSwitch:
             check = restored.check | self._resume_check.check(restored.extra, saved_rate)
         ctx.controller.incidents.rewind(progress.step, same_steps=True)
         progress.timeline = self._first_timeline = ctx.history.timeline + 1
-        where = "the beginning: no valid checkpoint was found"
-        if restored is not None:
-            where = f"checkpoint {restored.name}"
-        ctx.recorder.event(
-            "restarted",
-            f"continues at step {progress.step} from {where}",
-            checkpoint=restored.name if restored else "",
-            world=ctx.ranks.world,
-            device=ctx.ranks.device.type,
-            run_id=ctx.history.run_id or ctx.ranks.broadcast(secrets.token_hex(8)),
+        ctx.recorder.write(
+            Restarted(
+                checkpoint=restored.name if restored else "",
+                world=ctx.ranks.world,
+                device=ctx.ranks.device.type,
+                run_id=ctx.history.run_id or ctx.ranks.broadcast(secrets.token_hex(8)),
+            )
         )
         if check:
-            self._note_check(check)
+            ctx.recorder.write(ResumeChecked(data=check))
         self._snapshots.take_first(
             self.facts,
             past=ctx.history,
             good=restored is None or restored.good,
             saved=restored is not None,
         )
-
-    def _note_check(self, check: dict[str, Any]) -> None:
-        wrong = [name for name, outcome in check.items() if outcome != "ok"]
-        message = "resumed state is what was saved"
-        if wrong:
-            message = f"resumed state differs in {', '.join(wrong)}"
-        self._ctx.recorder.event("resume_check", message, **check)
 
     def roll_back(
         self,
@@ -161,29 +153,27 @@ class TimelineSwitch:
             )
         if target is None:
             message = f"no valid state from before position {window[0]} to roll back to"
-            ctx.recorder.event("note", message)
+            ctx.recorder.write(Note(message=message))
             return False
         left = progress.step
         span = self.span(
             window=window, onset=onset, reason=reason, cause=cause, verdict=verdict, allowed=allowed
         )
         if verdict is not None and not allowed and (over := self._quarantine.over_share(span)):
-            ctx.recorder.event("note", f"no rollback: {over}")
+            ctx.recorder.write(Note(message=f"no rollback: {over}"))
             return False
-        data = self._quarantine.data_of(span)
-        out = f"out {amount(data)}" if span.last > span.first else "nothing out"
-        ctx.recorder.event(
-            "rollback",
-            f"rolled back from step {left} to {target.step} ({target.tier}), left {out}",
-            to_step=target.step,
-            from_step=left,
-            onset=onset,
-            window=list(window),
-            tier=target.tier,
-            new_timeline=progress.timeline + 1,
-            rung=verdict.escalation if verdict else "",
-            remedies=list(verdict.remedies) if verdict else [],
-            **data,
+        ctx.recorder.write(
+            RolledBack(
+                to_step=target.step,
+                from_step=left,
+                onset=onset,
+                window=window,
+                tier=target.tier,
+                new_timeline=progress.timeline + 1,
+                escalation=verdict.escalation if verdict else "",
+                remedies=verdict.remedies if verdict else (),
+                **self._quarantine.fields_of(span),
+            )
         )
         ctx.order.skip_span(span)
         self._restore(target)
@@ -229,20 +219,21 @@ class TimelineSwitch:
         """
         ctx, progress = self._ctx, self._ctx.progress
         self._set_phase(Phase.ROLLBACK)
-        ctx.recorder.event(
-            "undo",
-            f"line {plan.of} undone: back from step {progress.step} to {target.step} ({target.tier}), "
-            f"{plan.positions} samples taken back",
-            lines=list(lines),
-            spans=list(plan.spans),
-            pardons=[list(span) for span in plan.pardons],
-            rollbacks=list(plan.rollbacks),
-            samples=plan.positions,
-            to_step=target.step,
-            from_step=progress.step,
-            tier=target.tier,
-            new_timeline=progress.timeline + 1,
-            incident=plan.incident,
+        where = f"from step {progress.step} to {target.step} ({target.tier})"
+        ctx.recorder.write(
+            Undone(
+                message=f"line {plan.of} undone: back {where}, {plan.positions} samples allowed again",
+                lines=tuple(lines),
+                spans=plan.spans,
+                pardons=plan.pardons,
+                rollbacks=plan.rollbacks,
+                samples=plan.positions,
+                to_step=target.step,
+                from_step=progress.step,
+                tier=target.tier,
+                new_timeline=progress.timeline + 1,
+                incident=plan.incident,
+            )
         )
         ctx.order.undo_skips(plan.spans)
         self._restore(target)
@@ -283,11 +274,9 @@ class TimelineSwitch:
         differences = self._written.take(extra.get("written"), step=step)
         if differences:
             sentences = "; ".join(difference.sentence() for difference in differences)
-            self._ctx.recorder.event(
-                "note",
-                f"settings that are not those of the checkpoint: {sentences}",
-                settings=[asdict(difference) for difference in differences],
-            )
+            message = f"settings that are not those of the checkpoint: {sentences}"
+            changed = [asdict(difference) for difference in differences]
+            self._ctx.recorder.write(Note(message=message, data={"settings": changed}))
 
     def facts(self, checkpoint: bool = False) -> dict[str, Any]:
         """Return what travels with a snapshot besides tensors.

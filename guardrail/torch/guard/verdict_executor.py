@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from guardrail.core.events.decisions import Diagnosed, FindingNoted, StepJudged, VerdictGiven
+from guardrail.core.events.run_state import Note
 from guardrail.core.records import Action, Diagnosis, Mode, Observation, Phase, Span, Verdict
 from guardrail.decide.advised_incidents import advised_words
 from guardrail.decide.diagnoses import signals_of
@@ -181,15 +183,15 @@ class VerdictExecutor:
             return verdict
         found = self.find_cause(step, verdict, reduced)
         diagnosis = controller.classify_shift(observation, found)
-        self._ctx.recorder.event(
-            "diagnosis",
-            f"cause of incident {verdict.incident}: {diagnosis.cause.value}: {diagnosis.reason}",
-            **msgspec.to_builtins(diagnosis),
-            incident=verdict.incident,
-            at_step=step.number,
-            batch=[step.batch.first, step.batch.last],
-            onset=verdict.onset,
-            signals=sorted(signals_of(verdict.findings)),
+        self._ctx.recorder.write(
+            Diagnosed(
+                **(msgspec.structs.asdict(diagnosis) | {"cause": diagnosis.cause.value}),
+                incident=verdict.incident,
+                at_step=step.number,
+                batch=(step.batch.first, step.batch.last),
+                onset=verdict.onset,
+                signals=tuple(sorted(signals_of(verdict.findings))),
+            )
         )
         step.verdict = controller.apply_diagnosis(observation, verdict, diagnosis)
         self._metrics.set_action(step.verdict.action)
@@ -283,12 +285,8 @@ class VerdictExecutor:
         self._applier.skip()
         scale = self._applier.lower_loss_scale()
         passed = f"positions {batch.first} to {batch.last - 1} are passed by"
-        ctx.recorder.event(
-            "note",
-            f"{verdict.reason}: {passed}, and it is {scale:g} now",
-            overflow=True,
-            loss_scale=scale,
-        )
+        message = f"{verdict.reason}: {passed}, and it is {scale:g} now"
+        ctx.recorder.write(Note(message=message, overflow=True, data={"loss_scale": scale}))
         ctx.order.advance(batch, applied=False)
 
     def _roll_back(self, step: Step, verdict: Verdict, *, allowed: bool = False) -> None:
@@ -365,8 +363,7 @@ class VerdictExecutor:
         if verdict.findings:
             self._write_verdict(step, verdict, evidence)
         if verdict.incident_state:
-            message, data = controller.incident_line(verdict)
-            self._ctx.recorder.event("incident", message, **data)
+            self._ctx.recorder.write(controller.incident_line(verdict))
         self._snapshots.note_incident(controller.incidents.since)
 
     def _write_verdict(self, step: Step, verdict: Verdict, evidence: dict[str, Any]) -> None:
@@ -375,25 +372,24 @@ class VerdictExecutor:
         if modules := evidence.get("modules"):
             names = ", ".join(f"{module} on rank {rank}" for rank, module in modules.items())
             reason += f"; first non-finite output: {names}"
-        kind, what = "verdict", f"{verdict.action.value} at step"
+        line: type[StepJudged] = VerdictGiven
+        what = f"{verdict.action.value} at step"
         if verdict.action is Action.APPLY and verdict.would is None:
-            kind, what = "finding", "step"
+            line, what = FindingNoted, "step"
         elif verdict.would is not None and verdict.action in (Action.APPLY, Action.FP16_OVERFLOW):
             what = f"{advised_words(verdict.would.value)} at step"
-        beyond: dict[str, Any] = {}
-        if verdict.beyond:
-            beyond["beyond"] = verdict.beyond.value
-        self._ctx.recorder.event(
-            kind,
-            f"{what} {step.number}: {reason}",
-            action=verdict.action.value,
-            would=verdict.would.value if verdict.would else None,
-            **beyond,
-            findings=list(verdict.findings),
-            onset=verdict.onset,
-            window=list(verdict.window) if verdict.window else None,
-            incident=self._ctx.progress.incident,
-            batch=[step.batch.first, step.batch.last],
-            at_step=step.number,
-            **evidence,
+        self._ctx.recorder.write(
+            line(
+                message=f"{what} {step.number}: {reason}",
+                action=verdict.action.value,
+                would=verdict.would.value if verdict.would else None,
+                beyond=verdict.beyond.value if verdict.beyond else None,
+                findings=verdict.findings,
+                onset=verdict.onset,
+                window=verdict.window,
+                incident=self._ctx.progress.incident,
+                batch=(step.batch.first, step.batch.last),
+                at_step=step.number,
+                **evidence,
+            )
         )

@@ -31,6 +31,7 @@ from guardrail.operate.preview import preview_command, preview_in_run
 from guardrail.operate.run_state import RunState
 from guardrail.rundir.run_directory import RunDirectory, check_command
 from guardrail.tui.screens import keys
+from tests.support.events import make_line
 from tests.support.examples.damp_command import FACTOR, Damp
 from tests.support.fake_run import FakeRun
 from tests.support.places import ROOT
@@ -73,7 +74,7 @@ class Effects(ReplayTarget):
 def line(command: ControlCommand, effect: str = "applied", **data: Any) -> Event:
     """The journal line of a command at step 7."""
     fields = {"command": command.name, "value": command.value, "effect": effect, **data}
-    return Event(
+    return make_line(
         seq=1, time=0.0, step=7, timeline=0, kind="command", message=command.describe(), data=fields
     )
 

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from guardrail.core.events.event import Event
+from guardrail.core.files import encode_json
 from guardrail.core.format import format_plural
 from guardrail.core.guard_options import EscalationStep, GuardOptions
 from guardrail.core.records import (
@@ -30,7 +31,9 @@ from guardrail.core.records import (
     Verdict,
 )
 from guardrail.decide.controller import Controller
-from guardrail.decide.policy import Rollback
+from guardrail.decide.rollback import Rollback
+from guardrail.decide.run_history import RunHistory
+from tests.support.events import make_line
 from tests.support.feed import BATCH, Trainer, healthy_loss, noisy, obs, plain, through_json, warmed
 
 DEFAULT = GuardOptions()
@@ -191,14 +194,15 @@ def test_rollbacks_are_read_from_the_journal_as_it_is_written() -> None:
         "onset": 160,
         "window": [2544, 3200],
         "tier": "memory",
+        "new_timeline": 1,
     }
-    controller.load_rollbacks(
-        [data | {"span": {"cause": "user", "first": 1, "last": 2, "step": 3}}]
-    )
+    span = {"cause": "user", "first": 1, "last": 2, "step": 3}
+    (by_user,) = RunHistory.of([event("rollback", step, **data, span=span)]).rollbacks
+    controller.load_rollbacks([by_user])
     assert rejections(controller, step, 3)[-1].action is Action.ROLLBACK
-    controller.load_rollbacks(
-        [data | {"span": {"cause": "rollback", "first": 1, "last": 2, "step": 3}}]
-    )
+    span = {"cause": "rollback", "first": 1, "last": 2, "step": 3}
+    (by_guard,) = RunHistory.of([event("rollback", step, **data, span=span)]).rollbacks
+    controller.load_rollbacks([by_guard])
     assert rejections(controller, step, 3)[-1].action is Action.HALT
 
 
@@ -685,8 +689,8 @@ def test_trouble_that_never_ends_halts_within_the_budget() -> None:
 
 
 def event(kind: str, step: int, **data: Any) -> Event:
-    encoded = msgspec.json.decode(msgspec.json.encode(data))
-    return Event(seq=1, time=0.0, step=step, timeline=0, kind=kind, data=encoded)
+    encoded = msgspec.json.decode(encode_json(data))
+    return make_line(seq=1, time=0.0, step=step, timeline=0, kind=kind, data=encoded)
 
 
 def test_facts_come_back_from_the_journal() -> None:
@@ -720,8 +724,8 @@ def test_facts_come_back_from_the_journal() -> None:
         whole.observe(obs(step, math.nan, 0.5, first=first + BATCH, streak=1, nonfinite_loss=(0,)))
     )
     done = {"to_step": 150, "from_step": 190, "onset": 160, "window": [2544, 3200]}
-    events.append(event("rollback", 150, **done))
-    whole.load_rollbacks([done])
+    events.append(event("rollback", 150, new_timeline=1, **done))
+    whole.load_rollbacks(RunHistory.of(events[-1:]).rollbacks)
 
     fresh = Controller(GuardOptions(max_rollbacks=1))
     fresh.load_state_dict(state)

@@ -15,6 +15,7 @@ import pytest
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.cli.main import main
 from guardrail.core.events.event import Event
+from guardrail.core.events.kinds import with_data
 from guardrail.core.files import encode_json
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
@@ -37,6 +38,7 @@ from guardrail.operate.run_summary import summarize_run
 from guardrail.report.output import summary_text
 from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
 from guardrail.rundir.run_directory import RunDirectory
+from tests.support.events import make_line
 from tests.support.feed import BATCH, noisy, obs
 from tests.support.jumping import HIGH, USUAL, Loop
 
@@ -99,14 +101,14 @@ class Fed:
                 at_step=verdict.step,
             )
         if verdict.incident_state:
-            message, data = self.controller.incident_line(verdict)
-            self.event("incident", message, **data)
+            line = with_data(self.controller.incident_line(verdict))
+            self.event("incident", line.message, **line.data)
 
     def event(self, kind: str, message: str = "", **data: Any) -> None:
         plain = json.loads(encode_json(data))
         seq = len(self.events) + 1
         self.events.append(
-            Event(
+            make_line(
                 seq=seq,
                 time=0.0,
                 step=self.step,

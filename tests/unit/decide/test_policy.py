@@ -6,7 +6,6 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Finding, FindingKind, Severity, SnapshotInfo
 from guardrail.decide.incidents import Incidents
 from guardrail.decide.policy import (
-    Rollback,
     by_severity,
     choose_target,
     confirmed,
@@ -14,6 +13,7 @@ from guardrail.decide.policy import (
     is_anomaly,
     recent_rollbacks,
 )
+from guardrail.decide.rollback import Rollback
 
 SETTINGS = GuardOptions(rollback_after_rejections=3, max_rollbacks=2, reset_budget_after=100)
 

@@ -19,10 +19,10 @@ from guardrail.decide.controller import Controller
 from guardrail.decide.embedding_lead import embedding_leads
 from guardrail.decide.escalation import choose_remedy, count_uses
 from guardrail.decide.incidents import PATIENCE, Incidents
-from guardrail.decide.policy import Rollback
 from guardrail.decide.recovery import LEAST, compare, fit_trend
 from guardrail.decide.remedies.effects import compute_factor, resets_moments
 from guardrail.decide.remedies.registry import BY_ACTION
+from guardrail.decide.rollback import Rollback
 from tests.support.feed import BATCH, noisy, obs, warmed
 
 
@@ -363,5 +363,5 @@ def test_a_place_that_spikes_again_has_recurred() -> None:
         states += [verdict.incident_state for verdict in said]
         controller.load_rollbacks([*controller.rollbacks, done("rollback", step - 1)])
     assert states == ["open", "", "", "", "", "repeated"]
-    _, data = controller.incident_line(said[-1])
-    assert data["state"] == "repeated" and data["curve"] == controller.incidents.curve is not None
+    line = controller.incident_line(said[-1])
+    assert line.state == "repeated" and line.curve == controller.incidents.curve is not None

@@ -17,6 +17,7 @@ from guardrail.core.records import Mode
 from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.run_directory import RunDirectory
+from tests.support.events import make_line
 from tests.support.jumping import Loop
 
 WRONG: tuple[Any, ...] = (None, "x", [], [1], {}, -1, 1e300, float("nan"), "absent")
@@ -58,7 +59,9 @@ def events(loop: Loop) -> list[Event]:
     ]
     for kind, data in more:
         seq += 1
-        found.append(Event(seq=seq, time=0.0, step=rollback.step, timeline=1, kind=kind, data=data))
+        found.append(
+            make_line(seq=seq, time=0.0, step=rollback.step, timeline=1, kind=kind, data=data)
+        )
     return found
 
 

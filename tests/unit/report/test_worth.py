@@ -14,11 +14,13 @@ import msgspec
 import pytest
 
 from guardrail.cli.main import main
+from guardrail.core.events.kinds import with_data
 from guardrail.core.files import encode_json
 from guardrail.core.format import format_number
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import GRAD_NORM, LOSS, Action, LossTrend, Observation, Verdict
 from guardrail.decide.controller import Controller
+from guardrail.decide.run_history import RunHistory
 from guardrail.report.build import build_report
 from guardrail.report.costs import judge_effect
 from guardrail.report.incident import Cost, Incident
@@ -58,11 +60,11 @@ class Told:
                 "onset": ONSET,
                 "window": [792, 808],
             }
-            self.run.append(
+            line = self.run.append(
                 "rollback", "back", step=ONSET - 1, timeline=1, new_timeline=1, incident=1, **back
             )
             self.controller.load_state_dict(before)
-            self.controller.load_rollbacks([{**back, "incident": 1}])
+            self.controller.load_rollbacks(RunHistory.of([line]).rollbacks)
         step = ONSET if shift == 1.0 else BACK + 1
         while self.closed is None:
             self.step(
@@ -89,8 +91,8 @@ class Told:
             }
             self.run.append("verdict", verdict.reason, step=step - 1, timeline=timeline, **data)
         if verdict.incident_state:
-            message, data = self.controller.incident_line(verdict)
-            self.run.append("incident", message, step=step - 1, timeline=timeline, **data)
+            line = with_data(self.controller.incident_line(verdict))
+            self.run.append("incident", line.message, step=step - 1, timeline=timeline, **line.data)
             self.closed = verdict if verdict.outcome is not None else None
 
 

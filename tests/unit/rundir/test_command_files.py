@@ -17,6 +17,7 @@ from guardrail.core.records import Command
 from guardrail.rundir.command_files import Inbox, find_interrupted
 from guardrail.rundir.mailbox import CommandPoller
 from guardrail.rundir.run_directory import RunDirectory, check_command
+from tests.support.events import make_line
 from tests.support.lab import wait_for
 
 
@@ -200,7 +201,7 @@ def test_a_command_that_can_never_be_obeyed_is_not_even_sent(run: RunDirectory) 
 
 
 def line(seq: int, kind: str, step: int = 0, **data: Any) -> Event:
-    return Event(seq=seq, time=0.0, step=step, timeline=0, kind=kind, data=data)
+    return make_line(seq=seq, time=0.0, step=step, timeline=0, kind=kind, data=data)
 
 
 def test_what_was_answered_and_not_done_is_due_where_it_was_said_to_take_effect() -> None:

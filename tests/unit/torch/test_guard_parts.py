@@ -64,6 +64,7 @@ from guardrail.torch.measure.reduced_step import ReducedStep
 from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.update_gate import Gate
 from guardrail.torch.state.training_state import TrainingState
+from tests.support.events import make_line
 
 
 class Rig:
@@ -195,7 +196,7 @@ def test_a_new_journal_line_changes_the_effects_of_a_step() -> None:
     assert rig.ctx.effects(5).lr == 1.0
     data = {"command": "lr", "value": 0.5, "effect": "applied"}
     rig.ctx.history.add(
-        Event(seq=1, time=0.0, step=3, timeline=0, kind="command", message="", data=data)
+        make_line(seq=1, time=0.0, step=3, timeline=0, kind="command", message="", data=data)
     )
     assert rig.ctx.effects(5).lr == 0.5
     rig.ctx.set_history(RunHistory())

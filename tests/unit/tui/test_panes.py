@@ -39,6 +39,7 @@ from guardrail.tui.model.view import Snapshot, View
 from guardrail.tui.panes import ranks as ranks_pane
 from guardrail.tui.panes.table import BY_NAME, PANES
 from guardrail.tui.screens import header_footer as panels
+from tests.support.events import make_line
 from tests.support.fake_run import FakeRun, example, snapshot_of
 from tests.support.places import ROOT
 
@@ -452,7 +453,7 @@ def test_evidence_tells_cause_samples_remedy_and_outcome() -> None:
 
 def test_what_is_undone_is_no_longer_left_out() -> None:
     def event(seq: int, kind: str, **data: Any) -> Event:
-        return Event(seq=seq, time=1.0, step=9, timeline=0, kind=kind, data=data)
+        return make_line(seq=seq, time=1.0, step=9, timeline=0, kind=kind, data=data)
 
     evidence = EvidenceBuilder()
     one = {"first": 0, "last": 16, "cause": "rejected", "step": 9}
@@ -470,7 +471,7 @@ def test_what_is_undone_is_no_longer_left_out() -> None:
 
 
 def test_the_journal_says_who_gave_a_command() -> None:
-    event = Event(seq=1, time=1.0, step=9, timeline=0, kind="command", message="pause applied",
+    event = make_line(seq=1, time=1.0, step=9, timeline=0, kind="command", message="pause applied",
                   data={"who": "ana@node-1\x1b[2J", "effect": "applied"})  # fmt: skip
     assert make_log_line(event).text == "pause applied (by ana@node-1)"
     assert make_log_line(msgspec.structs.replace(event, data={})).text == "pause applied"

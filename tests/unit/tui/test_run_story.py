@@ -13,11 +13,14 @@ from guardrail.core.records import Finding, FindingKind, Severity
 from guardrail.tui.model.incident_list import format_skipped
 from guardrail.tui.model.log_lines import make_log_line
 from guardrail.tui.model.run_story import Story, StoryBuilder
+from tests.support.events import make_line
 from tests.support.fake_run import FakeRun, example
 
 
 def event(kind: str, message: str = "", *, step: int = 10, seq: int = 1, **data: Any) -> Event:
-    return Event(seq=seq, time=0.0, step=step, timeline=0, kind=kind, message=message, data=data)
+    return make_line(
+        seq=seq, time=0.0, step=step, timeline=0, kind=kind, message=message, data=data
+    )
 
 
 def story(*events: Event) -> Story:
@@ -225,7 +228,7 @@ _names = st.sampled_from(
 )
 def test_strange_journals_never_raise(lines: list[tuple[str, str, dict[str, Any]]]) -> None:
     events = [
-        Event(seq=i, time=1.0, step=5, timeline=0, kind=k, message=m, data=d)
+        make_line(seq=i, time=1.0, step=5, timeline=0, kind=k, message=m, data=d)
         for i, (k, m, d) in enumerate(lines)
     ]
     assert len(story(*events).lines) == len(events)
