@@ -1,9 +1,10 @@
-"""Which samples of a batch stand out, by their loss and by their share of the gradient. Pure.
+"""Which samples of a batch stand out, by their loss and by their gradient norm. Pure.
 
-The score is the distance of the logarithm from the median of ordinary samples in robust sigmas
-(1.4826 x the median absolute deviation; Hampel 1974, Iglewicz & Hoaglin 1993, who call 3.5 an
-outlier). Ordinary are the samples of healthy batches that the same state was shown; without enough
-of them, the batch's own, whose median the bad ones cannot move as long as they are fewer than half.
+The score is the distance of the logarithm from the median of ordinary samples, in robust sigmas
+(1.4826 x the median absolute deviation; Hampel 1974; Iglewicz & Hoaglin 1993, who call 3.5 an
+outlier). Ordinary samples are those of healthy batches that the same state was given. Without
+enough of them, the batch's own samples are used: bad ones cannot move their median as long as they
+are fewer than half.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from collections.abc import Sequence
 
 from guardrail.core.records import Record
 
-ENOUGH = 8  # ordinary samples behind a median
-# Robust sigmas. Far beyond 3.5: a batch of hundreds of ordinary samples must name none, and a
-# median absolute deviation of a dozen samples may be off by half.
+ENOUGH = 8  # ordinary samples needed for a median
+# Robust sigmas. Far above 3.5: in a batch of hundreds of ordinary samples none may be named, and a
+# median absolute deviation of a dozen samples may be wrong by half.
 LIMIT = 6.0
-# Least sigmas in log units: 5 % of a loss, 25 % of a gradient norm are no outliers, however alike
-# the samples are.
+# Least sigmas in log units: 5 % of a loss and 25 % of a gradient norm are no outliers, however
+# similar the samples are.
 LOSS_FLOOR, GRADIENT_FLOOR = 0.05, 0.25
 
 
@@ -28,10 +29,10 @@ class Sample(Record, frozen=True, kw_only=True):
 
     Attributes:
         position: in the sample order.
-        loss: mean over its label tokens, nats; NaN where it has none, or where nobody told.
+        loss: mean over its label tokens, nats; NaN if it has none or the loss is not known.
         tokens: label tokens.
         gradient: norm of the gradient at the output of the embedding, up to a factor that all
-            samples share; NaN where nobody told.
+            samples share; NaN if it is not known.
     """
 
     position: int
@@ -44,10 +45,10 @@ class Outlier(Record, frozen=True, kw_only=True):
     """A sample that stands out.
 
     Attributes:
-        score: robust sigmas of the loss or the gradient, whichever is further out; Inf where a
-        number is not finite.
-        share: of the batch's squared gradient norm at the embedding, in [0, 1]; NaN where it cannot
-        be told.
+        score: robust sigmas of the loss or the gradient, the larger one; Inf if a number is not
+            finite.
+        share: of the batch's squared gradient norm at the embedding, in [0, 1]; NaN if it is not
+            known.
     """
 
     sample: Sample
@@ -55,60 +56,64 @@ class Outlier(Record, frozen=True, kw_only=True):
     share: float = math.nan
 
 
-def outliers(batch: Sequence[Sample], ordinary: Sequence[Sample]) -> list[Outlier]:
-    """The samples of a batch that stand out, furthest first.
+def find_outliers(batch: Sequence[Sample], ordinary: Sequence[Sample]) -> list[Outlier]:
+    """Return the samples of a batch that stand out, the largest score first.
 
     Args:
         ordinary: samples of healthy batches from the same state.
     """
-    losses = _scale(
-        [sample.loss for sample in ordinary], [sample.loss for sample in batch], LOSS_FLOOR
+    losses = _log_scale([s.loss for s in ordinary], [s.loss for s in batch], LOSS_FLOOR)
+    gradients = _log_scale(
+        [s.gradient for s in ordinary], [s.gradient for s in batch], GRADIENT_FLOOR
     )
-    gradients = _scale([s.gradient for s in ordinary], [s.gradient for s in batch], GRADIENT_FLOOR)
-    squares = [sample.gradient**2 for sample in batch]
-    total = sum(squares)
-    found = []
-    for sample, square in zip(batch, squares, strict=True):
+    total = sum(sample.gradient**2 for sample in batch)
+    outliers: list[Outlier] = []
+    for sample in batch:
         if not sample.tokens:
             continue
         score = max(_score(sample.loss, losses), _score(sample.gradient, gradients))
         if score > LIMIT:
-            share = square / total if 0 < total < math.inf else math.nan
-            found.append(Outlier(sample=sample, score=score, share=share))
-    return sorted(found, key=lambda outlier: (-outlier.score, outlier.sample.position))
+            share = sample.gradient**2 / total if 0 < total < math.inf else math.nan
+            outliers.append(Outlier(sample=sample, score=score, share=share))
+    return sorted(outliers, key=lambda outlier: (-outlier.score, outlier.sample.position))
 
 
-def foremost(found: Sequence[Outlier], ordinary: Sequence[Sample], *, part: float) -> list[Outlier]:
-    """Those outliers that have this part in what the batch shows: of the greatest excess of loss or
-    of the greatest squared gradient among them, in their order.
+def select_heaviest(
+    outliers: Sequence[Outlier], ordinary: Sequence[Sample], *, part: float
+) -> list[Outlier]:
+    """Return the outliers with at least this part of the weight of the heaviest one, in order.
 
-    Samples of a well-trained model are so alike that one whose last label is the first token of a
-    bad document stands out as clearly, with a hundredth of its weight.
+    The weight is the excess of the loss, or the squared gradient norm. In a well-trained model
+    samples are so similar that one whose last label is the first token of a bad document stands out
+    as clearly as a bad one, with a hundredth of its weight.
     """
     losses = [sample.loss for sample in ordinary if math.isfinite(sample.loss)]
     usual = statistics.median(losses) if losses else 0.0
-    excess = [_weight(outlier.sample.loss - usual) for outlier in found]
-    squares = [_weight(outlier.sample.gradient**2) for outlier in found]
-    most, longest = max(excess, default=0.0), max(squares, default=0.0)
-    return [
-        outlier
-        for outlier, loss, square in zip(found, excess, squares, strict=True)
-        if outlier.score == math.inf or _part(loss, most) >= part or _part(square, longest) >= part
-    ]
+    excess = [_weight(outlier.sample.loss - usual) for outlier in outliers]
+    squares = [_weight(outlier.sample.gradient**2) for outlier in outliers]
+    most, largest = max(excess, default=0.0), max(squares, default=0.0)
+    heaviest: list[Outlier] = []
+    for outlier, loss, square in zip(outliers, excess, squares, strict=True):
+        weight = max(_part_of(loss, most), _part_of(square, largest))
+        if outlier.score == math.inf or weight >= part:
+            heaviest.append(outlier)
+    return heaviest
 
 
 def _weight(value: float) -> float:
     return 0.0 if math.isnan(value) else max(0.0, value)
 
 
-def _part(value: float, most: float) -> float:
-    return 0.0 if not most or math.isinf(most) else value / most
+def _part_of(value: float, most: float) -> float:
+    if not most or math.isinf(most):
+        return 0.0
+    return value / most
 
 
-def _scale(
+def _log_scale(
     ordinary: Sequence[float], own: Sequence[float], floor: float
 ) -> tuple[float, float] | None:
-    """(centre, sigma) of the logarithms; None where nothing is known."""
+    """Return (centre, sigma) of the logarithms; None if there are too few numbers."""
     for values in (ordinary, own):
         logs = [math.log(value) for value in values if 0 < value < math.inf]
         if len(logs) >= ENOUGH or (values is own and len(logs) > 2):
@@ -123,4 +128,7 @@ def _score(value: float, scale: tuple[float, float] | None) -> float:
         return 0.0
     if not math.isfinite(value):
         return math.inf
-    return (math.log(value) - scale[0]) / scale[1] if value > 0 else 0.0
+    if value <= 0:
+        return 0.0
+    centre, sigma = scale
+    return (math.log(value) - centre) / sigma

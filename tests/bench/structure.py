@@ -3,7 +3,7 @@ data.
 
     python -m tests.bench.structure [--rounds 120 400]
 
-The measure of guardrail.decide.root_cause.structure_of on a decoder of 35,000 parameters, after so
+The measure of guardrail.decide.root_cause.add_label_order on a decoder of 35,000 parameters, after so
 many steps on the source of Python's standard library, eight batches of each kind, fp32 on the CPU.
 """
 

@@ -26,8 +26,9 @@ from guardrail.core.records import (
     Observation,
     Severity,
 )
+from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
 from guardrail.decide.controller import Controller
-from guardrail.decide.root_cause import AnomalySignature, ReplayPass, ahead_of, structure_of
+from guardrail.decide.root_cause import add_batches_ahead, add_label_order
 from guardrail.report.build import build_report
 from tests.parallel.test_law import killed_behind
 from tests.support.events import make_line
@@ -82,7 +83,9 @@ def test_all_that_is_looked_at_ahead_must_be_in_the_same_trouble(
     losses: tuple[float, ...], ahead: bool
 ) -> None:
     before = Diagnosis(cause=Cause.DATA, reason="it comes again", passes=6)
-    after = ahead_of(before, AnomalySignature.of([SPIKE]), far(*losses), passes=6 + len(losses))
+    after = add_batches_ahead(
+        before, AnomalySignature.from_findings([SPIKE]), far(*losses), passes=6 + len(losses)
+    )
     assert after.ahead is ahead and after.passes == 6 + len(losses) and after.cause is Cause.DATA
     hit = sum(value > 4.0 for value in losses)
     assert (f"so do {hit} of {len(losses)} batches" in after.reason) == bool(losses)
@@ -101,7 +104,9 @@ def test_what_is_not_a_number_is_never_the_level() -> None:
         onset=31,
     )
     before = Diagnosis(cause=Cause.DATA, reason="it comes again", passes=6)
-    assert not ahead_of(before, AnomalySignature.of([nan]), far(*[math.nan] * 5), passes=11).ahead
+    assert not add_batches_ahead(
+        before, AnomalySignature.from_findings([nan]), far(*[math.nan] * 5), passes=11
+    ).ahead
 
 
 # -- the controller
@@ -323,7 +328,7 @@ def structured(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(diagnosis: Diagnosis, gains: object, usual: object, *, passes: int) -> Diagnosis:
         return structs.replace(diagnosis, structure=0.6, passes=passes)
 
-    monkeypatch.setattr(guardrail.torch.diagnose.cause_test, "structure_of", measured)
+    monkeypatch.setattr(guardrail.torch.diagnose.cause_test, "add_label_order", measured)
 
 
 AT = 35  # first step of another kind of data
@@ -443,12 +448,12 @@ def test_data_whose_structure_was_not_measured_is_never_accepted_as_new_data(rai
 
 def test_a_measure_needs_something_to_be_measured_by() -> None:
     before = Diagnosis(cause=Cause.DATA, reason="it comes again", passes=6)
-    assert structure_of(before, [0.45], [0.8, 1.0], passes=9).structure == pytest.approx(0.5)
-    assert structure_of(before, [0.05], [0.06, 0.07], passes=9).structure is None, (
+    assert add_label_order(before, [0.45], [0.8, 1.0], passes=9).structure == pytest.approx(0.5)
+    assert add_label_order(before, [0.05], [0.06, 0.07], passes=9).structure is None, (
         "the model has learnt no order yet"
     )
-    assert structure_of(before, [0.45], [], passes=9).structure is None
-    assert structure_of(before, [None], [0.8], passes=6).structure is None
+    assert add_label_order(before, [0.45], [], passes=9).structure is None
+    assert add_label_order(before, [None], [0.8], passes=6).structure is None
 
 
 def test_labels_in_another_order_are_the_same_labels_row_by_row() -> None:

@@ -56,7 +56,7 @@ SIGNATURES = {
     "Guard.report_phase": "(self, phase: 'Phase') -> 'None'",
     "Guard.share_of": "(self, batch: 'Batch') -> 'tuple[int, ...]'",
     "Guard.status": "(self) -> 'Status'",
-    "LoopHooks": "(*, replay: 'Replay | None' = None, label_order_gain: 'Structure | None' = None, "
+    "LoopHooks": "(*, replay: 'Replay | None' = None, label_order_gain: 'LabelOrderLosses | None' = None, "
     "rerun_forward: 'Callable[[], None] | None' = None, "
     "describe_samples: 'DescribeSamples | None' = None, sample_texts: 'Texts | None' = None, "
     "describe_tokens: 'DescribeTokens | None' = None, "

@@ -1,14 +1,13 @@
-"""Which samples of a rejected batch are to blame, and whether leaving only them out is enough.
+"""Which samples of a rejected batch are bad, and whether it is enough to skip only them.
 
 Samples that stand out among those of healthy batches (guardrail.decide.sample_outliers) are named
-with their documents and with what is odd about their text (guardrail.report.text_quality). If they
-are few, the batch is run once more without those that weigh most, else without more of them; where
-it is healthy then, they alone are left out, and the batch is formed again from the same place in
-the order.
+with their documents and with the anomalies of their text (guardrail.report.text_quality). If they
+are few, the batch is run once more without the heaviest of them, then without more of them. If it
+is healthy then, only they are skipped, and the batch is formed again from the same position.
 
-Where updates of bad data are in the weights the samples are looked at from an older state, in every
-batch from the onset on: a rollback leaves only them out where without them each of these batches is
-healthy there.
+If updates of bad data are in the weights already, the samples are examined from an older state, in
+every batch from the onset on. A rollback then skips only those samples without which each of these
+batches is healthy.
 """
 
 from __future__ import annotations
@@ -20,32 +19,34 @@ import msgspec
 
 from guardrail.core.records import MAX_NAMED, Record, Verdict
 from guardrail.core.text import clean_text
+from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
 from guardrail.decide.rollback_window import Applied
-from guardrail.decide.root_cause import AnomalySignature, ReplayPass
 from guardrail.decide.sample_cursor import Batch, SampleCursor
-from guardrail.decide.sample_outliers import Outlier, Sample, foremost, outliers
+from guardrail.decide.sample_outliers import Outlier, Sample, find_outliers, select_heaviest
 from guardrail.report.text_quality import CorpusStatistics, text_anomalies
 from guardrail.torch.diagnose.batch_replay import Replays
 
-ORDINARY = 3  # healthy batches that the samples are held against
-# of a batch. Beyond it the batch's median is no longer one of good samples, and little would be
-# kept.
+ORDINARY = 3  # healthy batches that the samples are compared with
+# Largest share of a batch. Beyond it the batch's median is no longer that of good samples, and
+# little would be left.
 FEW = 0.5
-# of the weight of the worst sample, that a sample needs to be left out; tried one by one
+# Share of the heaviest sample's weight from which on a sample is skipped; tried one by one.
 PARTS = (0.1, 0.01, 0.0)
 EXCERPT = 160  # characters
-# Characters of a sample that are looked at for what is odd: the rejected step waits for it.
+# Characters of a sample that are searched for anomalies: the rejected step waits for it.
 LOOKED_AT = 16_384
 
-# Sample ids -> their texts, as the model met them.
+# Sample ids -> their texts, as the model got them.
 Texts = Callable[[Sequence[int]], list[str]]
 
 
 class Attribution(Record, frozen=True, kw_only=True):
-    """Attributes:
-    outliers: of the batch, furthest first; where `positions` are to be left out, these alone.
-    positions: that are to be left out, ascending, where they explain the trouble; else empty: all
-    of the batch. ordinary: positions of the samples that they were held against.
+    """The samples of a batch that stand out.
+
+    Attributes:
+        outliers: the largest score first; if `positions` are given, only these.
+        positions: ascending, those to skip if they explain the anomaly; empty: the complete batch.
+        ordinary: positions of the samples that they were compared with.
     """
 
     outliers: tuple[Outlier, ...]
@@ -53,7 +54,7 @@ class Attribution(Record, frozen=True, kw_only=True):
     ordinary: tuple[int, ...] = ()
 
 
-def attribute(
+def attribute_samples(
     batch: Batch,
     *,
     verdict: Verdict,
@@ -61,75 +62,80 @@ def attribute(
     ledger: SampleCursor,
     applied: Sequence[Applied],
 ) -> Attribution:
-    """A collective. Call it when gradients, dice and buffers of the attempt are gone.
+    """Find the samples of a rejected batch that stand out.
+
+    A collective. Call it when gradients, RNG states and buffers of the attempt are restored.
 
     Args:
-        verdict: that rejects the batch.
+        verdict: rejects the batch.
         applied: the last applied batches, oldest first.
     """
-    step, trouble = verdict.step, AnomalySignature.of(verdict.findings)
+    step, anomaly = verdict.step, AnomalySignature.from_findings(verdict.findings)
     onset = min(verdict.onset or step, step)
+    earlier = [one for one in applied if one.step < onset]
     with replays.visit(keep_gradients=False):
         ordinary: list[Sample] = []
-        for one in [one for one in applied if one.step < onset][-ORDINARY:]:
+        for one in earlier[-ORDINARY:]:
             healthy = ledger.batch_of_range(one.first, one.last)
-            ordinary += replays.samples(healthy, step=step) if healthy is not None else []
-        return _attribute(
-            batch, ordinary, step=step, trouble=trouble, replays=replays, ledger=ledger
+            if healthy is not None:
+                ordinary += replays.samples(healthy, step=step)
+        return _find_bad_samples(
+            batch, ordinary, step=step, anomaly=anomaly, replays=replays, ledger=ledger
         )
 
 
-def explaining(
+def find_explaining_positions(
     batches: Sequence[Batch],
     *,
     healthy: Sequence[Batch],
     level: ReplayPass | None,
     step: int,
-    trouble: AnomalySignature,
+    anomaly: AnomalySignature,
     replays: Replays,
     ledger: SampleCursor,
 ) -> tuple[int, ...]:
-    """The few samples without which none of these batches is in trouble, ascending; () where there
-    are none such.
+    """Return the few positions without which none of these batches shows the anomaly, ascending.
 
-    A collective, within a visit of an older state.
+    () if there are none such. A collective, inside `Replays.at_older_state`.
 
     Args:
-        batches: from the onset of the trouble on.
+        batches: from the onset of the anomaly on.
         healthy: from before it.
-        level: one of these from that state.
-        step: that an update of that state would get.
+        level: pass of a healthy batch from that state.
+        step: number that an update of that state would get.
     """
-    ordinary = [sample for one in healthy for sample in replays.samples(one, step=step)]
-    found: list[int] = []
+    ordinary: list[Sample] = []
+    for one in healthy:
+        ordinary += replays.samples(one, step=step)
+    positions: list[int] = []
     for batch in batches:
-        shown = trouble.shown_by(replays.run(batch, step=step, what="the batch"), level)
-        named = _attribute(
-            batch, ordinary, step=step, trouble=trouble, replays=replays, ledger=ledger, level=level
+        result = replays.run(batch, step=step, what="the batch")
+        attribution = _find_bad_samples(
+            batch, ordinary, step=step, anomaly=anomaly, replays=replays, ledger=ledger, level=level
         )
-        if shown and not named.positions:
+        if anomaly.is_shown_by(result, level) and not attribution.positions:
             return ()
-        found += named.positions
-    return tuple(sorted(found))
+        positions += attribution.positions
+    return tuple(sorted(positions))
 
 
-def _attribute(
+def _find_bad_samples(
     batch: Batch,
     ordinary: Sequence[Sample],
     *,
     step: int,
-    trouble: AnomalySignature,
+    anomaly: AnomalySignature,
     replays: Replays,
     ledger: SampleCursor,
     level: ReplayPass | None = None,
 ) -> Attribution:
-    found = outliers(replays.samples(batch, step=step), ordinary)
-    named = Attribution(
-        outliers=tuple(found), ordinary=tuple(sample.position for sample in ordinary)
+    outliers = find_outliers(replays.samples(batch, step=step), ordinary)
+    attribution = Attribution(
+        outliers=tuple(outliers), ordinary=tuple(sample.position for sample in ordinary)
     )
     tried: list[int] = []
     for part in PARTS:
-        some = foremost(found, ordinary, part=part)
+        some = select_heaviest(outliers, ordinary, part=part)
         bad = sorted(outlier.sample.position for outlier in some)
         if not bad or bad == tried or len(bad) > FEW * len(batch.positions):
             continue
@@ -137,33 +143,40 @@ def _attribute(
         rest = ledger.batch_of_positions(
             position for position in batch.positions if position not in bad
         )
-        if rest is None or trouble.shown_by(
-            replays.run(rest, step=step, what="the rest of the batch"), level
-        ):
+        if rest is None:
             continue
-        return msgspec.structs.replace(named, outliers=tuple(some), positions=tuple(bad))
-    return named
+        result = replays.run(rest, step=step, what="the rest of the batch")
+        if not anomaly.is_shown_by(result, level):
+            return msgspec.structs.replace(attribution, outliers=tuple(some), positions=tuple(bad))
+    return attribution
 
 
-def told(
+def describe_outliers(
     attribution: Attribution,
     *,
     ledger: SampleCursor,
     texts: Texts | None,
     documents: Callable[[Sequence[int]], tuple[list[dict[str, Any]], int]] | None,
 ) -> list[dict[str, Any]]:
-    """The outliers for the journal: position, id, loss, score, share, documents, excerpt, and what
-    is odd.
+    """Return the outliers for the journal.
+
+    Each has position, id, loss, score and share, and, where they are known, documents, an excerpt
+    of the text, and its anomalies ("odd").
     """
-    chosen = attribution.outliers[:MAX_NAMED]
-    ids = [ledger.order.sample(outlier.sample.position) for outlier in chosen]
-    ordinary = [ledger.order.sample(position) for position in attribution.ordinary]
-    written = texts([*ids, *ordinary]) if texts is not None else []
-    mine, theirs = written[: len(ids)], written[len(ids) :]
-    usual = CorpusStatistics(text[:LOOKED_AT] for text in theirs) if theirs else None
-    lines = []
-    for at, (outlier, sample) in enumerate(zip(chosen, ids, strict=True)):
-        line: dict[str, Any] = {
+    outliers = attribution.outliers[:MAX_NAMED]
+    ids = [ledger.order.sample(outlier.sample.position) for outlier in outliers]
+    ordinary_ids = [ledger.order.sample(position) for position in attribution.ordinary]
+    own_texts: list[str] = []
+    ordinary_texts: list[str] = []
+    if texts is not None:
+        all_texts = texts([*ids, *ordinary_ids])
+        own_texts, ordinary_texts = all_texts[: len(ids)], all_texts[len(ids) :]
+    usual: CorpusStatistics | None = None
+    if ordinary_texts:
+        usual = CorpusStatistics(text[:LOOKED_AT] for text in ordinary_texts)
+    entries: list[dict[str, Any]] = []
+    for index, (outlier, sample) in enumerate(zip(outliers, ids, strict=True)):
+        entry: dict[str, Any] = {
             "position": outlier.sample.position,
             "id": sample,
             "loss": outlier.sample.loss,
@@ -171,13 +184,13 @@ def told(
             "share": outlier.share,
         }
         if documents is not None:
-            line["documents"] = documents([sample])[0]
-        if mine:
-            others = [*mine[:at], *mine[at + 1 :], *theirs]
-            line |= {
-                "excerpt": clean_text(mine[at], EXCERPT),
-                "odd": text_anomalies(mine[at][:LOOKED_AT], usual=usual),
-            }
-            line["odd"] += ["the very same text as another sample"] * (mine[at] in others)
-        lines.append(line)
-    return lines
+            entry["documents"] = documents([sample])[0]
+        if own_texts:
+            text = own_texts[index]
+            others = [*own_texts[:index], *own_texts[index + 1 :], *ordinary_texts]
+            entry["excerpt"] = clean_text(text, EXCERPT)
+            entry["odd"] = text_anomalies(text[:LOOKED_AT], usual=usual)
+            if text in others:
+                entry["odd"].append("the very same text as another sample")
+        entries.append(entry)
+    return entries

@@ -1,9 +1,9 @@
-"""Runs batches again between a verdict and its effect, and leaves no trace of it.
+"""Runs batches again between a verdict and its effect, without changing the run.
 
-At a rejected step the optimizer has not stepped: parameters, moments and schedules are still those
-that the batch met. A pass changes gradients, dice and buffers, and an older state changes
-parameters; all of them are put back bit by bit. Moments, rates, loss scale, ledger and detectors
-are never touched: a forward and a backward pass need none of them.
+At a rejected step the optimizer has not stepped: parameters, moments and schedules are those that
+the batch was run with. A pass changes gradients, RNG states and buffers, and an older state changes
+parameters; all of them are restored bit by bit. Moments, rates, loss scale, cursor and detectors
+are never changed: a forward and a backward pass need none of them.
 """
 
 from __future__ import annotations
@@ -17,192 +17,227 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guardrail.decide.root_cause import NONDETERMINISTIC, RankNumbers, ReplayPass
+from guardrail.decide.anomaly_signature import ReplayPass
+from guardrail.decide.hardware_fault import NONDETERMINISTIC, RankNumbers
 from guardrail.decide.sample_cursor import Batch
 from guardrail.decide.sample_outliers import Sample
 from guardrail.rundir.manifest import BUFFER, MODEL
 from guardrail.torch.checkpoint.memory_snapshots import Snapshot
-from guardrail.torch.diagnose.per_sample import Rows, embedding_gradients, merged, samples_of
+from guardrail.torch.diagnose.per_sample import (
+    Rows,
+    build_samples,
+    merge_samples,
+    record_embedding_gradients,
+)
 from guardrail.torch.measure.reduced_step import ReducedStep
 from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.state.forward_side_effects import ForwardSideEffects
 from guardrail.torch.state.training_state import TrainingState
 
-# (batch, step, rows) -> (loss sum of this rank, 0-d; label tokens behind it; nominal tokens):
-# forward and backward over this rank's share of any batch, with its own dice, as for `Step.finish`,
-# which is not called. `step` is the number that the update would get. Where `rows` is a list, the
-# hook appends each micro-batch's to it.
+# (batch, step, rows) -> (loss sum of this rank, 0-d; label tokens in it; nominal tokens): forward
+# and backward over this rank's share of any batch, with its own RNG state, as for `Step.finish`,
+# which is not called. `step` is the number that the update would get. If `rows` is a list, the hook
+# appends each micro-batch's rows to it.
 Replay = Callable[[Batch, int, Rows | None], tuple[Tensor, Tensor | float, float | None]]
 # (batch, step) -> (loss sum of this rank's share, the same with the labels of each row in another
-# order, label tokens): forward passes without gradients and without the run's dice, the same each
-# time. Called on every rank.
-Structure = Callable[[Batch, int], tuple[float, float, float]]
+# order, label tokens): forward passes without gradients and without the run's RNG state, the same
+# each time. Called on every rank.
+LabelOrderLosses = Callable[[Batch, int], tuple[float, float, float]]
 
 
 class Replays:
-    """Args:
-    replay: see `Replay`; called on every rank.
-    structure: see `Structure`; None: nobody can tell.
-    loss_scale: gives the present loss scale; None: nothing scales the loss.
-    gathered: every rank's value, by rank; a collective.
-    alive: called before each pass: this rank gets ahead.
+    """Runs batches again.
+
+    Args:
+        replay: see `Replay`; called on every rank.
+        label_order_losses: see `LabelOrderLosses`; None: the loop cannot compute them.
+        state: the training state.
+        reduction: reduces the numbers of a pass.
+        loss_scale: returns the present loss scale; None: there is none.
+        gather: returns every rank's value, by rank; a collective.
+        report_progress: called before each pass: this rank is alive.
+
+    Attributes:
+        passes: number of passes of the present visit.
     """
 
     def __init__(
         self,
         replay: Replay,
-        structure: Structure | None = None,
+        label_order_losses: LabelOrderLosses | None = None,
         *,
         state: TrainingState,
-        probes: StepReduction,
+        reduction: StepReduction,
         loss_scale: Callable[[], float | None],
-        gathered: Callable[[Any], list[Any]],
-        alive: Callable[[], None],
+        gather: Callable[[Any], list[Any]],
+        report_progress: Callable[[], None],
     ) -> None:
-        self._replay, self._structure, self.state, self.probes = replay, structure, state, probes
-        self._loss_scale, self.gathered, self._alive = loss_scale, gathered, alive
-        self.passes = 0  # of the present visit
-        # (from an older state?, positions of a batch) -> this rank's rows of it
-        self._rows: dict[tuple[bool, tuple[int, ...]], list[Sample]] = {}
-        self._away = False
+        self._replay, self._label_order_losses = replay, label_order_losses
+        self.state, self.reduction = state, reduction
+        self._loss_scale, self._gather = loss_scale, gather
+        self._report_progress = report_progress
+        self.passes = 0
+        # (from an older state?, positions of a batch) -> this rank's samples of it
+        self._samples: dict[tuple[bool, tuple[int, ...]], list[Sample]] = {}
+        self._is_older_state = False
 
-    def begin(self) -> None:
-        """Another attempt, from another state: what was seen of samples is out of date."""
-        self._rows = {}
+    def start_attempt(self) -> None:
+        """Drop what is known of samples: the next attempt begins from another state."""
+        self._samples = {}
 
     @property
     def tolerance(self) -> float:
-        return tolerance(self.probes.device)
+        """See `replay_tolerance`."""
+        return replay_tolerance(self.reduction.device)
 
     @contextlib.contextmanager
     def visit(self, *, keep_gradients: bool) -> Iterator[None]:
-        """Around all passes of one occasion.
+        """Surround all passes of one occasion; restore the gradients afterwards.
 
         Args:
-            keep_gradients: those at hand may still be applied. They are copied; DDP's buckets are
-            written to again.
+            keep_gradients: the present gradients may still be applied. They are copied, because
+                DDP's buckets are written to again.
         """
-        parameters = self.probes.parameters
-        gradients = [
-            p.grad.detach().clone() if p.grad is not None and keep_gradients else None
-            for p in parameters
-        ]
+        parameters = self.reduction.parameters
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        if keep_gradients:
+            for index, parameter in enumerate(parameters):
+                if parameter.grad is not None:
+                    gradients[index] = parameter.grad.detach().clone()
         self.passes = 0
-        self._drop()
+        self._drop_gradients()
         try:
             yield
         finally:
-            self._drop()
+            self._drop_gradients()
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             self.state.reshard()
 
-    def own(self) -> list[RankNumbers]:
-        """What each rank computed by itself in the last reduction. A collective."""
-        loss_sum, after, before = self.probes.own.tolist()
-        mine = (loss_sum, before, after, socket.gethostname())
-        return [
-            RankNumbers(loss_sum=a, before=b, after=c, host=host)
-            for a, b, c, host in self.gathered(mine)
-        ]
+    def gather_rank_numbers(self) -> list[RankNumbers]:
+        """Return what each rank computed by itself in the last reduction. A collective."""
+        loss_sum, after, before = self.reduction.own.tolist()
+        own = (loss_sum, before, after, socket.gethostname())
+        numbers: list[RankNumbers] = []
+        for their_loss, their_before, their_after, host in self._gather(own):
+            numbers.append(
+                RankNumbers(loss_sum=their_loss, before=their_before, after=their_after, host=host)
+            )
+        return numbers
 
     def samples(self, batch: Batch, *, step: int) -> list[Sample]:
-        """What each sample of a batch shows from the state at hand; run now unless it was. A
-        collective.
+        """Return each sample of a batch, as the present state shows it. A collective.
+
+        The batch is run now unless it was run from this state before.
         """
-        key = (self._away, batch.positions)
-        if key not in self._rows:
+        key = (self._is_older_state, batch.positions)
+        if key not in self._samples:
             self.run(batch, step=step, what="")
-        return merged(row for rows in self.gathered(self._rows[key]) for row in rows)
+        gathered: list[Sample] = []
+        for samples in self._gather(self._samples[key]):
+            gathered += samples
+        return merge_samples(gathered)
 
     @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Around one pass: dice and buffers begin and end as they are."""
-        self._alive()
+    def _one_pass(self) -> Iterator[None]:
+        """Surround one pass; restore RNG states and buffers afterwards."""
+        self._report_progress()
         self.passes += 1
         self.state.reshard()
-        aside = ForwardSideEffects(self.state)
-        aside.begin()
+        effects = ForwardSideEffects(self.state)
+        effects.begin()
         try:
             yield
         finally:
-            aside.undo()
-            self._drop()
+            effects.undo()
+            self._drop_gradients()
             self.state.reshard()
 
-    def structure(self, batch: Batch, *, step: int) -> float | None:
-        """Nats a token that another order of the labels costs now; None: nobody can tell. A
-        collective.
+    def measure_label_order(self, batch: Batch, *, step: int) -> float | None:
+        """Return the loss increase (nats per token) when the labels of each row are shuffled.
+
+        A collective. None if the loop cannot compute it.
         """
-        if self._structure is None:
+        if self._label_order_losses is None:
             return None
-        with self._aside():
-            mine = self._structure(batch, step)
-        loss, other, tokens = (
-            math.fsum(column) for column in zip(*self.gathered(mine), strict=True)
-        )
-        gain = (other - loss) / tokens if tokens else math.nan
+        with self._one_pass():
+            own = self._label_order_losses(batch, step)
+        columns = zip(*self._gather(own), strict=True)
+        loss, shuffled_loss, tokens = (math.fsum(column) for column in columns)
+        if not tokens:
+            return None
+        gain = (shuffled_loss - loss) / tokens
         return gain if math.isfinite(gain) else None
 
     def run(self, batch: Batch, *, step: int, what: str) -> ReplayPass:
-        """One pass from the state at hand; dice and buffers begin and end as they are."""
+        """Run one pass from the present state; RNG states and buffers are restored. A collective.
+
+        Args:
+            step: number that an update would get.
+            what: the batch, for a sentence.
+        """
         rows: Rows = []
-        with self._aside():
-            with embedding_gradients(self.state.model) as norms:
+        with self._one_pass():
+            with record_embedding_gradients(self.state.model) as norms:
                 loss, tokens, nominal = self._replay(batch, step, rows)
-            self._rows[self._away, batch.positions] = samples_of(rows, norms)
-            reduced = self.probes.reduce(
-                loss if nominal is not None else loss * tokens,
+            self._samples[self._is_older_state, batch.positions] = build_samples(rows, norms)
+            if nominal is None:
+                loss = loss * tokens
+            reduced = self.reduction.reduce(
+                loss,
                 tokens,
                 nominal_tokens=nominal,
                 step_time=0.0,
                 loss_scale=self._loss_scale(),
                 replayed=True,
             )
-        return pass_of(reduced, what=what)
+        return build_pass(reduced, what=what)
 
     @contextlib.contextmanager
-    def older(self, snapshot: Snapshot) -> Iterator[None]:
-        """Within it, parameters and buffers are those of a snapshot. The present ones wait in host
-        memory.
+    def at_older_state(self, snapshot: Snapshot) -> Iterator[None]:
+        """Use parameters and buffers of a snapshot inside of the block.
+
+        The present ones are kept in host memory meanwhile.
         """
         self.state.reshard()
         names = [name for name in snapshot.layout.names if name.startswith((MODEL, BUFFER))]
         live = self.state.tensors()
-        held = {name: live[name].cpu().clone() for name in names}
+        present = {name: live[name].cpu().clone() for name in names}
         snapshot.wait()
         try:
-            self._put({name: snapshot.tensors[name] for name in names})
-            self._away = True
+            self._load({name: snapshot.tensors[name] for name in names})
+            self._is_older_state = True
             yield
         finally:
-            self._away = False
-            self._rows = {key: rows for key, rows in self._rows.items() if not key[0]}
-            self._put(held)
+            self._is_older_state = False
+            self._samples = {key: rows for key, rows in self._samples.items() if not key[0]}
+            self._load(present)
 
     @torch.no_grad()
-    def _put(self, tensors: dict[str, Tensor]) -> None:
+    def _load(self, tensors: dict[str, Tensor]) -> None:
         self.state.reshard()
         live = self.state.tensors()
         for name, tensor in tensors.items():
             live[name].copy_(tensor)
 
-    def _drop(self) -> None:
-        for parameter in self.probes.parameters:
+    def _drop_gradients(self) -> None:
+        for parameter in self.reduction.parameters:
             parameter.grad = None
 
 
-def tolerance(device: torch.device) -> float:
-    """Relative, within which the same pass gives the same number: on a CPU, and under deterministic
-    algorithms on a device, bit by bit; else as far as kernels that add in any order may be off."""
-    return (
-        0.0
-        if device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
-        else NONDETERMINISTIC
-    )
+def replay_tolerance(device: torch.device) -> float:
+    """Return the relative difference within which the same pass gives the same number.
+
+    0 on a CPU, and on a GPU with deterministic algorithms. Else as much as kernels that add in any
+    order may differ.
+    """
+    if device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
+        return 0.0
+    return NONDETERMINISTIC
 
 
-def pass_of(reduced: ReducedStep, *, what: str) -> ReplayPass:
+def build_pass(reduced: ReducedStep, *, what: str) -> ReplayPass:
+    """Return the numbers of a reduction as a pass."""
     return ReplayPass(
         what=what,
         signals=reduced.signals(),

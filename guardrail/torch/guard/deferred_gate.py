@@ -37,7 +37,7 @@ from torch import Tensor
 from guardrail.core.errors import UsageError
 from guardrail.core.records import Action, Observation
 from guardrail.decide.sample_cursor import CursorState
-from guardrail.torch.diagnose.batch_replay import tolerance
+from guardrail.torch.diagnose.batch_replay import replay_tolerance
 from guardrail.torch.guard.between_steps import BetweenSteps
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.side_effects import StepSideEffects
@@ -309,7 +309,7 @@ class DeferredGate:
         if self._first is None:
             return again
         (first, own), self._first = self._first, None
-        if _is_same(first, again, tolerance(self._reduction.device)):
+        if _is_same(first, again, replay_tolerance(self._reduction.device)):
             return again
         self._reduction.own = own
         return replace(

@@ -191,7 +191,7 @@ class Guard(GuardParts):
         repeated = self.deferred_gate is not None and self.deferred_gate.begin()
         self.side_effects.begin()
         if self.replays is not None:
-            self.replays.begin()
+            self.replays.start_attempt()
         step = Step(
             self.finish,
             number=self.step + 1,

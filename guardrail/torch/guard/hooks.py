@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from guardrail.torch.diagnose.attribution import Texts
-from guardrail.torch.diagnose.batch_replay import Replay, Structure
+from guardrail.torch.diagnose.batch_replay import LabelOrderLosses, Replay
 from guardrail.torch.diagnose.embedding_tokens import DescribeTokens
 
 # Sample ids -> (documents as dicts, number of documents).
@@ -44,7 +44,7 @@ class LoopHooks:
     """
 
     replay: Replay | None = None
-    label_order_gain: Structure | None = None
+    label_order_gain: LabelOrderLosses | None = None
     rerun_forward: Callable[[], None] | None = None
     describe_samples: DescribeSamples | None = None
     sample_texts: Texts | None = None

@@ -287,10 +287,10 @@ class GuardParts:
             hooks.replay,
             hooks.label_order_gain,
             state=self.state,
-            probes=self.reduction,
+            reduction=self.reduction,
             loss_scale=lambda: self.applier.loss_scale,
-            gathered=ctx.ranks.gather,
-            alive=lambda: self.heartbeat.set_phase(Phase.STEP, ctx.progress.step + 1),
+            gather=ctx.ranks.gather,
+            report_progress=lambda: self.heartbeat.set_phase(Phase.STEP, ctx.progress.step + 1),
         )
 
     def _store(self) -> CheckpointStore | None:

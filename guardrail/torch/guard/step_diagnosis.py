@@ -5,7 +5,7 @@ from __future__ import annotations
 from guardrail.core.records import Action, Diagnosis, Mode, Verdict
 from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
-from guardrail.torch.diagnose.attribution import Attribution, attribute
+from guardrail.torch.diagnose.attribution import Attribution, attribute_samples
 from guardrail.torch.diagnose.batch_replay import Replays
 from guardrail.torch.diagnose.cause_test import FAR, CauseTest
 from guardrail.torch.guard.context import RunContext
@@ -56,7 +56,7 @@ class StepDiagnosis:
         known = ctx.controller.diagnoses.of.get(verdict.incident)
         if known is None or not known.cause.of_data:
             return None
-        return attribute(
+        return attribute_samples(
             batch,
             verdict=verdict,
             replays=self._replays,

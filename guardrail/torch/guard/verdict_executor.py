@@ -17,7 +17,7 @@ from guardrail.decide.diagnoses import signals_of
 from guardrail.decide.questions import ParkResult
 from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
-from guardrail.torch.diagnose.attribution import Attribution, Texts, told
+from guardrail.torch.diagnose.attribution import Attribution, Texts, describe_outliers
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.quarantine import Quarantine
 from guardrail.torch.guard.side_effects import StepSideEffects
@@ -271,7 +271,9 @@ class VerdictExecutor:
         else:
             documents, texts = self._quarantine.describe_samples, self._sample_texts
             samples = ctx.ranks.run_together(
-                lambda: told(bad_samples, ledger=ctx.order, texts=texts, documents=documents)
+                lambda: describe_outliers(
+                    bad_samples, ledger=ctx.order, texts=texts, documents=documents
+                )
             )
             self._quarantine.skip(span, verdict.remedies, samples=samples)
         if not span.positions:

@@ -6,7 +6,9 @@ import msgspec
 import pytest
 
 from guardrail.core.records import GRAD_NORM, LOSS, Cause, Diagnosis, Finding, FindingKind, Severity
-from guardrail.decide.root_cause import AnomalySignature, RankNumbers, ReplayPass, hardware, judge
+from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
+from guardrail.decide.hardware_fault import RankNumbers, diagnose_hardware
+from guardrail.decide.root_cause import diagnose_passes
 
 
 def finding(
@@ -37,8 +39,8 @@ def loss(value: float, what: str = "the batch") -> ReplayPass:
 def judged(
     others: list[float], suspects: list[float], *, level: float = 2.4, lasting: bool = False
 ) -> Diagnosis:
-    return judge(
-        AnomalySignature.of([finding()]),
+    return diagnose_passes(
+        AnomalySignature.from_findings([finding()]),
         again=loss(12.0),
         others=[loss(value) for value in others],
         suspects=[loss(value) for value in suspects],
@@ -82,8 +84,8 @@ def test_trouble_that_began_earlier_asks_who_put_it_there() -> None:
 
 def test_an_update_of_bad_data_counts_even_where_the_state_bears_it() -> None:
     def told(**passes: float) -> Diagnosis:
-        return judge(
-            AnomalySignature.of([finding()]),
+        return diagnose_passes(
+            AnomalySignature.from_findings([finding()]),
             again=loss(12.0),
             others=[loss(2.3), loss(2.31)],
             suspects=[loss(passes["applied"], "the batch of step 29"), loss(11.0)],
@@ -99,15 +101,17 @@ def test_an_update_of_bad_data_counts_even_where_the_state_bears_it() -> None:
 
 
 def test_what_is_nearer_to_the_trouble_than_to_the_baseline_is_in_it() -> None:
-    trouble = AnomalySignature.of([finding(2.6)])  # rejected from 2.49 on; the middle is 2.445
-    assert trouble.shown_by(loss(2.46)) and not trouble.shown_by(loss(2.44))
+    trouble = AnomalySignature.from_findings(
+        [finding(2.6)]
+    )  # rejected from 2.49 on; the middle is 2.445
+    assert trouble.is_shown_by(loss(2.46)) and not trouble.is_shown_by(loss(2.44))
     # Far beyond its threshold the threshold itself counts.
-    assert AnomalySignature.of([finding(115.0)]).shown_by(loss(2.6))
+    assert AnomalySignature.from_findings([finding(115.0)]).is_shown_by(loss(2.6))
     # What stays up has no threshold for one step.
-    lasting = AnomalySignature.of(
+    lasting = AnomalySignature.from_findings(
         [finding(2.6, kind=FindingKind.DIVERGENCE, severity=Severity.WEIGHTS_DAMAGED)]
     )
-    assert lasting.shown_by(loss(2.46)) and not lasting.shown_by(loss(2.44))
+    assert lasting.is_shown_by(loss(2.46)) and not lasting.is_shown_by(loss(2.44))
 
 
 def test_what_counts_only_together_with_others_is_no_threshold_by_itself() -> None:
@@ -116,23 +120,24 @@ def test_what_counts_only_together_with_others_is_no_threshold_by_itself() -> No
     """
     weak = msgspec.structs.replace(finding(2.3 * math.exp(0.045)), threshold=1.6)
     norm = msgspec.structs.replace(weak, signal=GRAD_NORM, value=2.0, baseline=1.0, score=5.0)
-    trouble = AnomalySignature.of([weak, norm])
+    trouble = AnomalySignature.from_findings([weak, norm])
     ordinary = ReplayPass(what="another", signals={LOSS: 2.3 * math.exp(0.02), GRAD_NORM: 1.3})
-    assert not trouble.shown_by(ordinary)
+    assert not trouble.is_shown_by(ordinary)
     high_norm = ReplayPass(what="another", signals={LOSS: 2.3, GRAD_NORM: 1.6})
-    assert trouble.shown_by(high_norm) and not trouble.shown_by(high_norm, wholly=True)
-    assert trouble.shown_by(
-        ReplayPass(what="bad", signals={LOSS: 2.3 * math.exp(0.03), GRAD_NORM: 1.6}), wholly=True
+    assert trouble.is_shown_by(high_norm) and not trouble.is_shown_by(high_norm, all_signals=True)
+    assert trouble.is_shown_by(
+        ReplayPass(what="bad", signals={LOSS: 2.3 * math.exp(0.03), GRAD_NORM: 1.6}),
+        all_signals=True,
     )
 
 
 def test_nan_is_shown_by_nan_alone() -> None:
     nan = finding(12.0, kind=FindingKind.NONFINITE)
-    trouble = AnomalySignature.of([nan, finding()])
-    assert trouble.shown_by(loss(math.nan)) and trouble.shown_by(
+    trouble = AnomalySignature.from_findings([nan, finding()])
+    assert trouble.is_shown_by(loss(math.nan)) and trouble.is_shown_by(
         ReplayPass(what="", signals={LOSS: 2.3}, nonfinite=True)
     )
-    assert not trouble.shown_by(loss(11.0))
+    assert not trouble.is_shown_by(loss(11.0))
 
 
 def own(*losses: float, before: float = 1.0, after: float = 1.0) -> list[RankNumbers]:
@@ -143,7 +148,9 @@ def own(*losses: float, before: float = 1.0, after: float = 1.0) -> list[RankNum
 
 
 def test_a_rank_that_computes_something_else_is_named() -> None:
-    found = hardware(own(5.0, math.nan), own(5.0, 5.5), 0.0, sums=(math.nan, 2.0), passes=1)
+    found = diagnose_hardware(
+        own(5.0, math.nan), own(5.0, 5.5), 0.0, sums=(math.nan, 2.0), passes=1
+    )
     assert found is not None and found.cause is Cause.HARDWARE
     assert (
         (found.rank, found.host) == (1, "node1")
@@ -155,29 +162,31 @@ def test_a_rank_that_computes_something_else_is_named() -> None:
 def test_gradients_before_the_reduction_tell_the_rank_and_those_after_it_do_not() -> None:
     first = [RankNumbers(loss_sum=5.0, before=before, after=9.0, host="h") for before in (1.0, 7.0)]
     again = [RankNumbers(loss_sum=5.0, before=1.0, after=2.0, host="h") for _ in range(2)]
-    found = hardware(first, again, 0.0, sums=(2.0, 2.0), passes=1)
+    found = diagnose_hardware(first, again, 0.0, sums=(2.0, 2.0), passes=1)
     assert found is not None and found.rank == 1
     # Where only what came after the reduction differs, on one rank, that rank's memory is at fault.
     first[1] = RankNumbers(loss_sum=5.0, before=1.0, after=9.0, host="h")
     first[0] = RankNumbers(loss_sum=5.0, before=1.0, after=2.0, host="h")
-    found = hardware(first, again, 0.0, sums=(2.0, 2.0), passes=1)
+    found = diagnose_hardware(first, again, 0.0, sums=(2.0, 2.0), passes=1)
     assert found is not None and found.rank == 1 and "after the reduction" in found.reason
 
 
 def test_all_ranks_off_names_none_and_a_wrong_sum_names_the_reduction() -> None:
-    found = hardware(own(5.0, 6.0), own(5.1, 6.1), 0.0, sums=(2.0, 2.1), passes=1)
+    found = diagnose_hardware(own(5.0, 6.0), own(5.1, 6.1), 0.0, sums=(2.0, 2.1), passes=1)
     assert found is not None and found.rank == -1 and "every rank" in found.reason
-    found = hardware(own(5.0, 6.0), own(5.0, 6.0), 0.0, sums=(2.0, 2.1), passes=1)
+    found = diagnose_hardware(own(5.0, 6.0), own(5.0, 6.0), 0.0, sums=(2.0, 2.1), passes=1)
     assert found is not None and found.rank == -1 and "reduction" in found.reason
 
 
 def test_the_same_numbers_are_no_fault() -> None:
     assert (
-        hardware(own(5.0, math.nan), own(5.0, math.nan), 0.0, sums=(math.nan, math.nan), passes=1)
+        diagnose_hardware(
+            own(5.0, math.nan), own(5.0, math.nan), 0.0, sums=(math.nan, math.nan), passes=1
+        )
         is None
     )
     # One unit in the last place counts on a CPU and not where kernels add in any order.
     last = math.nextafter(5.0, 6.0)
-    assert hardware(own(5.0), own(last), 0.0, sums=(2.0, 2.0), passes=1) is not None
-    assert hardware(own(5.0), own(last), 0.04, sums=(2.0, 2.0), passes=1) is None
-    assert hardware(own(5.0), own(5.5), 0.04, sums=(2.0, 2.2), passes=1) is not None
+    assert diagnose_hardware(own(5.0), own(last), 0.0, sums=(2.0, 2.0), passes=1) is not None
+    assert diagnose_hardware(own(5.0), own(last), 0.04, sums=(2.0, 2.0), passes=1) is None
+    assert diagnose_hardware(own(5.0), own(5.5), 0.04, sums=(2.0, 2.2), passes=1) is not None

@@ -18,15 +18,9 @@ from guardrail.core.cause_evidence import (
     SameBatch,
 )
 from guardrail.core.records import Cause
-from guardrail.decide.root_cause import (
-    AnomalySignature,
-    RankNumbers,
-    ReplayPass,
-    ahead_of,
-    hardware,
-    judge,
-    structure_of,
-)
+from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
+from guardrail.decide.hardware_fault import RankNumbers, diagnose_hardware
+from guardrail.decide.root_cause import add_batches_ahead, add_label_order, diagnose_passes
 from guardrail.report.cause_evidence import evidence_from_line, evidence_from_sentence
 
 SPIKE = AnomalySignature(signal="loss", limits={"loss": (2.0, 4.0)}, stuck={})
@@ -37,7 +31,7 @@ def passed(loss: float, what: str = "another batch") -> ReplayPass:
 
 
 def test_the_sentence_of_bad_data() -> None:
-    found = judge(
+    found = diagnose_passes(
         SPIKE,
         again=passed(8.5, "the batch"),
         others=[passed(2.0), passed(2.25), passed(7.5)],
@@ -46,8 +40,8 @@ def test_the_sentence_of_bad_data() -> None:
         older_step=160,
         passes=9,
     )
-    found = ahead_of(found, SPIKE, [(131, passed(2.0)), (81, passed(2.0))], passes=9)
-    found = structure_of(found, [0.0026], [2.0, 2.2], passes=9)
+    found = add_batches_ahead(found, SPIKE, [(131, passed(2.0)), (81, passed(2.0))], passes=9)
+    found = add_label_order(found, [0.0026], [2.0, 2.2], passes=9)
     assert found.cause is Cause.DATA
     assert (
         found.evidence
@@ -64,12 +58,12 @@ def test_the_sentence_of_bad_data() -> None:
 
 def test_the_sentences_of_other_causes() -> None:
     again, normal = passed(8.5, "the batch"), [passed(2.0), passed(2.25)]
-    state = judge(SPIKE, again=again, others=[passed(9.0), passed(8.0)], passes=3)
+    state = diagnose_passes(SPIKE, again=again, others=[passed(9.0), passed(8.0)], passes=3)
     assert state.evidence == evidence_from_sentence(state.reason)
     others = state.evidence.other_batches
     assert state.cause is Cause.STATE and others is not None
     assert (others.tested, others.spiked) == (2, 2)
-    both = judge(
+    both = diagnose_passes(
         SPIKE,
         again=again,
         others=normal,
@@ -81,7 +75,7 @@ def test_the_sentences_of_other_causes() -> None:
     older = both.evidence.older_state
     assert both.cause is Cause.DATA_AND_STATE
     assert older == OlderState(step=7, spiked=False, values=(2.0,))
-    unknown = judge(SPIKE, again=again, others=[], passes=3)
+    unknown = diagnose_passes(SPIKE, again=again, others=[], passes=3)
     only = evidence_from_sentence(unknown.reason)
     assert unknown.evidence == only
     assert unknown.cause is Cause.UNKNOWN and only == CauseEvidence(same_batch=only.same_batch)
@@ -91,13 +85,13 @@ def test_the_sentences_of_other_causes() -> None:
 def test_the_sentence_of_a_number_that_did_not_come_again(world: int) -> None:
     first = [RankNumbers(loss_sum=4.0, before=math.nan, after=1.0, host="vm")] * world
     again = [*first[1:], RankNumbers(loss_sum=4.0, before=1.5, after=1.0, host="vm")]
-    found = hardware(first, again, 0.0, sums=(2.0, 2.0), passes=1)
+    found = diagnose_hardware(first, again, 0.0, sums=(2.0, 2.0), passes=1)
     assert found is not None
     same = evidence_from_sentence(found.reason).same_batch
     assert same is not None and not same.repeated and same.signal == "gradient"
     assert math.isnan(same.first) and same.again == 1.5 and same.where == f"rank {world - 1} (vm)"
     alike = [RankNumbers(loss_sum=4.0, before=1.0, after=1.0)] * 2
-    found = hardware(alike, alike, 0.0, sums=(2.0, 2.5), passes=1)
+    found = diagnose_hardware(alike, alike, 0.0, sums=(2.0, 2.5), passes=1)
     assert found is not None and found.evidence == evidence_from_sentence(found.reason)
     same = found.evidence.same_batch
     assert same == SameBatch(

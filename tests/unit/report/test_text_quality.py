@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from guardrail.decide.sample_outliers import Outlier, Sample, foremost, outliers
+from guardrail.decide.sample_outliers import Outlier, Sample, find_outliers, select_heaviest
 from guardrail.report import text_quality as oddness
 from guardrail.report.text_quality import (
     FEW_CHARACTERS,
@@ -162,24 +162,26 @@ ORDINARY = samples([2.2, 2.3, 2.4, 2.25, 2.35, 2.1, 2.5, 2.3, 2.4, 2.2, 2.3, 2.6
 
 def test_a_sample_stands_out_by_its_loss_or_its_gradient() -> None:
     batch = samples([2.3, 9.0, 2.2, 2.4], [1.0, 1.1, 40.0, 1.0])
-    found = outliers(batch, ORDINARY)
+    found = find_outliers(batch, ORDINARY)
     assert {one.sample.position for one in found} == {1, 2}
     assert next(one.share for one in found if one.sample.position == 2) > 0.99
-    assert outliers(samples([2.3, 2.7, 2.0, 2.4]), ORDINARY) == []
+    assert find_outliers(samples([2.3, 2.7, 2.0, 2.4]), ORDINARY) == []
 
 
 def test_a_number_that_is_none_stands_out_furthest() -> None:
-    found = outliers(samples([2.3, 9.0, math.nan, 2.4]), ORDINARY)
+    found = find_outliers(samples([2.3, 9.0, math.nan, 2.4]), ORDINARY)
     assert [one.sample.position for one in found] == [2, 1] and found[0].score == math.inf
 
 
 def test_rows_without_labels_and_without_gradients_are_passed_over() -> None:
     batch = [Sample(position=0), *(Sample(position=at, loss=2.3, tokens=10) for at in (1, 2, 3))]
-    assert outliers(batch, [Sample(position=at, loss=2.3, tokens=10) for at in range(10)]) == []
+    assert (
+        find_outliers(batch, [Sample(position=at, loss=2.3, tokens=10) for at in range(10)]) == []
+    )
 
 
 def test_without_healthy_batches_the_batch_itself_is_what_is_usual() -> None:
-    found = outliers(samples([2.3, 2.2, 2.4, 2.3, 9.0]), [])
+    found = find_outliers(samples([2.3, 2.2, 2.4, 2.3, 9.0]), [])
     assert [one.sample.position for one in found] == [4]
 
 
@@ -194,7 +196,7 @@ def test_those_that_weigh_are_told_from_those_that_merely_stand_out() -> None:
             Outlier(sample=Sample(position=at, loss=loss, tokens=64, gradient=gradient), score=9.0)
             for at, (loss, gradient) in enumerate(pairs)
         ]
-        return [outlier.sample.position for outlier in foremost(found, ordinary, part=part)]
+        return [outlier.sample.position for outlier in select_heaviest(found, ordinary, part=part)]
 
     pairs = [(5.02, 10.0), (0.22, 1.0), (0.037, 0.5), (0.03, 8.0)]
     assert (
@@ -204,4 +206,7 @@ def test_those_that_weigh_are_told_from_those_that_merely_stand_out() -> None:
     )
     assert chosen(0.1, (math.nan, math.nan), (2.0, 1.0)) == [1], "an unknown number has no weight"
     broken = [Outlier(sample=Sample(position=0, loss=math.nan, tokens=4), score=math.inf)]
-    assert foremost(broken, ordinary, part=0.1) == broken and foremost([], ordinary, part=0.1) == []
+    assert (
+        select_heaviest(broken, ordinary, part=0.1) == broken
+        and select_heaviest([], ordinary, part=0.1) == []
+    )
