@@ -39,9 +39,9 @@ def paced(rank: int) -> tuple[float, float]:
         own.append(pace.seconds(began, now))
         whole.append(now - began)
     pace.close()
-    before = pace._ready
+    before = pace._ready_at
     wrapped(torch.arange(64)).mean().backward()
-    assert pace._ready == before, "a closed one is off the model"
+    assert pace._ready_at == before, "a closed one is off the model"
     return min(own), min(whole)
 
 
