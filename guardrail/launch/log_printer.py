@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from guardrail.core.errors import ExitCode
 from guardrail.core.events.event import Event
@@ -27,25 +27,25 @@ from guardrail.rundir.run_directory import MetricsView, RunDirectory
 from guardrail.rundir.stop_signals import TermRequests
 
 POLL_SECONDS = 0.3
-SETUP_SECONDS = 5.0  # between two lines of a set-up that gets ahead
-ATTACH_LINES = 10  # of the past, when one comes to a run
-LONGEST = 1e7  # seconds that one step may take; more is damage
-PACE_ROWS = 20  # rows over which speed and the time that is left are taken
+SETUP_SECONDS = 5.0  # at least, between two lines about the progress of the set-up
+ATTACH_LINES = 10  # of the past, at most, that `attach` prints
+LONGEST_STEP_SECONDS = 1e7  # a larger number is a damaged one
+PACE_ROWS = 20  # rows over which speed and remaining time are measured
 
-# Journal lines that a person at a log wants to read. Findings are told again by their verdict, a
-# checkpoint that became good is routine.
-SPOKEN = frozenset(
+# Journal lines that are printed. Findings are not: their verdict repeats them. A checkpoint that
+# became good is routine.
+PRINTED_KINDS = frozenset(
     "started restarted resume_check verdict skipped rollback undo diagnosis remedy incident command disk paused "
     "resumed note rank_hung rank_failed ended".split()
 )
-SPOKEN_CHECKPOINTS = frozenset(("failed", "invalid", "suspect", "foreign"))
+PRINTED_CHECKPOINTS = frozenset(("failed", "invalid", "suspect", "foreign"))
 
 
 class LogLines:
     """Turns what is new in a run directory into lines.
 
     Args:
-        every: applied steps between two lines; a step with an evaluation has one in any case.
+        every: applied steps between two lines. A step with an evaluation always has one.
     """
 
     def __init__(self, run: RunDirectory, *, every: int = 20) -> None:
@@ -54,53 +54,52 @@ class LogLines:
         self._setup = ("", 0.0)
         self._advised = AdvisedIncidents()
 
-    def new(self) -> list[str]:
-        """Lines since the last call, each with its time of day: events and steps in the order of
-        their time.
+    def read_new_lines(self) -> list[str]:
+        """Return the lines since the last call: events and steps by their time of day.
+
+        Where there are none, a line about the set-up.
         """
         status = self._run.read_status()
         update = self._follower.poll()
-        events = [event for event in update.events if not self._advised.is_repeated(event)]
-        found = [(event.time, line) for event in events if (line := format_event(event))]
-        found += self._steps(*update.rows, status)
-        if found:
-            return [
-                f"{format_moment(at)} {line}"
-                for at, line in sorted(found, key=lambda pair: pair[0])
-            ]
-        return (
-            [f"{format_moment(time.time())} {line}" for line in self._set_up(status)]
-            if status is not None
-            else []
-        )
+        found: list[tuple[float, str]] = []
+        for event in update.events:
+            if self._advised.is_repeated(event):
+                continue
+            if line := format_event(event):
+                found.append((event.time, line))
+        found += self._format_steps(*update.rows, status)
+        if not found and status is not None:
+            found = [(time.time(), line) for line in self._format_set_up(status)]
+        found.sort(key=lambda pair: pair[0])
+        return [f"{format_moment(at)} {line}" for at, line in found]
 
-    def _steps(self, first: int, last: int, status: Status | None) -> list[tuple[float, str]]:
+    def _format_steps(
+        self, first: int, last: int, status: Status | None
+    ) -> list[tuple[float, str]]:
         view = self._follower.view
         if view is None or first == last:
             return []
-        step, verdict, evaluated = (
-            view.column(name)[first:last] for name in ("step", "verdict", "eval_loss")
-        )
-        applied = (verdict == list(Action).index(Action.APPLY)) & sensible(
-            step, view.column("timeline")[first:last]
-        )
-        rows = applied.nonzero()[0]
-        chosen = (step[rows] % self._every == 0) | (evaluated[rows] == evaluated[rows])
+        part = slice(first, last)
+        step, evaluated = view.column("step")[part], view.column("eval_loss")[part]
+        is_applied = view.column("verdict")[part] == list(Action).index(Action.APPLY)
+        is_applied &= sensible(step, view.column("timeline")[part])
+        rows = is_applied.nonzero()[0]
+        has_evaluation = evaluated[rows] == evaluated[rows]  # NaN: none
+        chosen = (step[rows] % self._every == 0) | has_evaluation
         found = []
         for row in rows[chosen].tolist():
             values = dict(zip(view.columns, view.array[first + row].tolist(), strict=True))
-            line = format_step(values, status, _pace(view, first + row))
+            line = format_step(values, status, _measure_pace(view, first + row))
             found.append((values.get("time", math.nan), line))
         return found
 
-    def _set_up(self, status: Status) -> list[str]:
+    def _format_set_up(self, status: Status) -> list[str]:
+        """Return a line about the set-up, unless it is the last one again or too soon after it."""
         if status.phase not in (Phase.STARTING, Phase.SETUP):
             return []
-        text = (
-            f"{status.phase.value}: {clean_text(status.progress, 200)}"
-            if status.progress
-            else status.phase.value
-        )
+        text: str = status.phase.value
+        if status.progress:
+            text = f"{text}: {clean_text(status.progress, 200)}"
         before, at = self._setup
         if text == before or time.monotonic() - at < SETUP_SECONDS:
             return []
@@ -109,22 +108,20 @@ class LogLines:
 
 
 class Pace(NamedTuple):
-    """How fast a run was at one of its rows; NaN: unknown."""
+    """Speed of a run at one of its rows. NaN: unknown."""
 
     tokens_per_second: float
     step_seconds: float
 
 
-def _pace(view: MetricsView, row: int) -> Pace:
-    """Over the applied steps of the newest rows up to this one."""
+def _measure_pace(view: MetricsView, row: int) -> Pace:
+    """Return the speed over the applied steps of the PACE_ROWS rows up to this one."""
     part = slice(max(0, row + 1 - PACE_ROWS), row + 1)
-    seconds, tokens, verdict = (
-        view.column(name)[part] for name in ("step_time", "tokens", "verdict")
-    )
+    seconds, tokens = view.column("step_time")[part], view.column("tokens")[part]
     used = (
-        (verdict == list(Action).index(Action.APPLY))
+        (view.column("verdict")[part] == list(Action).index(Action.APPLY))
         & (seconds > 0)
-        & (seconds < LONGEST)
+        & (seconds < LONGEST_STEP_SECONDS)
         & (tokens < LARGEST)
     )
     total = float(seconds[used].sum())
@@ -134,24 +131,28 @@ def _pace(view: MetricsView, row: int) -> Pace:
 
 
 def format_step(values: dict[str, float], status: Status | None, pace: Pace | None = None) -> str:
-    """One step in fixed columns: "step   120/600  loss 2.3456  grad 0.913  embed 0.214  lr 1.00e-03".
+    """Return one step in fixed columns.
+
+    Such as "step   120/600  loss 2.3456  grad 0.913  embed 0.214  lr 1.00e-03".
 
     Args:
         values: the row, by the names of its columns.
-        status: of the run now, for its length and for an incident that is not over.
-        pace: at this row, for tokens a second and the time that is left.
+        status: of the run now, for its length and for an open incident.
+        pace: at this row, for tokens per second and the remaining time.
     """
-    total = status.total_steps if status else 0
-    number = f"{values['step']:.0f}" + (f"/{total}" if total else "")
-    value = {
-        name: values.get(name, math.nan)
-        for name in (LOSS, GRAD_NORM, EMBED_GRAD_NORM, "lr", "eval_loss")
-    }
-    line = f"step {number:>11}  loss {_four_places(value[LOSS])}  grad {value[GRAD_NORM]:.3g}"
-    line += f"  embed {value[EMBED_GRAD_NORM]:.3g}  lr {value['lr']:.2e}"
-    if value["eval_loss"] == value["eval_loss"]:
-        line += f"  eval {_four_places(value['eval_loss'])}"
-    unresolved = status.unresolved if status else None
+    number, total, unresolved = f"{values['step']:.0f}", 0, None
+    if status is not None:
+        total, unresolved = status.total_steps, status.unresolved
+    if total:
+        number += f"/{total}"
+
+    def value(name: str) -> float:
+        return values.get(name, math.nan)
+
+    line = f"step {number:>11}  loss {_format_loss(value(LOSS))}  grad {value(GRAD_NORM):.3g}"
+    line += f"  embed {value(EMBED_GRAD_NORM):.3g}  lr {value('lr'):.2e}"
+    if not math.isnan(value("eval_loss")):
+        line += f"  eval {_format_loss(value('eval_loss'))}"
     if unresolved is not None and values["step"] >= unresolved.since and unresolved.headline():
         line += f"  {unresolved.headline()}"
     if pace is not None and pace.tokens_per_second > 0:
@@ -161,128 +162,142 @@ def format_step(values: dict[str, float], status: Status | None, pace: Pace | No
     return line
 
 
-def _four_places(loss: float) -> str:
-    """A loss to four places. One of a million or more, as a damaged file has them, in fewer
-    characters.
-    """
+def _format_loss(loss: float) -> str:
+    """Return a loss to four places; one of a million or more, from a damaged file, is shorter."""
     return f"{loss:.4f}" if abs(loss) < 1e6 else f"{loss:.5g}"
 
 
 def format_moment(when: float) -> str:
-    """The time of day, with the date where it is not today's; dashes for one that is unknown."""
+    """Return the local time of day, with the date if it is not today; dashes if unknown."""
     try:
         at = time.localtime(when)
     except (OverflowError, ValueError, OSError):
         return "--:--:--"
     today = time.localtime()
-    same = (at.tm_year, at.tm_yday) == (today.tm_year, today.tm_yday)
-    return time.strftime("%H:%M:%S" if same else "%Y-%m-%d %H:%M:%S", at)
+    if (at.tm_year, at.tm_yday) == (today.tm_year, today.tm_yday):
+        return time.strftime("%H:%M:%S", at)
+    return time.strftime("%Y-%m-%d %H:%M:%S", at)
 
 
 def format_event(event: Event) -> str:
-    """The journal's sentence, or "" for an event that is routine."""
-    if event.kind == "checkpoint" and event.data.get("state") not in SPOKEN_CHECKPOINTS:
+    """Return the kind and the message of a journal line, "" for a kind that is not printed.
+
+    Further lines hold the rest of the message and the possible answers to a question.
+    """
+    if event.kind == "checkpoint" and event.data.get("state") not in PRINTED_CHECKPOINTS:
         return ""
-    if event.kind not in SPOKEN and event.kind != "checkpoint":
+    if event.kind not in PRINTED_KINDS and event.kind != "checkpoint":
         return ""
     where = f"step {event.step}: " if event.step else ""
     first, *more = [clean_text(line, 1000) for line in event.message.splitlines()] or [""]
     proposals = event.data.get("proposals")
-    for one in proposals if isinstance(proposals, list) else []:
-        if isinstance(one, dict) and "choice" in one:
-            more.append(
-                f"answer {_choice(one['choice'])}: {clean_text(str(one.get('text') or one.get('action') or ''), 400)}"
-            )
-    return "\n".join([f"{event.kind:<12} {where}{first}", *(f"    {line}" for line in more)])
+    if isinstance(proposals, list):
+        more += [_format_proposal(one) for one in proposals if isinstance(one, dict)]
+    indented = [f"    {line}" for line in more if line]
+    return "\n".join([f"{event.kind:<12} {where}{first}", *indented])
 
 
-def _choice(value: object) -> str:
-    """The word of an answer, as `ctl RUN answer` takes it."""
-    return (
-        CHOICES[value]
-        if isinstance(value, int) and 0 <= value < len(CHOICES)
-        else clean_text(str(value), 20)
-    )
+def _format_proposal(proposal: dict[str, Any]) -> str:
+    """Return a possible answer to a question: "answer accept: roll back to 60"; "" for none."""
+    if "choice" not in proposal:
+        return ""
+    choice = proposal["choice"]
+    word = clean_text(str(choice), 20)
+    if isinstance(choice, int) and 0 <= choice < len(CHOICES):
+        word = CHOICES[choice]  # as `ctl RUN answer` takes it
+    text = str(proposal.get("text") or proposal.get("action") or "")
+    return f"answer {word}: {clean_text(text, 400)}"
 
 
 class _Left(Exception):
-    """A signal that means to leave."""
+    """Raised by a signal that ends the printing, but not the run."""
 
 
 class Printer:
     """Prints lines to stderr until the run has ended.
 
-    A reader that has gone must not end the wait: a batch job lives as long as this process.
+    A closed stderr does not end the wait: a batch job lives as long as this process.
     """
 
     def __init__(self, run: RunDirectory) -> None:
         self._lines = LogLines(run)
-        self._silent = False
+        self._is_closed = False
 
-    def say(self, *lines: str) -> None:
+    def print_lines(self, *lines: str) -> None:
         try:
             for line in lines:
-                if not self._silent:
+                if not self._is_closed:
                     print(line, file=sys.stderr, flush=True)
         except OSError:
-            self._silent = True
+            self._is_closed = True
 
-    def until(self, ended: Callable[[], int | None], *, past: int | None = None) -> int:
-        """Print until `ended` returns an exit code. `past`: at most so many lines of what was
-        before.
+    def print_until_end(
+        self, find_exit_code: Callable[[], int | None], *, past: int | None = None
+    ) -> int:
+        """Print until `find_exit_code` returns a number; return it.
+
+        Args:
+            past: at most so many lines from before this call; None: all.
         """
-        code = ended()
-        before = self._lines.new()
-        self.say(*(before if past is None else before[max(0, len(before) - past) :]))
+        code = find_exit_code()
+        lines = self._lines.read_new_lines()
+        if past is not None:
+            lines = lines[max(0, len(lines) - past) :]
+        self.print_lines(*lines)
         while code is None:
             time.sleep(POLL_SECONDS)
-            code = ended()  # asked first, so that what came before the end is printed
-            self.say(*self._lines.new())
+            code = find_exit_code()  # before the lines are read, so all up to the end are printed
+            self.print_lines(*self._lines.read_new_lines())
         return code
 
 
 def follow_run(
     run: RunDirectory, supervisor: subprocess.Popen[bytes], *, past: int | None = None
 ) -> int:
-    """For `launch`: print until the run has ended; returns its exit code, or 130 when left.
+    """Print until the run has ended, for `launch`; return its exit code, or 130 after Ctrl-C.
 
-    `past`: at most so many lines of what was before; None: all.
+    Ctrl-C and SIGHUP end the printing, not the run. SIGTERM and SIGUSR1, which batch systems and
+    containers send before they kill, are passed on as a stop, and the printing continues to the
+    end. A second SIGTERM kills.
 
-    Ctrl-C and SIGHUP leave. SIGTERM and SIGUSR1, which batch systems and containers send before
-    they kill, are handed on as a stop, and the end is waited for; a second SIGTERM kills.
+    Args:
+        past: at most so many lines from before this call; None: all.
     """
     terms = TermRequests()
 
-    def hand_on(signum: int, frame: FrameType | None) -> None:
-        # SIGUSR1, because a batch system may have sent SIGTERM to the supervisor as well, and its
-        # second one kills.
-        again = signum == signal.SIGTERM and terms.is_second()
-        supervisor.send_signal(signal.SIGQUIT if again else signal.SIGUSR1)
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGTERM and terms.is_second():
+            supervisor.send_signal(signal.SIGQUIT)
+        else:
+            # Not SIGTERM: a batch system may have sent it to the supervisor as well, and a second
+            # one kills.
+            supervisor.send_signal(signal.SIGUSR1)
 
-    with _handlers(
+    with _signal_handlers(
         {
-            signal.SIGTERM: hand_on,
-            signal.SIGUSR1: hand_on,
+            signal.SIGTERM: pass_on,
+            signal.SIGUSR1: pass_on,
             signal.SIGINT: _leave,
             signal.SIGHUP: _leave,
         }
     ):
         printer = Printer(run)
         try:
-            return printer.until(lambda: find_exit_code(supervisor), past=past)
+            return printer.print_until_end(lambda: find_exit_code(supervisor), past=past)
         except _Left:
-            printer.say("training goes on", format_way_back(run))
+            printer.print_lines("training continues", format_way_back(run))
             return ExitCode.INTERRUPTED
 
 
 def attach_run(run: RunDirectory) -> int:
-    """For `attach` without a terminal: the last lines, then new ones until the run has ended; its
-    exit code.
-    """
+    """Print the last lines and new ones until the run has ended, for `attach` without a terminal.
 
+    Returns:
+        The exit code of the run, or 130 after Ctrl-C.
+    """
     observer = HeartbeatObserver()
 
-    def ended() -> int | None:
+    def read_exit_code() -> int | None:
         status = run.known_status()
         if status is None:
             return None
@@ -290,15 +305,17 @@ def attach_run(run: RunDirectory) -> int:
             return status.exit_code
         return None if observer(run, status) else ExitCode.WORKERS_FAILED
 
-    with _handlers({signal.SIGINT: _leave, signal.SIGHUP: _leave}):
+    with _signal_handlers({signal.SIGINT: _leave, signal.SIGHUP: _leave}):
         printer = Printer(run)
         try:
-            code = printer.until(ended, past=ATTACH_LINES)
+            code = printer.print_until_end(read_exit_code, past=ATTACH_LINES)
         except _Left:
             return ExitCode.INTERRUPTED
         status = run.known_status()
         if status is not None and status.exit_code is None:
-            printer.say(f"no sign of life; go on with: guardrail launch --resume {run.path}")
+            printer.print_lines(
+                f"the run does not respond. Continue it with: guardrail launch --resume {run.path}"
+            )
         return code
 
 
@@ -307,10 +324,10 @@ def _leave(signum: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def _handlers(
+def _signal_handlers(
     handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]],
 ) -> Iterator[None]:
-    """Install signal handlers for a while; an ignored SIGHUP (nohup) stays ignored."""
+    """Install signal handlers for the time of the block. An ignored SIGHUP (nohup) stays ignored."""
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         handlers.pop(signal.SIGHUP, None)
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

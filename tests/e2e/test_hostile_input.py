@@ -251,7 +251,7 @@ def place() -> Iterator[Path]:
             raise WorkersFailed("nothing is started in this test")
 
         patch.setattr(launching, "start_supervisor", start)
-        patch.setattr(doctor, "_ask_torch", lambda: {"error": "not asked in this test"})
+        patch.setattr(doctor, "ask_torch", lambda: {"error": "not asked in this test"})
         yield folder
 
 

@@ -36,7 +36,7 @@ def test_advise_journals_what_would_be_done(tmp_path: Path) -> None:
         ), message
         assert "skip the update" not in reason or "would skip the update" in reason
         assert "restore a state" not in reason or "would restore a state" in reason
-    lines = [line for line in LogLines(run).new() if "verdict" in line]
+    lines = [line for line in LogLines(run).read_new_lines() if "verdict" in line]
     assert 1 <= len(lines) < len(verdicts), (
         "one line for each incident and action, not one for each step"
     )

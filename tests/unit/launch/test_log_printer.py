@@ -22,7 +22,7 @@ def test_each_line_has_its_time_and_the_speed_of_its_row(tmp_path: Path) -> None
     status = run.read_status()
     assert status is not None
     run.write_status(msgspec.structs.replace(status, tokens_per_second=5.0, eta_seconds=7.0))
-    lines = LogLines(run).new()
+    lines = LogLines(run).read_new_lines()
     assert len(lines) > 60
     for line in lines:
         assert re.match(r"(\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d ", line), line
@@ -39,7 +39,7 @@ def test_a_row_of_an_older_version_has_fewer_columns(tmp_path: Path) -> None:
     )
     with run.metrics_writer() as rows:
         rows.append({"step": 20, "verdict": 0, "loss": 2.5})
-    (line,) = LogLines(run).new()
+    (line,) = LogLines(run).read_new_lines()
     assert "loss 2.5000" in line and "nan" in line and line.startswith("--:--:-- ")
 
 
@@ -48,7 +48,7 @@ def test_a_set_up_that_gets_ahead_has_a_time(tmp_path: Path) -> None:
     status = run.read_status()
     assert status is not None
     run.write_status(msgspec.structs.replace(status, phase=Phase.SETUP, progress="tokenizing 43 %"))
-    (line,) = LogLines(run).new()
+    (line,) = LogLines(run).read_new_lines()
     assert re.fullmatch(r"\d\d:\d\d:\d\d setup: tokenizing 43 %", line)
 
 
@@ -68,6 +68,6 @@ def test_rows_of_a_damaged_file_are_short_lines_or_none(tmp_path: Path) -> None:
                 "tokens": 1e308,
             }
         )
-    lines = [line for line in LogLines(run).new() if " step " in line]
+    lines = [line for line in LogLines(run).read_new_lines() if " step " in line]
     assert [re.search(r"step +(\d+)", line)[1] for line in lines] == ["20", "60"]  # type: ignore[index]
     assert "loss 1e+300" in lines[-1] and max(map(len, lines)) < 160

@@ -126,7 +126,7 @@ def test_doctor_passes_the_remarks_on_as_notes(tmp_path: Path) -> None:
     file.write_text("[optim]\nclip = 0\n[train]\nsteps = 300\n")
     settings = launching.load_settings(str(file))
     torch = {"devices": [], "gloo": True, "nccl": False, "bf16": False}
-    checks = list(doctor._configuration(settings, str(file), (), torch))
+    checks = list(doctor._check_configuration(settings, str(file), (), torch))
     (remark,) = [check for check in checks if check.name == doctor.PRACTICE]
     assert remark.level == "note" and "not clipped" in remark.text
     assert checks[-1].level == "ok"
