@@ -277,9 +277,9 @@ class Rejudge:
         match event:
             case Restarted():
                 if self._own:
-                    self._controller.incidents.rewind(step, same_steps=True)
+                    self._controller.memory.incidents.rewind(step, same_steps=True)
                 if self._own and event.checkpoint:
-                    self._controller.resumed()
+                    self._controller.note_resume()
             case RolledBack(span=Span(origin="rollback") as span):
                 self._go_back(index, step, [span])
             case Undone():
@@ -292,8 +292,8 @@ class Rejudge:
         self._rejected = [one for one in self._rejected if not _is_within(one, gone)]
         if self._own:
             past = RunHistory.of(self._events[: index + 1])
-            self._controller.went_back(step, past.rollbacks)
-            self._controller.pardons = [*self._settings.allowlist, *past.pardons]
+            self._controller.memory.go_back(step, past.rollbacks)
+            self._controller.memory.allowlist = [*self._settings.allowlist, *past.pardons]
 
     def _restart(self, index: int) -> None:
         """A new process: what it knows is what the journal had told."""
@@ -331,7 +331,7 @@ class Rejudge:
         if change.mode is not None:
             self._controller.set_mode(change.mode)
         if change.batch is not None:
-            self._controller.accept(event.step, change.batch)
+            self._controller.memory.accept(event.step, change.batch)
 
 
 class _ControllerChange(ReplayTarget):

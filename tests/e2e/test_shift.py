@@ -183,7 +183,7 @@ def test_a_process_that_starts_again_knows_where_the_level_begins() -> None:
         make_line(seq=at, time=0.0, step=step - 1, timeline=0, kind=kind, message="", data=fields)
         for at, (kind, fields) in enumerate(data, 1)
     )
-    assert resumed.incidents.open
+    assert resumed.memory.incidents.open
     for later in range(step, step + 40):
         ours, theirs = resumed.observe(other(later)), live.observe(other(later))
         assert (
@@ -245,7 +245,7 @@ def test_what_every_batch_has_a_little_of_is_borne_and_a_spike_is_not() -> None:
     )
     retry = controller.apply_diagnosis(raised(step + 1), verdict, told)
     assert retry.action is Action.RETRY and retry.incident_state == "open"
-    assert controller.is_borne(raised(step + 1))
+    assert controller.memory.is_tolerated(raised(step + 1))
     for later in range(step + 1, step + 4):
         borne = controller.observe(raised(later))
         assert borne.action is Action.APPLY and borne.accepted, borne
@@ -298,7 +298,7 @@ def test_a_level_begins_at_its_place_though_nobody_is_wary_any_more(mark: str, s
             make_line(seq=at, time=0.0, step=step, timeline=0, kind=kind, message="", data=fields)
             for at, (kind, fields) in enumerate(lines, 1)
         )
-        assert controller.incidents.open is not bool(ends)
+        assert controller.memory.incidents.open is not bool(ends)
         for later in range(step, step + steps):
             verdict = controller.observe(
                 raised(later) if later == step else obs(later, healthy_loss(later), 0.5)

@@ -212,12 +212,12 @@ def test_a_pardoned_jump_is_noted_and_applied_and_enters_no_baseline() -> None:
     told, plain = Controller(GuardOptions()), Controller(GuardOptions())
     step = warmed(told)
     warmed(plain)
-    told.pardon([(step * FED - 1, step * FED)])
+    told.memory.allow([(step * FED - 1, step * FED)])
     bands = told.bands()
     verdict = told.observe(obs(step, 9.0, 0.5))
     assert verdict.action is Action.APPLY and verdict.incident is None and not verdict.accepted
     assert [f.severity for f in verdict.findings] == [Severity.NOTE] and verdict.reason.startswith(
-        "pardoned: loss 9"
+        "on the allowlist: loss 9"
     )
     assert told.bands() == bands
     assert plain.observe(obs(step, 9.0, 0.5)).action is Action.SKIP
@@ -270,7 +270,7 @@ def test_pardons_and_the_budget_come_back_from_the_journal() -> None:
     assert past.lives(timeline=1, step=20) and not past.lives(timeline=1, step=21)
     controller = Controller(GuardOptions(allowlist=((1, 2),)))
     controller.rebuild(events)
-    assert (controller.rollbacks, controller.pardons) == ([], [(1, 2), (184, 224)])
+    assert (controller.memory.rollbacks, controller.memory.allowlist) == ([], [(1, 2), (184, 224)])
     # The very same span may be left out again, as when the batch turns out to hold a NaN.
     assert len(RunHistory.of([*events, line(10, "skipped", 184, 224)]).spans) == 1
 
@@ -327,7 +327,7 @@ def test_an_undone_rollback_and_skip_leave_a_run_that_was_told_so_from_its_begin
     assert of_kind(run, "command")[0].data["who"] == "tester"
     assert not [e for e in of_kind(run, "verdict") if e.timeline > first.data["new_timeline"]]
     notes = [event.message for event in of_kind(run, "finding")]
-    assert sum("pardoned: loss" in note for note in notes) == 4, (
+    assert sum("on the allowlist: loss" in note for note in notes) == 4, (
         "each batch was found odd again, and applied"
     )
     assert_whole(run)

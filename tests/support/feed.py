@@ -136,7 +136,7 @@ class Trainer:
         for span in self.journal:
             self.ledger.skip_span(span)
         self.controller = Controller(self.settings)
-        self.controller.load_rollbacks(self.rollbacks)
+        self.controller.memory.load_rollbacks(self.rollbacks)
         self._restore(max(self.saved))
 
     def run(self, steps: int) -> Trainer:
@@ -188,7 +188,7 @@ class Trainer:
                 Span(first=verdict.window[0], last=verdict.window[1], origin="rollback", step=step)
             )
             self._restore(target)
-            self.controller.load_rollbacks(self.rollbacks)
+            self.controller.memory.load_rollbacks(self.rollbacks)
         else:
             self.halted = True
 

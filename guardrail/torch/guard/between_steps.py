@@ -71,7 +71,7 @@ class BetweenSteps:
                 self._ctx.progress.step,
                 is_good=controller.is_good,
                 facts=self._facts,
-                since=controller.incidents.since,
+                since=controller.memory.incidents.since,
             )
         return time.perf_counter() - began
 

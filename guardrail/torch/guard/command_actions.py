@@ -136,12 +136,12 @@ class GuardActions:
 
     def accept(self, batch: tuple[int, int]) -> None:
         controller, step = self._ctx.controller, self._ctx.progress.step
-        accepted = controller.accept(step, batch)
-        for one in [one for one in controller.incidents.ended if one.number in accepted]:
+        accepted = controller.memory.accept(step, batch)
+        for one in [one for one in controller.memory.incidents.ended if one.number in accepted]:
             self._ctx.recorder.write(
                 IncidentChanged(number=one.number, state=ACCEPTED, onset=one.onset, at_step=step)
             )
-        self._snapshots.note_incident(controller.incidents.since)
+        self._snapshots.note_incident(controller.memory.incidents.since)
 
     def skip(self, span: Span) -> None:
         self._quarantine.skip(span)

@@ -96,9 +96,9 @@ class TimelineSwitch:
             self._resume_check.refuse_other_order(restored.extra)
             saved_rate = float(self._state.optimizers[0].param_groups[0]["lr"])
             self._adopt(restored.extra)
-            ctx.controller.resumed()
+            ctx.controller.note_resume()
             check = restored.check | self._resume_check.check(restored.extra, saved_rate)
-        ctx.controller.incidents.rewind(progress.step, same_steps=True)
+        ctx.controller.memory.incidents.rewind(progress.step, same_steps=True)
         progress.timeline = self._first_timeline = ctx.history.timeline + 1
         ctx.recorder.write(
             Restarted(
@@ -237,7 +237,7 @@ class TimelineSwitch:
         )
         ctx.order.undo_skips(plan.spans)
         self._restore(target)
-        ctx.controller.pardon(plan.pardons)
+        ctx.controller.memory.allow(plan.pardons)
         self._snapshots.finish_rollback(self.facts, target)
 
     def _restore(self, target: Target) -> None:
@@ -245,7 +245,7 @@ class TimelineSwitch:
         ctx = self._ctx
         self._adopt(self._snapshots.restore(target))
         ctx.progress.timeline += 1
-        ctx.controller.went_back(target.step, ctx.history.rollbacks)
+        ctx.controller.memory.go_back(target.step, ctx.history.rollbacks)
 
     def _adopt(self, extra: dict[str, Any]) -> None:
         """Take over what travelled with a snapshot besides tensors."""

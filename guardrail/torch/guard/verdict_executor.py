@@ -14,6 +14,7 @@ from guardrail.core.events.run_state import Note
 from guardrail.core.records import Action, Diagnosis, Mode, Observation, Phase, Span, Verdict
 from guardrail.decide.advised_incidents import advised_words
 from guardrail.decide.diagnoses import signals_of
+from guardrail.decide.incident_line import make_incident_line
 from guardrail.decide.questions import ParkResult
 from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
@@ -365,8 +366,8 @@ class VerdictExecutor:
         if verdict.findings:
             self._write_verdict(step, verdict, evidence)
         if verdict.incident_state:
-            self._ctx.recorder.write(controller.incident_line(verdict))
-        self._snapshots.note_incident(controller.incidents.since)
+            self._ctx.recorder.write(make_incident_line(controller.memory, verdict))
+        self._snapshots.note_incident(controller.memory.incidents.since)
 
     def _write_verdict(self, step: Step, verdict: Verdict, evidence: dict[str, Any]) -> None:
         """Write the verdict with what led to it."""

@@ -126,7 +126,7 @@ def test_no_ceilings_for_a_signal_that_nobody_has_seen_nor_in_an_incident_nor_be
     healthy(controller, 100)
     assert safe_limits(controller, 101) and safe_limits(controller, 101, LOSS) is not None
     resumed = copy.deepcopy(controller)
-    resumed.resumed()
+    resumed.note_resume()
     assert safe_limits(resumed, 101) is None
     spike = observation(101, {LOSS: 1e3, GRAD_NORM: 0.5})
     assert controller.observe(spike).action is Action.SKIP

@@ -173,15 +173,15 @@ def done(step: int) -> Rollback:
 def test_the_budget_halts_and_healthy_steps_give_it_back() -> None:
     controller = Controller(GuardOptions(max_rollbacks=2, reset_budget_after=100))
     step = warmed(controller)
-    controller.load_rollbacks([*controller.rollbacks, done(step - 60)])
+    controller.memory.load_rollbacks([*controller.memory.rollbacks, done(step - 60)])
     assert rejections(controller, step, 3)[-1].action is Action.ROLLBACK
-    controller.load_rollbacks([*controller.rollbacks, done(step - 1)])
+    controller.memory.load_rollbacks([*controller.memory.rollbacks, done(step - 1)])
     halt = rejections(controller, step, 3)[-1]
     assert halt.action is Action.HALT and "2 rollbacks without 100 healthy steps" in halt.reason
     # exactly 100 steps were applied since
-    controller.load_rollbacks([done(step - 200), done(step - 101)])
+    controller.memory.load_rollbacks([done(step - 200), done(step - 101)])
     assert rejections(controller, step, 3)[-1].action is Action.ROLLBACK
-    controller.load_rollbacks([done(step - 199), done(step - 100)])
+    controller.memory.load_rollbacks([done(step - 199), done(step - 100)])
     assert rejections(controller, step, 3)[-1].action is Action.HALT
 
 
@@ -198,11 +198,11 @@ def test_rollbacks_are_read_from_the_journal_as_it_is_written() -> None:
     }
     span = {"cause": "user", "first": 1, "last": 2, "step": 3}
     (by_user,) = RunHistory.of([event("rollback", step, **data, span=span)]).rollbacks
-    controller.load_rollbacks([by_user])
+    controller.memory.load_rollbacks([by_user])
     assert rejections(controller, step, 3)[-1].action is Action.ROLLBACK
     span = {"cause": "rollback", "first": 1, "last": 2, "step": 3}
     (by_guard,) = RunHistory.of([event("rollback", step, **data, span=span)]).rollbacks
-    controller.load_rollbacks([by_guard])
+    controller.memory.load_rollbacks([by_guard])
     assert rejections(controller, step, 3)[-1].action is Action.HALT
 
 
@@ -216,7 +216,7 @@ def test_ask_skips_by_itself_and_parks_before_a_rollback() -> None:
     assert [v.action for v in verdicts] == [Action.SKIP, Action.SKIP, Action.PAUSE]
     assert verdicts[-1].would is Action.ROLLBACK
     assert verdicts[-1].window == ((step - 2) * BATCH, (step + 2) * BATCH)
-    controller.load_rollbacks([*controller.rollbacks, done(step - 1)])
+    controller.memory.load_rollbacks([*controller.memory.rollbacks, done(step - 1)])
     assert rejections(controller, step, 3)[-1].would is Action.HALT
 
 
@@ -503,7 +503,7 @@ def test_no_number_of_any_signal_raises_and_each_state_can_be_kept(
     step, streak = 1, 0
     for index, row in enumerate(rows):
         if resumed and index == 40:
-            controller.resumed()
+            controller.note_resume()
         signals = {name: value for name, value in row.items() if value is not None}
         verdict = controller.observe(
             Observation(step=step, first=index, last=index + 1, signals=signals, streak=streak)
@@ -528,7 +528,7 @@ def test_state_through_json_at_any_row_gives_the_same_verdicts(
         first.observe(seen)
     second = Controller(SHORT, mode=mode)
     second.load_state_dict(through_json(first.state_dict()))
-    second.load_rollbacks(first.rollbacks)
+    second.memory.load_rollbacks(first.memory.rollbacks)
     for seen, verdict in told[cut:]:
         again = second.observe(seen)
         assert plain(
@@ -725,18 +725,18 @@ def test_facts_come_back_from_the_journal() -> None:
     )
     done = {"to_step": 150, "from_step": 190, "onset": 160, "window": [2544, 3200]}
     events.append(event("rollback", 150, new_timeline=1, **done))
-    whole.load_rollbacks(RunHistory.of(events[-1:]).rollbacks)
+    whole.memory.load_rollbacks(RunHistory.of(events[-1:]).rollbacks)
 
     fresh = Controller(GuardOptions(max_rollbacks=1))
     fresh.load_state_dict(state)
     fresh.rebuild(events)
-    assert fresh.rollbacks == whole.rollbacks
+    assert fresh.memory.rollbacks == whole.memory.rollbacks
     for k in (2, 3):
         seen = obs(step, 9.0, 0.5, first=first + BATCH * k, streak=k)
         again, verdict = fresh.observe(seen), whole.observe(seen)
         assert again == verdict
         assert again.action is (Action.SKIP if k == 2 else Action.HALT)
-    assert fresh.incidents.number == 1 and fresh.incidents.open
+    assert fresh.memory.incidents.number == 1 and fresh.memory.incidents.open
     assert fresh.observe(obs(step, 9.0, 0.5, first=first + BATCH * 9)).incident == 1
 
 
@@ -882,7 +882,7 @@ def test_an_update_of_bad_data_is_gone_back_for_once() -> None:
     done = Rollback(
         from_step=step - 1, to_step=190, onset=step - 1, window=verdict.window, incident=1
     )
-    controller.load_rollbacks([done])
+    controller.memory.load_rollbacks([done])
     assert [controller.observe(nth(step, streak)).action for streak in range(5)] == [
         Action.SKIP
     ] * 5
@@ -913,7 +913,7 @@ def test_only_the_samples_to_blame_of_a_window_are_left_out_until_that_was_not_e
         escalation="rollback",
         incident=1,
     )
-    controller.load_rollbacks([went])
+    controller.memory.load_rollbacks([went])
     again = few(controller, (3,))
     assert (again.escalation, again.positions) == ("widen", ()), (
         "what is left of the window goes as well"
@@ -966,7 +966,7 @@ def known_state(controller: Controller) -> int:
         escalation=back.escalation,
         incident=1,
     )
-    controller.load_rollbacks([went])
+    controller.memory.load_rollbacks([went])
     return step
 
 

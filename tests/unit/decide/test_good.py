@@ -29,6 +29,7 @@ from guardrail.core.records import (
     Verdict,
 )
 from guardrail.decide.controller import Controller
+from guardrail.decide.incident_line import make_incident_line
 from guardrail.decide.incidents import Incidents
 from guardrail.decide.recovery import fit_trend
 from guardrail.launch.log_printer import format_step
@@ -83,7 +84,7 @@ class Fed:
         state.
         """
         controller = self.controller
-        within = getattr(controller.incidents, "within", lambda step: False)
+        within = getattr(controller.memory.incidents, "within", lambda step: False)
         return step + controller.settings.confirm <= controller.healthy_through and not within(step)
 
     def seen(self) -> Observation:
@@ -101,7 +102,7 @@ class Fed:
                 at_step=verdict.step,
             )
         if verdict.incident_state:
-            line = with_data(self.controller.incident_line(verdict))
+            line = with_data(make_incident_line(self.controller.memory, verdict))
             self.event("incident", line.message, **line.data)
 
     def event(self, kind: str, message: str = "", **data: Any) -> None:
@@ -163,7 +164,7 @@ def test_a_restart_knows_the_incident_that_is_not_over(crash: int) -> None:
         Fed(Mode.ADVISE, back=300).to(crash).restarted().to(400),
     )
     assert again.states() == calm.states() and again.good == calm.good
-    assert again.controller.incidents.ended == calm.controller.incidents.ended
+    assert again.controller.memory.incidents.ended == calm.controller.memory.incidents.ended
 
 
 def test_a_curve_is_not_followed_for_thousands_of_steps() -> None:
@@ -195,7 +196,7 @@ def test_what_is_accepted_is_over_and_later_states_become_good() -> None:
         run = Fed(Mode.ADVISE).to(at)
         first = run.step * BATCH
         run.event("command", command="accept", effect="applied", batch=[first, first + BATCH])
-        assert run.controller.accept(run.step, (first, first + BATCH)) == (1,)
+        assert run.controller.memory.accept(run.step, (first, first + BATCH)) == (1,)
         again = run.restarted()
         for one in (run, again):
             one.to(at + 60)
@@ -208,7 +209,7 @@ def test_to_go_back_before_the_onset_leaves_the_incident_behind_and_into_it_brin
     None
 ):
     run = Fed(Mode.ADVISE, back=300).to(400)
-    incidents = run.controller.incidents
+    incidents = run.controller.memory.incidents
     (one,) = incidents.ended
     assert one.until is not None and not incidents.within(one.until)
     incidents.rewind(one.until - 10)
@@ -300,7 +301,9 @@ def test_accept_lets_later_states_become_good_and_is_refused_where_nothing_is_to
     # The rows and the journal alone lead to the same verdicts.
     rejudge = Rejudge(loop.run, loop.guard.config.guard, own=True)
     assert all(row.agrees for row in rejudge) and not rejudge.lost
-    assert rejudge._controller.incidents.ended == loop.guard.controller.incidents.ended
+    assert (
+        rejudge._controller.memory.incidents.ended == loop.guard.controller.memory.incidents.ended
+    )
 
 
 @pytest.mark.fault("T1")

@@ -18,6 +18,7 @@ from guardrail.core.records import (
 from guardrail.decide.controller import Controller
 from guardrail.decide.embedding_lead import embedding_leads
 from guardrail.decide.escalation import choose_remedy, count_uses
+from guardrail.decide.incident_line import make_incident_line
 from guardrail.decide.incidents import PATIENCE, Incidents
 from guardrail.decide.recovery import LEAST, compare, fit_trend
 from guardrail.decide.remedies.effects import compute_factor, resets_moments
@@ -204,7 +205,7 @@ def test_a_widened_window_is_twice_as_long_and_a_function_of_the_onset() -> None
     for most, length in ((512, 8), (6, 6)):
         controller = Controller(GuardOptions(max_window=most))
         step = warmed(controller)
-        controller.load_rollbacks([*controller.rollbacks, done("rollback", step - 1)])
+        controller.memory.load_rollbacks([*controller.memory.rollbacks, done("rollback", step - 1)])
         verdicts = [
             controller.observe(obs(step, 9.0, 0.5, first=(step - 1 + k) * BATCH, streak=k))
             for k in range(3)
@@ -237,7 +238,7 @@ def test_the_rungs_of_a_run_that_does_not_recover() -> None:
         said = rejected(controller, step, rung=rung)
         if rung != "halt":
             assert [action for action, _ in said] == [Action.SKIP, Action.SKIP, Action.ROLLBACK]
-            controller.load_rollbacks([*controller.rollbacks, done(rung, step - 1)])
+            controller.memory.load_rollbacks([*controller.memory.rollbacks, done(rung, step - 1)])
         else:
             assert (
                 said[-1][0] is Action.HALT
@@ -333,7 +334,7 @@ def test_a_norm_that_stays_up_while_the_loss_is_as_usual_is_gone_back_for_once_a
     for step in range(1, 100):
         controller.observe(obs(step, noisy(2.0)(step), noisy(0.5, seed=1)(step)))
     assert high(controller, 100, 2.0) == [Action.SKIP, Action.SKIP, Action.ROLLBACK]
-    controller.load_rollbacks([*controller.rollbacks, done("rollback", 99)])
+    controller.memory.load_rollbacks([*controller.memory.rollbacks, done("rollback", 99)])
     assert high(controller, 100, 2.0) == [Action.SKIP, Action.SKIP, Action.APPLY]
     for step in range(101, 130):
         verdict = controller.observe(obs(step, noisy(2.0)(step), noisy(40.0, seed=1)(step)))
@@ -346,7 +347,7 @@ def test_a_norm_that_stays_up_is_not_accepted_where_the_loss_has_something_of_it
     controller = Controller(DEFAULT)
     for step in range(1, 100):
         controller.observe(obs(step, noisy(2.0)(step), noisy(0.5, seed=1)(step)))
-    controller.load_rollbacks([*controller.rollbacks, done("rollback", 99)])
+    controller.memory.load_rollbacks([*controller.memory.rollbacks, done("rollback", 99)])
     assert high(controller, 100, 2.3) == [Action.SKIP, Action.SKIP, Action.ROLLBACK]
 
 
@@ -361,7 +362,7 @@ def test_a_place_that_spikes_again_has_recurred() -> None:
             for k in range(3)
         ]
         states += [verdict.incident_state for verdict in said]
-        controller.load_rollbacks([*controller.rollbacks, done("rollback", step - 1)])
+        controller.memory.load_rollbacks([*controller.memory.rollbacks, done("rollback", step - 1)])
     assert states == ["open", "", "", "", "", "repeated"]
-    line = controller.incident_line(said[-1])
-    assert line.state == "repeated" and line.curve == controller.incidents.curve is not None
+    line = make_incident_line(controller.memory, said[-1])
+    assert line.state == "repeated" and line.curve == controller.memory.incidents.curve is not None

@@ -99,7 +99,7 @@ def test_a_run_goes_on_after_it(
             past = RunHistory.of(lines)
             controller = Controller(GuardOptions())
             controller.rebuild(lines)
-            controller.load_rollbacks(past.rollbacks)
+            controller.memory.load_rollbacks(past.rollbacks)
             past.effects(70, GuardOptions())
             monkeypatch.setattr(RunDirectory, "events", lambda _, lines=lines: lines)
             again = Rejudge(loop.run, GuardOptions(), own=True)

@@ -21,7 +21,7 @@ def resumed(mode: Mode = Mode.AUTO) -> tuple[Controller, Controller, int]:
     step = warmed(whole)
     fresh = Controller(GuardOptions(), mode=mode)
     fresh.load_state_dict(through_json(whole.state_dict()))
-    fresh.resumed()
+    fresh.note_resume()
     return whole, fresh, step
 
 

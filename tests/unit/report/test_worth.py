@@ -20,6 +20,7 @@ from guardrail.core.format import format_number
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import GRAD_NORM, LOSS, Action, LossTrend, Observation, Verdict
 from guardrail.decide.controller import Controller
+from guardrail.decide.incident_line import make_incident_line
 from guardrail.decide.run_history import RunHistory
 from guardrail.report.build import build_report
 from guardrail.report.costs import judge_effect
@@ -64,7 +65,7 @@ class Told:
                 "rollback", "back", step=ONSET - 1, timeline=1, new_timeline=1, incident=1, **back
             )
             self.controller.load_state_dict(before)
-            self.controller.load_rollbacks(RunHistory.of([line]).rollbacks)
+            self.controller.memory.load_rollbacks(RunHistory.of([line]).rollbacks)
         step = ONSET if shift == 1.0 else BACK + 1
         while self.closed is None:
             self.step(
@@ -91,7 +92,7 @@ class Told:
             }
             self.run.append("verdict", verdict.reason, step=step - 1, timeline=timeline, **data)
         if verdict.incident_state:
-            line = with_data(self.controller.incident_line(verdict))
+            line = with_data(make_incident_line(self.controller.memory, verdict))
             self.run.append("incident", line.message, step=step - 1, timeline=timeline, **line.data)
             self.closed = verdict if verdict.outcome is not None else None
 
