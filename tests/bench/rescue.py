@@ -48,7 +48,7 @@ ARC = "arc-training==5.2.0.post1"
 # Whether an update is to be left out. Called when its gradients are there, before they are clipped.
 Rule = Callable[[Observation], bool]
 NONE = (HEALTHY, HEALTHY_TWO)
-SHOWN = ("verdict", "cause", "left_out", "rollback", "remedy", "incident", "ended")
+SHOWN = ("verdict", "diagnosis", "skipped", "rollback", "remedy", "incident", "ended")
 
 
 # -- arms ------------------------------------------------------------------------------------------
@@ -203,11 +203,11 @@ def numbers_of(run: RunDirectory, result: dict[str, Any]) -> dict[str, Any]:
     """A cell for the cache: what the rank said, and what the run directory tells."""
     events = run.events()
     attempts = len(run.metrics())
-    causes = [event.data["cause"] for event in events if event.kind == "cause"]
+    causes = [event.data["cause"] for event in events if event.kind == "diagnosis"]
     return result | {
         "attempts": attempts,
         "lost": attempts - result["step"],
-        "acts": sum(event.kind in ("left_out", "rollback") for event in events),
+        "acts": sum(event.kind in ("skipped", "rollback") for event in events),
         "causes": causes,
         "journal": [
             f"{event.step} {event.kind}: {event.message}" for event in events if event.kind in SHOWN

@@ -168,7 +168,7 @@ def test_a_process_that_starts_again_knows_where_the_level_begins() -> None:
     curve = None
     data: list[tuple[str, dict[str, Any]]] = [
         (
-            "cause",
+            "diagnosis",
             {
                 "incident": 1,
                 "cause": "data",
@@ -212,7 +212,7 @@ def test_nobody_is_wary_before_the_place_of_the_trouble() -> None:
                 [
                     ("incident", {"number": 1, "state": "open", "onset": step}),
                     (
-                        "cause",
+                        "diagnosis",
                         {
                             "incident": 1,
                             "cause": "data",
@@ -287,9 +287,9 @@ def test_a_level_begins_at_its_place_though_nobody_is_wary_any_more(mark: str, s
         batch = [seen.first, seen.last]
         lines: list[tuple[str, dict[str, Any]]] = [
             ("incident", {"number": 1, "state": "open", "onset": step}),
-            ("cause", {"incident": 1, "cause": "data", "at_step": step, "batch": batch}),
+            ("diagnosis", {"incident": 1, "cause": "data", "at_step": step, "batch": batch}),
             (
-                "cause",
+                "diagnosis",
                 {"incident": 1, "cause": "data", "at_step": step, "batch": batch, mark: True},
             ),
             *(("incident", {"number": 1, "state": state}) for state in ends),

@@ -131,7 +131,7 @@ def test_a_failed_rank_is_started_again(lab: Lab) -> None:
 def test_the_exception_of_a_failed_rank_is_in_the_journal(lab: Lab) -> None:
     lab.guardrail("launch", configure(lab, "fault = 'record'"), "--headless")
     run = lab.newest()
-    failure = next(event for event in run.events() if event.kind == "ranks_failed")
+    failure = next(event for event in run.events() if event.kind == "rank_failed")
     assert (failure.data["rank"], failure.data["error"]) == (1, "ValueError: too small")
     assert failure.data["error"] in failure.message
     assert not list(run.logs.glob("error*"))
@@ -367,7 +367,7 @@ def test_ctrl_c_leaves_and_attach_comes_back(lab: Lab) -> None:
     process.send_signal(signal.SIGINT)
     _, lines = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "training goes on" in lines and f"guardrail attach {run.path}" in lines
+    assert "training continues" in lines and f"guardrail attach {run.path}" in lines
     assert not ended(run)
     back = lab.guardrail("attach")
     assert back.returncode == 0 and "finished by the fake" in back.stderr
@@ -442,7 +442,7 @@ def test_the_screen_is_left_with_q_and_training_goes_on(lab: Lab) -> None:
         screen.expect_exact("\x1b[?1049h")  # the alternate screen
         wait_for(lambda: training(run, 3))
         screen.send("q")
-        screen.expect_exact("training goes on")
+        screen.expect_exact("training continues")
         screen.expect_exact(f"guardrail attach {run.path}")
         screen.expect(pexpect.EOF)
         screen.wait()

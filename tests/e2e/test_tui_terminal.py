@@ -83,7 +83,7 @@ def test_a_key_reaches_the_run(run: RunDirectory, opened: list[Terminal]) -> Non
     deadline = time.monotonic() + 20
     while not run.commands_pending() and time.monotonic() < deadline:
         screen.read()
-    assert [command.kind.value for command in run.commands_pending()] == ["checkpoint"]
+    assert [command.kind for command in run.commands_pending()] == ["checkpoint"]
     screen.until("no answer yet")
 
 

@@ -41,7 +41,7 @@ def events(loop: Loop) -> list[Event]:
     more: list[tuple[str, dict[str, Any]]] = [
         ("undo", {"rollbacks": [1], "pardons": [[480, 488]], "to_step": 30, "new_timeline": 2}),
         (
-            "cause",
+            "diagnosis",
             {
                 "cause": "data",
                 "incident": 1,
