@@ -1,7 +1,7 @@
 """Recorded runs through the live controller.
 
-Old import path of its names; use `guardrail.backtest.backtest`. The function `backtest` is found
-there alone: here its name is that of the module.
+Old import path of its names; use `guardrail.backtest.backtest`, `.result` and
+`.result_text`. The function `backtest` has no old path, because its name is that of a module.
 """
 
 from __future__ import annotations
@@ -10,6 +10,14 @@ from guardrail.core.old_names import forward
 
 __getattr__ = forward(
     __name__,
-    "guardrail.backtest.backtest",
-    ["NOTE", "ACTS", "Alarm", "Case", "Result", "kind_of", "lines", "summary", "summary_lines"],
+    "guardrail.backtest.result",
+    ["NOTE", "ACTS", "Alarm"],
+    renamed={
+        "Case": "BacktestIncident",
+        "Result": "BacktestResult",
+        "kind_of": "guardrail.backtest.backtest.name_finding_kind",
+        "lines": "guardrail.backtest.result_text.format_result",
+        "summary": "guardrail.backtest.result_text.sum_results",
+        "summary_lines": "guardrail.backtest.result_text.format_summary",
+    },
 )

@@ -1,6 +1,4 @@
-"""A recorded run as a picture: each signal, the band that its baseline allowed, and what was said.
-Needs matplotlib.
-"""
+"""Draws a recorded run: each signal, its normal range, and the alarms. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -11,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from guardrail.backtest.backtest import NOTE, Result
 from guardrail.backtest.importers.recorded_log import Log
+from guardrail.backtest.result import NOTE, BacktestResult
 from guardrail.core.packages import require_package
 
-POINTS = 4000  # columns in which a long run is drawn; of each the least and the greatest value
+POINTS = 4000  # most points of a curve: the smallest and the largest value of each segment
+LARGEST = 1e30  # of a threshold that is drawn
 COLOURS = {
     NOTE: "#9a9a9a",
     "skip": "#e08a00",
@@ -25,13 +24,13 @@ COLOURS = {
 }
 
 
-def require() -> None:
+def require_matplotlib() -> None:
     """Raise MissingPackage if matplotlib is not installed."""
     require_package("matplotlib", "--plot")
 
 
-class Track:
-    """Takes the bands down while a log is judged, for as many rows as can be told apart."""
+class BandRecorder:
+    """Records the bands while a log is judged, at most `POINTS` of them."""
 
     def __init__(self, log: Log) -> None:
         self._every = max(1, len(log) // POINTS)
@@ -44,7 +43,9 @@ class Track:
             self.bands.append(bands)
 
 
-def draw(log: Log, result: Result, track: Track, folder: str, *, svg: bool = False) -> Path:
+def draw_run(
+    log: Log, result: BacktestResult, bands: BandRecorder, folder: str, *, svg: bool = False
+) -> Path:
     """Write FOLDER/NAME.png or .svg and return its path. Raises OSError."""
     import matplotlib
 
@@ -53,7 +54,10 @@ def draw(log: Log, result: Result, track: Track, folder: str, *, svg: bool = Fal
 
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    path = target / f"{_name(log.path)}.{'svg' if svg else 'png'}"
+    suffix = "png"
+    if svg:
+        suffix = "svg"
+    path = target / f"{_file_name(log.path)}.{suffix}"
     signals = [name for name, column in log.columns.items() if column.missing < len(column)]
     figure, axes = pyplot.subplots(
         len(signals),
@@ -65,8 +69,11 @@ def draw(log: Log, result: Result, track: Track, folder: str, *, svg: bool = Fal
     )
     try:
         for axis, signal in zip(axes[:, 0], signals, strict=True):
-            _panel(axis, log, result, track, signal)
-        axes[-1, 0].set_xlabel("record" if _goes_back(log.steps) else "step")
+            _draw_signal(axis, log, result, bands, signal)
+        label = "step"
+        if _has_steps_back(log.steps):
+            label = "record"
+        axes[-1, 0].set_xlabel(label)
         figure.suptitle(log.path, fontsize=9)
         figure.savefig(path, dpi=110)
     finally:
@@ -74,22 +81,25 @@ def draw(log: Log, result: Result, track: Track, folder: str, *, svg: bool = Fal
     return path
 
 
-def _panel(axis: Any, log: Log, result: Result, track: Track, signal: str) -> None:
-    # Where the step goes back, a curve over steps would fold onto itself.
-    x: Sequence[int] = range(len(log)) if _goes_back(log.steps) else log.steps
-    rows, values = _thinned(log, signal)
+def _draw_signal(
+    axis: Any, log: Log, result: BacktestResult, bands: BandRecorder, signal: str
+) -> None:
+    x: Sequence[int] = log.steps
+    if _has_steps_back(log.steps):
+        x = range(len(log))  # a curve over steps would overlap itself
+    rows, values = _thin_out(log, signal)
     axis.plot([x[row] for row in rows], values, color="#1f77b4", linewidth=0.7)
     known = [
-        (row, bands[signal])
-        for row, bands in zip(track.rows, track.bands, strict=True)
-        if signal in bands
+        (row, of_row[signal])
+        for row, of_row in zip(bands.rows, bands.bands, strict=True)
+        if signal in of_row
     ]
     if known:
         at = [x[row] for row, _ in known]
         axis.fill_between(
             at,
             [low for _, (low, _) in known],
-            [_ceiling(high) for _, (_, high) in known],
+            [min(high, LARGEST) for _, (_, high) in known],
             color="#1f77b4",
             alpha=0.15,
         )
@@ -118,9 +128,10 @@ def _panel(axis: Any, log: Log, result: Result, track: Track, signal: str) -> No
         axis.legend(loc="upper right", fontsize=7)
 
 
-def _thinned(log: Log, signal: str) -> tuple[list[int], list[float]]:
-    """The least and the greatest value of each stretch, in order: no spike of a long run is lost
-    between two points.
+def _thin_out(log: Log, signal: str) -> tuple[list[int], list[float]]:
+    """Return (rows, values): the smallest and the largest value of each segment, in order.
+
+    So every spike of a long run is drawn.
     """
     column = log.columns[signal]
     every = max(1, 2 * len(log) // POINTS)
@@ -135,22 +146,16 @@ def _thinned(log: Log, signal: str) -> tuple[list[int], list[float]]:
             }
             rows += sorted(ends)
         elif inside:
-            rows.append(inside[0])  # NaN: the line breaks
+            rows.append(inside[0])  # NaN: a gap in the line
     return rows, [column.values[row] for row in rows]
 
 
-def _goes_back(steps: Sequence[int]) -> bool:
+def _has_steps_back(steps: Sequence[int]) -> bool:
     return any(b < a for a, b in itertools.pairwise(steps))
 
 
-def _ceiling(value: float) -> float:
-    return min(value, 1e30)
-
-
-def _name(path: str) -> str:
-    """A file name that says which log this is: its folder and its stem, or the run inside a
-    file.
-    """
+def _file_name(path: str) -> str:
+    """Return a file name for a log: its folder and its stem, or the run inside a file."""
     parts = [part for part in Path(path).parts[-2:] if part not in ("/", "..", ".")]
     plain = "-".join(parts)
     plain = re.sub(r"\.(csv|tsv|jsonl|json|log|txt|wandb)(?=$|#)", "", plain)

@@ -1,8 +1,8 @@
-"""A recorded log as a screen shows it: its rows, and the journal that the live controller would
-have written of it.
+"""A recorded log for the screen: its rows, and the journal that the live controller would have
+written.
 
-Nothing is written. The rows come at once; what the controller says of them comes as it says it, for
-a million rows take it half a minute.
+Nothing is written to the disk. The rows are available at once. The verdicts follow while the
+controller works: a million rows take it half a minute.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from guardrail.rundir.run_directory import RunDirectory
 if TYPE_CHECKING:
     import numpy as np
 
-CHUNK = 4096  # rows judged between two looks of the screen
-_NAMED = 8  # recorded runs that are named where one is to be chosen
+CHUNK = 4096  # rows that are judged per part
+_NAMED = 8  # most recorded runs that an error names
 
 
 class Part(NamedTuple):
     """Some rows, in the order of the log.
 
     Attributes:
-        rows: float64 [n, len(columns)], with the bands that each row met where they are judged.
-        missing: bool [n, len(columns)]: cells that were not logged, which is no NaN.
-        events: what the controller says of these rows.
+        rows: float64 [n, len(columns)], with the bands of each row if the rows are judged.
+        missing: bool [n, len(columns)]: cells that were not logged. They are not NaN.
+        events: the journal lines of the controller about these rows.
     """
 
     rows: np.ndarray
@@ -55,8 +55,8 @@ class RecordedRun:
         settings: the [guard] section to judge by.
 
     Attributes:
-        name: of the log, as a person would name it.
-        columns: of the rows; names of metrics.bin where they mean the same.
+        name: of the log, as the user named it.
+        columns: of the rows, with the names of metrics.bin for the same quantities.
         last_step: the greatest step.
     """
 
@@ -72,32 +72,32 @@ class RecordedRun:
             if name in METRIC_COLUMNS
         }
         self.columns: Sequence[str] = ("step", "timeline", *signals, *bands)
-        self._timelines = self._of_run("timeline")
+        self._timelines = self._read_column("timeline")
         self.last_step = max(log.steps, default=0)
 
     def __len__(self) -> int:
         return len(self._log)
 
     def plain(self) -> Iterator[Part]:
-        """All rows without a judgement."""
+        """Give all rows without verdicts."""
         for first in range(0, len(self), 65536):
             rows, missing = self._rows(first, min(len(self), first + 65536))
             yield Part(rows, missing, [])
 
     def judged(self) -> Iterator[Part]:
-        """All rows again, with bands and verdicts."""
+        """Give all rows again, with bands and verdicts."""
         part = _Part(self, 0)
         events = _Events()
         for row, bands, verdict in self._verdicts():
             while row >= part.end:
-                yield part.done()
+                yield part.finish()
                 part = _Part(self, part.end)
             part.set_bands(row, bands)
-            part.events += events.of(verdict)
+            part.events += events.make_events(verdict)
         while part.end < len(self):
-            yield part.done()
+            yield part.finish()
             part = _Part(self, part.end)
-        yield part.done()
+        yield part.finish()
 
     def _verdicts(self) -> Iterator[tuple[int, dict[str, tuple[float, float]], Verdict]]:
         if self._log.folder is not None:
@@ -111,8 +111,10 @@ class RecordedRun:
             for judged in Rejudge(run, self._settings, own=False, watch=watch):
                 yield judged.row, met, judged.verdict
             return
-        off = self._settings.mode is Mode.OFF
-        controller = Controller(self._settings, mode=Mode.OFF if off else Mode.ADVISE)
+        mode = Mode.ADVISE
+        if self._settings.mode is Mode.OFF:
+            mode = Mode.OFF
+        controller = Controller(self._settings, mode=mode)
         for row, obs in self._log.observations():
             bands = controller.bands()
             yield row, bands, controller.observe(obs)
@@ -123,7 +125,9 @@ class RecordedRun:
         rows = np.full((end - first, len(self.columns)), np.nan)
         missing = np.zeros(rows.shape, dtype=bool)
         rows[:, 0] = self._log.steps[first:end]
-        rows[:, 1] = 0.0 if self._timelines is None else self._timelines[first:end]
+        rows[:, 1] = 0.0
+        if self._timelines is not None:
+            rows[:, 1] = self._timelines[first:end]
         for index, name in enumerate(self._signals, 2):
             column = self._log.columns[name]
             rows[:, index] = column.values[first:end]
@@ -131,20 +135,17 @@ class RecordedRun:
         rows[missing] = np.nan
         return rows, missing
 
-    def _of_run(self, column: str) -> np.ndarray | None:
-        return (
-            None
-            if self._log.folder is None
-            else RunDirectory.open(self._log.folder).metrics().column(column)
-        )
+    def _read_column(self, column: str) -> np.ndarray | None:
+        if self._log.folder is None:
+            return None
+        return RunDirectory.open(self._log.folder).metrics().column(column)
 
 
 class Background:
-    """A `RecordedRun` that is judged in a process of its own, so that the screen's keys wait for
-    nobody.
+    """A `RecordedRun` that is judged in a separate process, so that the screen stays responsive.
 
-    To be made while this process has one thread: the other is a fork of it, and nothing is read
-    twice. It ends with its work, or when nobody reads it any more.
+    It must be made while this process has only one thread. The other process is a fork, so nothing
+    is read twice. It ends with its work, or when its reader is gone.
     """
 
     def __init__(self, viewing: RecordedRun) -> None:
@@ -157,8 +158,8 @@ class Background:
             target=_send_all, args=(viewing, self._pipe, theirs), daemon=True
         )
         with warnings.catch_warnings():
-            # Python warns of threads of any library; those of numpy hold no lock that the fork
-            # would want.
+            # Python warns about the threads of any library. Those of numpy hold no lock that the
+            # fork needs.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process.start()
         theirs.close()
@@ -170,12 +171,12 @@ class Background:
         return self._viewing.plain()
 
     def judged(self) -> Iterator[Part]:
-        """As of the `RecordedRun`. Raises DataError with what went wrong there."""
+        """Give as `RecordedRun.judged`. Raises DataError with the error of that process."""
         while True:
             try:
                 got = self._pipe.recv()
             except EOFError:
-                raise DataError("the process that judges it has died") from None
+                raise DataError("the process that judges the log has died") from None
             if got is None:
                 return
             if isinstance(got, str):
@@ -189,7 +190,7 @@ class Background:
 
 
 def _send_all(viewing: RecordedRun, ours: Any, pipe: Any) -> None:
-    ours.close()  # or nobody would notice when the reader goes
+    ours.close()  # otherwise this process would not notice that its reader is gone
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
         try:
             for part in viewing.judged():
@@ -198,15 +199,14 @@ def _send_all(viewing: RecordedRun, ours: Any, pipe: Any) -> None:
         except BrokenPipeError:
             raise
         except Exception as error:
-            pipe.send(
-                str(error)
-                if isinstance(error, GuardrailError)
-                else f"{type(error).__name__}: {error}"
-            )
+            message = f"{type(error).__name__}: {error}"
+            if isinstance(error, GuardrailError):
+                message = str(error)
+            pipe.send(message)
 
 
 class _Part:
-    """Rows [first, end) while they are judged."""
+    """Collects the bands and events of rows [first, end)."""
 
     def __init__(self, viewing: RecordedRun, first: int) -> None:
         self.first, self.end = first, min(len(viewing), first + CHUNK)
@@ -221,30 +221,33 @@ class _Part:
                 if index is not None:
                     self._rows[row - self.first, index] = value
 
-    def done(self) -> Part:
+    def finish(self) -> Part:
         return Part(self._rows, self._missing, self.events)
 
 
 class _Events:
-    """Verdicts -> lines of a journal, as the guard writes them in `advise`. A log has no clock:
-    their time is 0.
+    """Turns verdicts into journal lines, as the guard writes them in mode `advise`.
+
+    A log has no clock, so their time is 0.
     """
 
     def __init__(self) -> None:
         self._seq = 0
 
-    def of(self, verdict: Verdict) -> Iterator[Event]:
+    def make_events(self, verdict: Verdict) -> Iterator[Event]:
         if verdict.findings:
-            noted = verdict.action is Action.APPLY and verdict.would in (None, Action.APPLY)
             would = verdict.would or verdict.action
-            what = "step" if noted else f"{advised_words(would.value)} at step"
+            kind, what = "verdict", f"{advised_words(would.value)} at step"
+            advised: str | None = would.value
+            if verdict.action is Action.APPLY and would is Action.APPLY:
+                kind, what, advised = "finding", "step", None
             reason = verdict.reason or "; ".join(finding.sentence() for finding in verdict.findings)
             yield self._event(
                 verdict,
-                "finding" if noted else "verdict",
+                kind,
                 f"{what} {verdict.step}: {reason}",
                 action=verdict.action.value,
-                would=None if noted else would.value,
+                would=advised,
                 findings=msgspec.to_builtins(list(verdict.findings)),
                 onset=verdict.onset,
                 incident=verdict.incident,
@@ -273,8 +276,8 @@ class _Events:
         )
 
 
-def the_log(path: str, columns: dict[str, str]) -> Log:
-    """The one recorded run at `path`.
+def read_one_log(path: str, columns: dict[str, str]) -> Log:
+    """Return the recorded run at `path`.
 
     Raises:
         DataError: nothing there can be read, or several runs are recorded there.
@@ -292,17 +295,17 @@ def the_log(path: str, columns: dict[str, str]) -> Log:
     if not found:
         raise DataError(f"{path}: no step is recorded there")
     if len(found) > 1:
-        names = ", ".join(log.path for log in found[:_NAMED]) + (
-            " ..." if len(found) > _NAMED else ""
-        )
+        names = ", ".join(log.path for log in found[:_NAMED])
+        if len(found) > _NAMED:
+            names += " ..."
         raise DataError(
-            f"{path}: several runs are recorded there; view one of them\n  hint: {names}"
+            f"{path}: several runs are recorded there. View one of them.\n  hint: {names}"
         )
     return found[0]
 
 
-def is_run(path: str) -> bool:
-    """A run directory of guardrail, which has a journal of its own."""
+def is_run_directory(path: str) -> bool:
+    """Return whether a path is a run directory of guardrail, which has its own journal."""
     try:
         return Path(path).is_dir() and bool(RunDirectory.open(path))
     except (RunDirectoryError, OSError):

@@ -1,10 +1,10 @@
-"""A run directory's own rows through the controller once more: the verdicts of a live run, row by
+"""Runs a run directory's own rows through the controller again: the verdicts of a live run, row by
 row.
 
-What the run did decides how it goes on: detectors go back to the state of the snapshot that the
-journal names, an update that was left out teaches nothing, a restart begins with what the journal
-had told by then. So under the run's own settings every verdict is the one that fell live; under
-others the question is what they would have said about the same rows.
+The actions of the run decide how the controller continues. Detectors return to the state of the
+snapshot that the journal names. A skipped update teaches nothing. A restart begins with what the
+journal held by then. So with the run's own settings, every verdict is the live one. With other
+settings, the result is what they would have decided about the same rows.
 """
 
 from __future__ import annotations
@@ -39,61 +39,61 @@ from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.run_directory import RunDirectory
 
 ACTIONS = list(Action)
-CHUNK = 4096  # rows read at once
-# Sees (row, bands that the row meets): signal -> (baseline, threshold).
+CHUNK = 4096  # rows that are read at once
+# Called with (row, bands of the row): signal -> (baseline, threshold).
 Watch = Callable[[int, dict[str, tuple[float, float]]], None]
 HEAD = ("step", "timeline", "time", "first", "last", "tokens", "verdict")
 
 
 class JudgedRow(NamedTuple):
-    """One row.
+    """One row with its verdict.
 
     Attributes:
         verdict: of the controller, now.
-        done: what the run did, by its metrics.
-        said: what its journal says of the row, None where it says nothing.
+        done: the action of the run, by its metrics.
+        line: the journal line about the row; None if there is none.
     """
 
     row: int
     verdict: Verdict
     done: Action
-    said: StepJudged | None
+    line: StepJudged | None
 
     @property
     def agrees(self) -> bool:
-        """Whether the verdict is the one that fell live; a question that a person answered is told
-        by the journal.
+        """Return whether the verdict is the live one. The journal has the answers of users.
 
-        How much data the run had left out by then is not judged here: a verdict that went beyond
-        the share that the guard may leave out counts as it was before.
+        The amount of skipped data is not judged here. If the live verdict exceeded the allowed
+        share, the verdict before that check is compared.
         """
-        if self.said is None:
+        if self.line is None:
             return self.verdict.action is self.done
-        decided = self.verdict.would if self.verdict.action is Action.PAUSE else self.verdict.action
-        if self.said.beyond:
-            return decided is Action(self.said.beyond)
-        return self.verdict.action is Action(self.said.action)
+        decided: Action | None = self.verdict.action
+        if not self.line.beyond:
+            return decided is Action(self.line.action)
+        if decided is Action.PAUSE:
+            decided = self.verdict.would
+        return decided is Action(self.line.beyond)
 
 
 class State(NamedTuple):
-    """What travelled with a snapshot and matters here."""
+    """The part of a snapshot that matters here."""
 
     controller: dict[str, Any]
     applied_end: int
 
 
 class Rejudge:
-    """Iterate over it once.
+    """Gives the judged rows of a run. It can be iterated once.
 
     Args:
         settings: the [guard] section.
-        own: these are the run's own settings: follow the mode that it was in. Otherwise nothing is
-        acted on.
+        own: these are the run's own settings: follow the mode that it was in. Otherwise the
+            controller only advises.
         watch: called before each row is judged.
 
     Attributes:
-        lost: one sentence for each place from which on verdicts may differ, because a row or a line
-        is missing.
+        lost: one sentence per missing row or line. After it, verdicts may differ.
     """
 
     def __init__(
@@ -103,23 +103,25 @@ class Rejudge:
         self._events = run.events()
         self._view = run.metrics()
         self._names = watched_signals(self._view)
-        self._controller = Controller(settings, mode=None if own else Mode.ADVISE)
+        mode = None
+        if not own:
+            mode = Mode.ADVISE
+        self._controller = Controller(settings, mode=mode)
         self.lost: list[str] = []
         self._timeline = 0
         self._begins: dict[int, int] = {}  # timeline -> index of the event that began it
-        # indices of commands to the controller that are still to come
+        # Indices of the commands that change the controller and have not taken effect yet.
         self._changes: deque[int] = deque()
-        # (timeline, step) -> what the journal says of its tries
-        self._told: dict[tuple[int, int], deque[StepJudged | Note]] = {}
-        self._causes: dict[
-            tuple[int, int], deque[Diagnosed]
-        ] = {}  # as above: what replays have shown
-        # Batches that were rejected, as positions -> from where on the next batch begins.
-        self._left_out: dict[tuple[int, int], int] = {}
-        self._wanted: set[int] = set()  # steps to whose state the run went back
+        # (timeline, step) -> journal lines about its tries
+        self._lines: dict[tuple[int, int], deque[StepJudged | Note]] = {}
+        # the same: diagnoses
+        self._causes: dict[tuple[int, int], deque[Diagnosed]] = {}
+        # Rejected batches: (first, last) position -> where the next batch begins.
+        self._skipped: dict[tuple[int, int], int] = {}
+        self._wanted: set[int] = set()  # steps whose state the run restored
         self._read_journal()
         self._saved = {0: State(self._controller.state_dict(), 0)}
-        # As in the ledger: rejected batches behind the last applied one are the streak.
+        # As in the sample order: the streak is the rejected batches after the last applied one.
         self._applied_end = 0
         self._rejected: list[tuple[int, int]] = []
 
@@ -139,22 +141,24 @@ class Rejudge:
                 self._begins[timeline] = index
                 self._wanted.add(to_step)
             case RolledBack() | Undone():
-                raise ValueError(f"line {event.seq}: it goes back to no state")
+                raise ValueError(f"line {event.seq}: it names no state to restore")
             case Restarted():
                 self._begins[event.timeline] = index
                 self._wanted.add(event.step)
             case StepJudged(at_step=int() as at):
-                self._told.setdefault((event.timeline, at), deque()).append(event)
+                self._lines.setdefault((event.timeline, at), deque()).append(event)
             case Diagnosed(at_step=int() as at):
                 self._causes.setdefault((event.timeline, at), deque()).append(event)
             case Note(overflow=True):
-                self._told.setdefault((event.timeline, event.step + 1), deque()).append(event)
+                self._lines.setdefault((event.timeline, event.step + 1), deque()).append(event)
             case CommandAnswered():
                 if _ControllerChange.read(event) is not None:
                     self._changes.append(index)
             case Skipped(span=Span(origin="rejected") as span):
-                next_first = span.first if span.positions else span.last
-                self._left_out[span.first, span.last] = next_first
+                following = span.last
+                if span.positions:
+                    following = span.first
+                self._skipped[span.first, span.last] = following
 
     def __iter__(self) -> Iterator[JudgedRow]:
         import numpy as np
@@ -174,17 +178,16 @@ class Rejudge:
         while self._timeline < timeline:
             self._timeline += 1
             self._begin(self._timeline)
-        self._obey(step=step, time=cells[2])
+        self._apply_commands(step=step, time=cells[2])
         if self._watch is not None:
             self._watch(row, self._controller.bands())
         done = ACTIONS[int(cells[6])]
-        said = self._said(timeline, step, done)
-        told = said.findings if said is not None else ()
-        ranks = {
-            f.signal: f.ranks
-            for f in told
-            if f.kind in (FindingKind.NONFINITE, FindingKind.SCALE_COLLAPSE)
-        }
+        line = self._take_line(timeline, step, done)
+        ranks: dict[str, tuple[int, ...]] = {}
+        if line is not None:
+            for finding in line.findings:
+                if finding.kind in (FindingKind.NONFINITE, FindingKind.SCALE_COLLAPSE):
+                    ranks[finding.signal] = finding.ranks
         measured = dict(zip(self._names, cells[len(HEAD) :], strict=True))
         obs = Observation(
             step=step,
@@ -195,60 +198,63 @@ class Rejudge:
             nonfinite_grad=ranks.get(GRAD_NORM) or ranks.get(LOSS_SCALE, ()),
             tokens=int(cells[5]),
             streak=self._streak(first),
-            overflow=_overflow(measured),
+            overflow=_is_overflow(measured),
         )
-        causes = self._causes.get((timeline, step)) if self._own else None
-        return JudgedRow(row, self._observe(obs, done, causes), done, said)
+        causes = None
+        if self._own:
+            causes = self._causes.get((timeline, step))
+        return JudgedRow(row, self._observe(obs, done, causes), done, line)
 
     def _observe(self, obs: Observation, done: Action, causes: deque[Diagnosed] | None) -> Verdict:
-        """The verdict; afterwards the controller knows what the run did, whether or not that was
-        the verdict.
-        """
+        """Return the verdict. Then tell the controller what the run did, also if it is another."""
         controller, applied = self._controller, done is Action.APPLY
-        before = None if applied else controller.state_dict()
+        before = None
+        if not applied:
+            before = controller.state_dict()
         verdict = controller.observe(obs)
         if causes and controller.needs_cause_test(verdict):
             verdict = controller.apply_diagnosis(obs, verdict, diagnosis_of(causes.popleft()))
         if before is not None and verdict.accepted:
             controller.load_state_dict(before)
         elif applied and self._own and verdict.action is not Action.APPLY:
-            controller.overrule(obs)  # a person had it applied
+            controller.overrule(obs)  # a user had it applied
         if applied:
             self._applied_end = obs.last
             if obs.step in self._wanted:
                 self._saved[obs.step] = State(controller.state_dict(), self._applied_end)
-        elif done in (Action.SKIP, Action.PAUSE) and (obs.first, obs.last) in self._left_out:
-            insort(self._rejected, (obs.first, self._left_out[obs.first, obs.last]))
+        elif done in (Action.SKIP, Action.PAUSE) and (obs.first, obs.last) in self._skipped:
+            insort(self._rejected, (obs.first, self._skipped[obs.first, obs.last]))
         return verdict
 
     def _streak(self, first: int) -> int:
         begin = bisect_left(self._rejected, (self._applied_end, 0))
         return sum(end <= first for _, end in self._rejected[begin:])
 
-    def _said(self, timeline: int, step: int, done: Action) -> StepJudged | None:
-        """The journal's line on this try: tries of one step are told in order, and only the last
-        can be applied.
+    def _take_line(self, timeline: int, step: int, done: Action) -> StepJudged | None:
+        """Return the journal line about this try, and remove it from the lines of its step.
+
+        The lines of a step are in the order of its tries. Only the last try can be applied.
         """
-        told = self._told.get((timeline, step))
-        if not told:
+        lines = self._lines.get((timeline, step))
+        if not lines:
             return None
-        first = told[0]
+        first = lines[0]
         overflow = done is Action.FP16_OVERFLOW
         if isinstance(first, Note) or first.action == Action.FP16_OVERFLOW:
-            # Each overflow is noted; in `advise`, that of a collapse comes after its verdict.
-            said = None
+            # Each overflow has a note. In `advise`, a collapse has its verdict before the note.
+            line = None
             if overflow and isinstance(first, StepJudged):
-                told.popleft()
-                said = first
-            if overflow and told and isinstance(told[0], Note):
-                told.popleft()
-            return said
+                lines.popleft()
+                line = first
+            if overflow and lines and isinstance(lines[0], Note):
+                lines.popleft()
+            return line
         if overflow or first.action not in (*Action,):
             return None
         if first.action != Action.PAUSE:
             if (first.action == Action.APPLY) is not (done is Action.APPLY):
                 return None
-        told.popleft()
+        lines.popleft()
         return first
 
     # -- what happened between two rows ------------------------------------------------------------
@@ -259,7 +265,7 @@ class Rejudge:
             self.lost.append(f"the journal does not say how timeline {timeline} began")
             return
         while self._changes and self._changes[0] < index:
-            self._change(self._changes.popleft())
+            self._apply_change(self._changes.popleft())
         event = self._events[index]
         step = event.step
         if isinstance(event, RolledBack | Undone) and event.to_step is not None:
@@ -270,7 +276,7 @@ class Rejudge:
                 self._saved[0] = State(self._controller.state_dict(), 0)
         saved = self._saved.get(step)
         if saved is None:
-            self.lost.append(f"the row of step {step}, to which the run went back, is missing")
+            self.lost.append(f"the row of step {step}, which the run restored, is missing")
             return
         self._controller.load_state_dict(saved.controller)
         self._applied_end = saved.applied_end
@@ -296,32 +302,27 @@ class Rejudge:
             self._controller.memory.allowlist = [*self._settings.allowlist, *past.pardons]
 
     def _restart(self, index: int) -> None:
-        """A new process: what it knows is what the journal had told."""
+        """Begin a new process: it knows what the journal held by then."""
         if not self._own:
             self._controller = Controller(self._settings, mode=Mode.ADVISE)
             return
-        told = self._events[:index]
+        earlier = self._events[:index]
         self._controller = Controller(self._settings)
-        self._controller.rebuild(told)
-        mode = RunHistory.of(told).mode
+        self._controller.rebuild(earlier)
+        mode = RunHistory.of(earlier).mode
         if mode is not None:
             self._controller.set_mode(mode)
 
-    def _obey(self, *, step: int, time: float) -> None:
-        """Commands that took effect before this row: after its step's predecessor, and before its
-        time.
-        """
+    def _apply_commands(self, *, step: int, time: float) -> None:
+        """Apply the commands before this row: after the step before it, and before its time."""
         while self._changes:
             event = self._events[self._changes[0]]
-            key = (event.timeline, event.step)
-            due = key < (self._timeline, step - 1) or (
-                key == (self._timeline, step - 1) and event.time <= time
-            )
-            if not due:
+            key, before = (event.timeline, event.step), (self._timeline, step - 1)
+            if key > before or (key == before and event.time > time):
                 return
-            self._change(self._changes.popleft())
+            self._apply_change(self._changes.popleft())
 
-    def _change(self, index: int) -> None:
+    def _apply_change(self, index: int) -> None:
         event = self._events[index]
         if not self._own:
             return
@@ -367,9 +368,7 @@ def _is_within(batch: tuple[int, int], spans: Sequence[Span]) -> bool:
     return any(span.first <= batch[0] and batch[1] <= span.last for span in spans)
 
 
-def _overflow(measured: Mapping[str, float]) -> bool:
-    """What the step's one reduction says of a gradient under a loss scale; see
-    `Observation.overflow`.
-    """
+def _is_overflow(measured: Mapping[str, float]) -> bool:
+    """Return whether a gradient under a loss scale overflowed; see `Observation.overflow`."""
     scaled = math.isfinite(measured.get(LOSS_SCALE, math.nan))
     return scaled and math.isfinite(measured[LOSS]) and not math.isfinite(measured[GRAD_NORM])

@@ -1,7 +1,7 @@
-"""Verdicts on recorded runs against labels that a person made by eye from plots. Pure.
+"""Scores verdicts on recorded runs against labels that were made by eye from plots. Pure.
 
 Rows are counted, not steps, since logs are sampled differently. An event reaches from `EARLY` rows
-before its onset to its end, at least `LATE` rows behind the onset. Alarms within `MERGE` rows of
+before its onset to its end, at least `LATE` rows after the onset. Alarms within `MERGE` rows of
 one another count once.
 
     act_recall        loss spikes, divergences and NaN that met a skip or more within the event
@@ -29,7 +29,7 @@ import msgspec
 
 EARLY, LATE, MERGE = 2, 10, 10
 GRAVE = frozenset({"loss_spike", "divergence", "nan"})
-COSTLY = frozenset({"rollback", "pause", "halt"})  # they cost time or a person's sleep
+COSTLY = frozenset({"rollback", "pause", "halt"})  # they cost time, or wake a user
 ACTS = COSTLY | {"skip"}
 TOTALS = (
     "grave",
@@ -53,7 +53,7 @@ class Event(NamedTuple):
 
 @dataclass
 class Marks:
-    """How one run fared."""
+    """The counts of one run. `guardrail backtest --json` prints them under these names."""
 
     grave: int = 0
     acted: int = 0
@@ -67,10 +67,10 @@ class Marks:
     missing: bool = False
 
 
-def score(
+def score_runs(
     labels: Mapping[str, Any], runs: Mapping[str, tuple[Sequence[int], Sequence[tuple[int, str]]]]
 ) -> tuple[dict[str, Any], dict[str, Marks]]:
-    """The figures of all labelled runs together, and of each.
+    """Return (sums and rates of all labelled runs, counts of each run).
 
     Args:
         runs: name -> (step of every record, [(row, "note" | "skip" | "rollback" | "pause" | "halt"), ...]). A labelled
@@ -81,13 +81,12 @@ def score(
         if not run.startswith("_") and label.get("use") == "score":
             marks[run] = score_run(label, *runs.get(run, ((), ())))
             marks[run].missing = run not in runs
-    return total(
-        marks.values(), missing=[run for run, mark in marks.items() if mark.missing]
-    ), marks
+    missing = [run for run, mark in marks.items() if mark.missing]
+    return sum_marks(marks.values(), missing=missing), marks
 
 
 class _Label(msgspec.Struct):
-    """What `score_run` reads of a run's labels."""
+    """The part of a run's labels that `score_run` reads."""
 
     use: str = ""
     labels: list[tuple[float | None, str, Any]] | None = None
@@ -96,23 +95,21 @@ class _Label(msgspec.Struct):
     auto_tolerated: list[Annotated[list[Any], msgspec.Meta(min_length=2)]] = []
 
 
-def why_no_label(label: Any) -> str:
-    """What is wrong with the labels of a run that come from a file; "" if nothing is."""
+def find_label_error(label: Any) -> str:
+    """Return what is wrong with a run's labels from a file; "" if nothing is."""
     try:
         read = msgspec.convert(label, _Label)
     except msgspec.ValidationError as error:
         return str(error)
     if not all(isinstance(small[0], (int, float)) for small in read.auto_tolerated):
         return "expected auto_tolerated, a list of [STEP, KIND, ...]"
-    return (
-        "expected labels, a list of [STEP, KIND, NOTE]"
-        if read.use == "score" and read.labels is None
-        else ""
-    )
+    if read.use == "score" and read.labels is None:
+        return "expected labels, a list of [STEP, KIND, NOTE]"
+    return ""
 
 
-def total(marks: Iterable[Marks], *, missing: Sequence[str] = ()) -> dict[str, Any]:
-    """Sums, recalls and rates a 10,000 records."""
+def sum_marks(marks: Iterable[Marks], *, missing: Sequence[str] = ()) -> dict[str, Any]:
+    """Return sums, recalls, and rates per 10,000 records."""
     marks = list(marks)
     sums: dict[str, Any] = {name: sum(getattr(mark, name) for mark in marks) for name in TOTALS}
     delays = sorted(delay for mark in marks for delay in mark.delays)
@@ -120,8 +117,10 @@ def total(marks: Iterable[Marks], *, missing: Sequence[str] = ()) -> dict[str, A
     sums["note_recall"] = round(sums["noted"] / max(1, sums["labelled"]), 3)
     for name in ("false_rollbacks", "false_skips", "false_notes"):
         sums[f"{name}_per_10k"] = round(1e4 * sums[name] / max(1, sums["records"]), 2)
-    sums["delay_median"] = statistics.median(delays) if delays else None
-    sums["delay_p90"] = delays[int(0.9 * (len(delays) - 1))] if delays else None
+    sums["delay_median"] = sums["delay_p90"] = None
+    if delays:
+        sums["delay_median"] = statistics.median(delays)
+        sums["delay_p90"] = delays[int(0.9 * (len(delays) - 1))]
     sums["missing"] = list(missing)
     return sums
 
@@ -129,8 +128,8 @@ def total(marks: Iterable[Marks], *, missing: Sequence[str] = ()) -> dict[str, A
 def score_run(
     label: Mapping[str, Any], steps: Sequence[int], alarms: Sequence[tuple[int, str]]
 ) -> Marks:
-    """One run against its labels."""
-    events, excused, tolerated = _spans(label, steps)
+    """Return the counts of one run."""
+    events, excused, tolerated = _find_events(label, steps)
     out = Marks(labelled=len(events), records=len(steps))
     for event in events:
         hits = [
@@ -141,58 +140,78 @@ def score_run(
             acts = [row for row, verdict in hits if verdict in ACTS]
             out.grave += 1
             out.acted += bool(acts)
-            out.delays += [max(0, min(acts) - event.first)] if acts else []
+            if acts:
+                out.delays.append(max(0, min(acts) - event.first))
     grave = [event for event in events if event.kind in GRAVE]
-    out.false_rollbacks = _merged(
-        row for row, v in alarms if v in COSTLY and not _inside(row, grave, excused)
+    out.false_rollbacks = _count_merged(
+        row for row, v in alarms if v in COSTLY and not _is_inside(row, grave, excused)
     )
-    out.false_skips = _merged(
-        row for row, v in alarms if v == "skip" and not _inside(row, events, excused)
+    out.false_skips = _count_merged(
+        row for row, v in alarms if v == "skip" and not _is_inside(row, events, excused)
     )
-    out.false_notes = _merged(
-        row for row, v in alarms if v == "note" and not _inside(row, events, excused, tolerated)
+    out.false_notes = _count_merged(
+        row for row, v in alarms if v == "note" and not _is_inside(row, events, excused, tolerated)
     )
     return out
 
 
-def _spans(
+def _find_events(
     label: Mapping[str, Any], steps: Sequence[int]
 ) -> tuple[list[Event], list[Event], list[Event]]:
-    """(labelled events, what `may` be an alarm and restarts, small things of which a note is no
-    fault).
+    """Return (labelled events, rows where an alarm is allowed, rows where a note is allowed).
+
+    The second are those of `may`, and restarts. The third are those of `auto_tolerated`.
     """
-    ascending = all(a <= b for a, b in itertools.pairwise(steps))
-
-    def at(step: int) -> int:
-        if ascending:
-            return bisect_left(steps, step)
-        return next((row for row, known in enumerate(steps) if known >= step), len(steps))
-
     events: list[Event] = []
     excused: list[Event] = []
     ends = [*(label.get("end_step") or []), *[None] * len(label["labels"])]
     for (onset, kind, _), end in zip(label["labels"], ends, strict=False):
-        if onset is not None:
-            first = at(onset)
-            event = Event(
-                first, max(at(end) if end is not None else len(steps), first + LATE), kind
-            )
-            (excused if kind == "restart" else events).append(event)
+        if onset is None:
+            continue
+        event = _make_event(steps, onset, end, kind, open_end=len(steps))
+        if kind == "restart":
+            excused.append(event)
+        else:
+            events.append(event)
     for onset, kind, _, end, _ in label.get("may", []):
-        excused.append(
-            Event(at(onset), max(at(end) if end is not None else 0, at(onset) + LATE), kind)
-        )
-    tolerated = [
-        Event(at(small[0]), at(small[0]) + LATE, small[1])
-        for small in label.get("auto_tolerated", [])
-    ]
+        excused.append(_make_event(steps, onset, end, kind, open_end=0))
+    tolerated = []
+    for step, kind, *_ in label.get("auto_tolerated", []):
+        row = _find_row(steps, step)
+        tolerated.append(Event(row, row + LATE, kind))
     return events, excused, tolerated
 
 
-def _inside(row: int, *groups: Iterable[Event]) -> bool:
+def _make_event(
+    steps: Sequence[int], onset: int, end: int | None, kind: str, *, open_end: int
+) -> Event:
+    """Return the rows of an event.
+
+    Args:
+        open_end: last row of an event without an end.
+    """
+    first = _find_row(steps, onset)
+    last = open_end
+    if end is not None:
+        last = _find_row(steps, end)
+    return Event(first, max(last, first + LATE), kind)
+
+
+def _find_row(steps: Sequence[int], step: int) -> int:
+    """Return the first row whose step is not before `step`."""
+    if all(a <= b for a, b in itertools.pairwise(steps)):
+        return bisect_left(steps, step)
+    for row, known in enumerate(steps):
+        if known >= step:
+            return row
+    return len(steps)
+
+
+def _is_inside(row: int, *groups: Iterable[Event]) -> bool:
     return any(event.first - EARLY <= row <= event.last for events in groups for event in events)
 
 
-def _merged(rows: Iterable[int]) -> int:
+def _count_merged(rows: Iterable[int]) -> int:
+    """Return the number of alarms; those within `MERGE` rows of one another count once."""
     ordered = sorted(rows)
     return sum(1 for at, row in enumerate(ordered) if at == 0 or row - ordered[at - 1] > MERGE)

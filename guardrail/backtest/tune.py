@@ -1,11 +1,11 @@
-"""Thresholds for recorded runs: how many alarms each would have given, and the lowest that leaves a
-run in peace.
+"""Proposes thresholds for recorded runs: counts the alarms of each, and takes the lowest one that
+rarely rejects a single harmless record.
 
-Without labels nothing says which alarm was right. What a threshold decides about is the outlier
-that stands alone and is gone with the next records: it costs an update and gains nothing. So each
-threshold is chosen as the lowest (the most watchful) at which such single rejections stay within a
-budget, while everything else stands at its default. What stays, grows or is not a number is found
-at any of these thresholds, and is counted beside.
+Without labels, nothing shows which alarm was right. A threshold decides about the single outlier
+that is gone with the next records. To reject it costs an update and gains nothing. So the lowest
+threshold (the most sensitive one) is chosen at which such single rejections stay within a budget.
+All other settings keep their defaults. What stays, grows or is NaN is found at any of these
+thresholds. It is counted separately.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from guardrail.backtest.backtest import Case, Result, backtest
+from guardrail.backtest.backtest import run_backtest
 from guardrail.backtest.importers.recorded_log import Log
+from guardrail.backtest.result import NOTE, BacktestIncident, BacktestResult
+from guardrail.core.format import format_plural
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS
 from guardrail.core.section import replace_key
 
-BUDGET = 1.0  # single rejections in 10,000 records that a run should not mind
-LONE = 2  # rows that a rejection which stands alone lasts at most
+BUDGET = 1.0  # single rejections in 10,000 records that a run may cost
+LONE = 2  # most rows of a single rejection
 TABLE = "detectors.spike"  # of [guard]
-# Key of that table -> (the signal that it judges, the values that are tried). Around the defaults, a factor
-# of about 1.25 apart.
+# Key of that table -> (the signal that it judges, the values that are tried). The values are about a
+# factor of 1.25 apart, around the default.
 TRIED = {
     "loss_threshold": (LOSS, (5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0, 20.0)),
     "grad_threshold": (GRAD_NORM, (6.0, 7.0, 8.0, 10.0, 12.0, 15.0, 20.0, 25.0)),
@@ -34,22 +36,22 @@ TRIED = {
 
 @dataclass(frozen=True)
 class Trial:
-    """What one value of one setting would have said of all logs.
+    """The alarms of one value of one key, over all logs.
 
     Attributes:
-        lone: rejections that stood alone, on the signal that the setting judges.
-        grave: incidents of any signal that were more than that.
+        lone: single rejections on the signal that the key judges.
+        severe: other incidents that were acted on, of any signal.
     """
 
     value: float
     lone: int
-    grave: int
+    severe: int
     notes: int
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """One setting: all that was tried, and the value that is proposed."""
+    """One key: every value that was tried, and the proposed one."""
 
     name: str
     signal: str
@@ -58,85 +60,109 @@ class Proposal:
     value: float
 
 
-def tune(
+def propose_thresholds(
     logs: Sequence[Log],
-    settings: GuardOptions,
+    options: GuardOptions,
     *,
     budget: float = BUDGET,
-    say: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> list[Proposal]:
-    """Try thresholds on all logs, one setting at a time.
+    """Try thresholds on all logs, one key at a time.
 
     Args:
-        settings: where everything that is not tried stands.
-        budget: lone rejections in 10,000 records.
-        say: is told what is being tried.
+        options: the values of all keys that are not tried.
+        budget: single rejections in 10,000 records.
+        report: called with each value that is tried.
     """
     proposals = []
     for name, (signal, values) in TRIED.items():
-        records = sum(
-            len(log) - log.columns[signal].missing for log in logs if signal in log.columns
-        )
+        records = _count_records(logs, signal)
         if not records:
             continue
-        default = float(getattr(settings.detectors.spike, name))
+        default = float(getattr(options.detectors.spike, name))
         trials = []
         for value in sorted({*values, default}):
-            say(f"{name} = {value:g}")
-            tried = replace_key(settings, f"{TABLE}.{name}", value)
-            results = [backtest(log, tried) for log in logs]
-            trials.append(_trial(value, results, signal))
-        fit = [trial.value for trial in trials if 1e4 * trial.lone <= budget * records]
-        chosen = min(fit) if fit else max(trial.value for trial in trials)
+            report(f"{name} = {value:g}")
+            tried = replace_key(options, f"{TABLE}.{name}", value)
+            results = [run_backtest(log, tried) for log in logs]
+            trials.append(_count_alarms(value, results, signal))
+        within = [trial.value for trial in trials if 1e4 * trial.lone <= budget * records]
+        if within:
+            chosen = min(within)
+        else:
+            chosen = max(trial.value for trial in trials)
         proposals.append(Proposal(name, signal, default, tuple(trials), chosen))
     return proposals
 
 
-def _trial(value: float, results: Sequence[Result], signal: str) -> Trial:
-    cases = [case for result in results for case in result.cases if case.acted is not None]
-    lone = [case for case in cases if _alone(case)]
+def _count_records(logs: Sequence[Log], signal: str) -> int:
+    """Return how many records have this signal."""
+    count = 0
+    for log in logs:
+        if signal in log.columns:
+            count += len(log) - log.columns[signal].missing
+    return count
+
+
+def _count_alarms(value: float, results: Sequence[BacktestResult], signal: str) -> Trial:
+    incidents = [one for result in results for one in result.incidents if one.acted is not None]
+    lone = [one for one in incidents if _is_single_rejection(one)]
+    alarms = [alarm for result in results for alarm in result.alarms]
     return Trial(
         value=value,
-        lone=sum(case.worst.signal == signal for case in lone),
-        grave=len(cases) - len(lone),
-        notes=sum(alarm.verdict == "note" for result in results for alarm in result.alarms),
+        lone=sum(one.worst.signal == signal for one in lone),
+        severe=len(incidents) - len(lone),
+        notes=sum(alarm.verdict == NOTE for alarm in alarms),
     )
 
 
-def _alone(case: Case) -> bool:
-    return not case.rollbacks and case.last.row - case.first.row < LONE and case.worst.kind != "nan"
+def _is_single_rejection(incident: BacktestIncident) -> bool:
+    rows = incident.last.row - incident.first.row
+    return not incident.rollbacks and rows < LONE and incident.worst.kind != "nan"
 
 
-def toml(
+def format_toml(
     proposals: Sequence[Proposal], logs: Sequence[Log], *, budget: float = BUDGET
 ) -> Iterator[str]:
-    """The lines of a file for `--policy`, or to paste into a configuration; the evidence stands in
-    comments.
-    """
+    """Give the lines of a file for `--config`, or for a configuration. Comments show the numbers."""
     records = sum(len(log) for log in logs)
-    yield f"# Proposed by `guardrail tune` from {len(logs)} log{'s' if len(logs) != 1 else ''}, {records:,} records."
-    yield f"# Each value is the lowest at which rejections that stand alone stay within {budget:g} in 10,000 records."
-    spaced = [log.path for log in logs if _spacing(log) > 1]
+    yield (
+        f"# Proposed by `guardrail tune` from {format_plural(len(logs), 'log')},"
+        f" {format_plural(records, 'record')}."
+    )
+    yield (
+        "# Each value is the lowest at which single rejections stay within"
+        f" {budget:g} in 10,000 records."
+    )
+    spaced = sum(_median_spacing(log) > 1 for log in logs)
     if spaced:
         yield "#"
-        yield f"# {len(spaced)} of the logs tell only every n-th step, or means over n steps. A live run sees each,"
-        yield "# and they are noisier: be slow to set anything lower than the default because of such logs."
+        yield f"# {spaced} of the logs hold only every n-th step, or means over n steps. A live run"
+        yield "# has every step and more noise. Do not go below the defaults because of such logs."
     yield f"[guard.{TABLE}]"
     for proposal in proposals:
         yield ""
-        yield f"# {'score':>7} {'alone':>7} {'more':>7} {'notes':>7}   ({proposal.signal})"
+        yield f"# {'score':>7} {'single':>7} {'other':>7} {'notes':>7}   ({proposal.signal})"
         for trial in proposal.trials:
-            marks = ["default"] * (trial.value == proposal.default) + ["proposed"] * (
-                trial.value == proposal.value
-            )
-            row = f"# {trial.value:>7g} {trial.lone:>7,} {trial.grave:>7,} {trial.notes:>7,}   {', '.join(marks)}"
-            yield row.rstrip()
+            yield _format_trial(trial, proposal)
         yield f"{proposal.name} = {proposal.value!r}"
     if not proposals:
-        yield "# The logs hold no signal that has a threshold."
+        yield "# No signal of the logs has a threshold."
 
 
-def _spacing(log: Log) -> float:
-    """Median distance of two records' steps."""
+def _format_trial(trial: Trial, proposal: Proposal) -> str:
+    marks = []
+    if trial.value == proposal.default:
+        marks.append("default")
+    if trial.value == proposal.value:
+        marks.append("proposed")
+    numbers = f"{trial.value:>7g} {trial.lone:>7,} {trial.severe:>7,} {trial.notes:>7,}"
+    return f"# {numbers}   {', '.join(marks)}".rstrip()
+
+
+def _median_spacing(log: Log) -> float:
+    """Return the median difference between the steps of consecutive records."""
     gaps = sorted(b - a for a, b in itertools.pairwise(log.steps) if b > a)
-    return gaps[len(gaps) // 2] if gaps else 1
+    if not gaps:
+        return 1
+    return gaps[len(gaps) // 2]

@@ -12,9 +12,9 @@ from guardrail.core.text import escape_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from guardrail.backtest.backtest import Result
     from guardrail.backtest.importers.recorded_log import Log
     from guardrail.backtest.importers.sources import Source
+    from guardrail.backtest.result import BacktestResult
     from guardrail.backtest.scoring import Marks
     from guardrail.core.guard_options import GuardOptions
 
@@ -84,7 +84,7 @@ def command(
 
     Exit code 2: nothing could be read. A log that could not be read is named on stderr.
     """
-    from guardrail.backtest import backtest, plotting
+    from guardrail.backtest import backtest, plotting, result_text
     from guardrail.core.config import load_guard_options
     from guardrail.core.errors import ExitCode
 
@@ -92,26 +92,26 @@ def command(
     given = policy is not None or bool(overrides)
     marks = _read_labels(labels) if labels is not None else None
     if plot is not None:
-        plotting.require()
+        plotting.require_matplotlib()
     results = []
     for log in read_logs(logs, columns, settings.extra_signals, required=_sets_signals(overrides)):
         chosen, own = _settings_for(log, settings, given=given)
-        track = plotting.Track(log) if plot is not None else None
-        result = backtest.backtest(log, chosen, own=own, watch=track)
-        for note in (*log.notes, *result.said):
+        track = plotting.BandRecorder(log) if plot is not None else None
+        result = backtest.run_backtest(log, chosen, own=own, watch=track)
+        for note in (*log.notes, *result.messages):
             click.echo(f"{log.path}: {note}", err=True)
         if track is not None and plot is not None:
-            click.echo(f"drew {plotting.draw(log, result, track, plot, svg=svg)}", err=True)
+            click.echo(f"drew {plotting.draw_run(log, result, track, plot, svg=svg)}", err=True)
         results.append(result)
         if not as_json:
-            for line in backtest.lines(result):
+            for line in result_text.format_result(result):
                 click.echo(line)
     if not results:
         return ExitCode.USAGE
     scored = _score_results(marks, results) if marks is not None else None
     if as_json:
         answer: dict[str, Any] = {"runs": [result.as_dict() for result in results]}
-        answer["summary"] = backtest.summary(results)
+        answer["summary"] = result_text.sum_results(results)
         if scored is not None:
             answer["figures"], answer["scored"] = (
                 scored[0],
@@ -119,7 +119,7 @@ def command(
             )
         print_json(answer)
     else:
-        for line in backtest.summary_lines(results):
+        for line in result_text.format_summary(results):
             click.echo(line)
         if scored is not None:
             for line in _format_scores(*scored):
@@ -225,15 +225,15 @@ def _read_labels(path: str) -> dict[str, Any]:
 
 
 def _check_label(label: Any, place: str) -> None:
-    """Refuse an entry that `scoring.score` cannot use. Raises click.UsageError."""
-    from guardrail.backtest.scoring import why_no_label
+    """Refuse an entry that `scoring.score_runs` cannot use. Raises click.UsageError."""
+    from guardrail.backtest.scoring import find_label_error
 
-    if reason := why_no_label(label):
+    if reason := find_label_error(label):
         raise click.UsageError(f"{place}: {escape_text(reason, 200)}")
 
 
 def _score_results(
-    labels: dict[str, Any], results: list[Result]
+    labels: dict[str, Any], results: list[BacktestResult]
 ) -> tuple[dict[str, Any], dict[str, Marks]]:
     """Score the results against the labels of their runs.
 
@@ -241,7 +241,7 @@ def _score_results(
     """
     from pathlib import Path
 
-    from guardrail.backtest.scoring import score
+    from guardrail.backtest.scoring import score_runs
 
     runs = {}
     for result in results:
@@ -252,7 +252,7 @@ def _score_results(
             click.echo(f"{result.path}: no labels for it", err=True)
         else:
             runs[name] = result.steps, [(alarm.row, alarm.verdict) for alarm in result.alarms]
-    return score(labels, runs)
+    return score_runs(labels, runs)
 
 
 def _format_scores(total: dict[str, Any], marks: dict[str, Marks]) -> list[str]:

@@ -59,9 +59,9 @@ def command(
     for log in read:
         for note in log.notes:
             click.echo(f"{log.path}: {note}", err=True)
-    proposals = tune.tune(
-        read, settings, budget=budget, say=lambda text: click.echo(f"trying {text}", err=True)
+    proposals = tune.propose_thresholds(
+        read, settings, budget=budget, report=lambda text: click.echo(f"trying {text}", err=True)
     )
-    for line in tune.toml(proposals, read, budget=budget):
+    for line in tune.format_toml(proposals, read, budget=budget):
         click.echo(line)
     return ExitCode.FINISHED

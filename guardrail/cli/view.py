@@ -74,10 +74,10 @@ def command(
     def screen() -> int:
         from guardrail.tui.app.app import run_log, run_screen
 
-        if viewing.is_run(log) and not given:
+        if viewing.is_run_directory(log) and not given:
             return run_screen(log, read_only=True, theme=theme, mouse=not no_mouse)
         background = viewing.Background(
-            viewing.RecordedRun(viewing.the_log(log, parse_columns(columns)), settings)
+            viewing.RecordedRun(viewing.read_one_log(log, parse_columns(columns)), settings)
         )
         try:
             return run_log(background, theme=theme, mouse=not no_mouse)
@@ -93,9 +93,9 @@ def _print_lines(log: str, columns: tuple[str, ...], settings: GuardOptions, *, 
     from guardrail.launch.log_printer import attach_run
     from guardrail.rundir.run_directory import RunDirectory
 
-    if viewing.is_run(log) and not given:
+    if viewing.is_run_directory(log) and not given:
         return attach_run(RunDirectory.open(log))
-    recorded = viewing.RecordedRun(viewing.the_log(log, parse_columns(columns)), settings)
+    recorded = viewing.RecordedRun(viewing.read_one_log(log, parse_columns(columns)), settings)
     for line in format_recorded_run(recorded):
         click.echo(line, err=True)
     return 0

@@ -27,10 +27,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from guardrail.backtest.backtest import backtest
+from guardrail.backtest.backtest import run_backtest
 from guardrail.backtest.importers import delimited
 from guardrail.backtest.importers.recorded_log import Column, Log
-from guardrail.backtest.scoring import Marks, score, total
+from guardrail.backtest.scoring import Marks, score_runs, sum_marks
 from guardrail.core.config import load_guard_options
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import GRAD_NORM, LOSS
@@ -71,14 +71,14 @@ def main() -> None:
         cross_validate(labels, logs, settings)
         return
     seconds, verdicts = by_guardrail(logs, settings)
-    figures, marks = score(labels, verdicts)
+    figures, marks = score_runs(labels, verdicts)
     print(
         f"{'rule':26} {'grave acted on':>14} {'labelled noted':>14} {'false skips':>12} {'rollbacks':>10} {'notes':>8}"
     )
     print(f"{'':26} {'':>14} {'':>14} {'in 10,000':>12} {'in 10,000':>10} {'':>8}")
     print_row("guardrail", figures)
     for name, make in RULES.items():
-        print_row(name, score(labels, by_rule(logs, make))[0])
+        print_row(name, score_runs(labels, by_rule(logs, make))[0])
     records = figures["records"]
     print(
         f"\n{len(marks)} runs, {records:,} records; guardrail took {1e6 * seconds / records:.1f} us a record,"
@@ -96,7 +96,7 @@ def main() -> None:
         print("\nguardrail by family of runs")
         families = sorted({family(run) for run in marks})
         for name in families:
-            print_row(name, total(mark for run, mark in marks.items() if family(run) == name))
+            print_row(name, sum_marks(mark for run, mark in marks.items() if family(run) == name))
 
 
 def read_traces(folder: Path) -> tuple[dict[str, Any], dict[str, Log]]:
@@ -117,22 +117,23 @@ def cross_validate(labels: dict[str, Any], logs: dict[str, Log], settings: Guard
         tried = settings
         for key, value in zip(SCORES, scores, strict=True):
             tried = replace_key(tried, key, value)
-        choices[scores] = score(labels, by_guardrail(logs, tried)[1])[1]
+        choices[scores] = score_runs(labels, by_guardrail(logs, tried)[1])[1]
     runs = next(iter(choices.values()))
     left_out: list[Marks] = []
     print(f"{'family left out':26} {'chosen on the others: ' + ', '.join(SCORES)}")
     for name in sorted({family(run) for run in runs}):
         others = [run for run in runs if family(run) != name]
         best = max(
-            choices, key=lambda scores: merit(total(choices[scores][run] for run in others), scores)
+            choices,
+            key=lambda scores: merit(sum_marks(choices[scores][run] for run in others), scores),
         )
         marks = [choices[best][run] for run in runs if family(run) == name]
         left_out += marks
-        print_row(f"{name} {best}", total(marks))
-    print_row("all, each left out", total(left_out))
+        print_row(f"{name} {best}", sum_marks(marks))
+    print_row("all, each left out", sum_marks(left_out))
     chosen = tuple(attrgetter(key)(settings) for key in SCORES)
     if chosen in choices:
-        print_row("all, as they are", total(choices[chosen].values()))
+        print_row("all, as they are", sum_marks(choices[chosen].values()))
 
 
 def merit(figures: dict[str, Any], scores: tuple[float, ...]) -> tuple[float, ...]:
@@ -151,7 +152,7 @@ def time_a_million(settings: GuardOptions, records: int = 1_000_000) -> None:
         for row in range(records):
             column.fill(row, level * math.exp(dice.gauss(0.0, noise)))
     began = time.process_time()
-    alarms = backtest(log, settings).alarms
+    alarms = run_backtest(log, settings).alarms
     seconds = time.process_time() - began
     print(
         f"{records:,} records of two signals: {seconds:.1f} s of CPU, {1e6 * seconds / records:.1f} us each,",
@@ -162,7 +163,7 @@ def time_a_million(settings: GuardOptions, records: int = 1_000_000) -> None:
 
 def by_guardrail(logs: dict[str, Log], settings: GuardOptions) -> tuple[float, Verdicts]:
     """(seconds, run -> steps and verdicts)."""
-    results = {run: backtest(log, settings) for run, log in logs.items()}
+    results = {run: run_backtest(log, settings) for run, log in logs.items()}
     verdicts: Verdicts = {
         run: (result.steps, [(alarm.row, alarm.verdict) for alarm in result.alarms])
         for run, result in results.items()

@@ -17,10 +17,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.backtest.backtest import backtest
+from guardrail.backtest.backtest import run_backtest
 from guardrail.backtest.importers.sources import find_sources
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.backtest.scoring import score
+from guardrail.backtest.scoring import score_runs
 from guardrail.cli.main import main
 from guardrail.core.config import load_guard_options
 from guardrail.core.files import encode_json
@@ -124,10 +124,9 @@ def test_a_line_an_incident_and_a_summary(spiked: Path, capsys: pytest.CaptureFi
     assert spike.split()[:3] == ["step", "5,010", "rollback"] and "over after step 5,060" in spike
     assert nan.split()[:4] == ["step", "8,010", "skip", "nan"]
     saved = next(line for line in rest if line.startswith("saved"))
-    assert "at most 50 steps" in saved, "from the first act at 5,010 to the last trouble at 5,060"
-    assert "would have acted in 2 incidents (3 updates left out, 1 rollbacks or halts" in "\n".join(
-        rest
-    )
+    assert "at most 50 steps" in saved, "from the first act at 5,010 to the last alarm at 5,060"
+    total = next(line for line in rest if " in 2 incidents (" in line)
+    assert [int(word) for word in re.findall(r"\d+ (?=update|rollback)", total)] == [3, 1]
 
 
 def test_settings_from_a_file_and_the_command_line(
@@ -211,7 +210,7 @@ def test_the_same_code_as_live(spiked: Path) -> None:
         verdict = controller.observe(obs)
         if verdict.findings:
             expected.append((row, (verdict.would or Action.APPLY).value, verdict.findings[0].score))
-    alarms = backtest(log, GuardOptions()).alarms
+    alarms = run_backtest(log, GuardOptions()).alarms
     assert [(a.row, a.verdict.replace("note", "apply"), a.score) for a in alarms] == expected
     assert len(expected) > 4
 
@@ -265,20 +264,20 @@ def assert_as_live(run: RunDirectory) -> list[Action]:
     judged = list(judge)
     assert len(judged) == len(run.metrics())
     assert judge.lost == []
-    said = [one.said for one in judged if one.said is not None]
+    said = [one.line for one in judged if one.line is not None]
     journal = [e for e in run.events() if e.kind in ("verdict", "finding")]
     assert sorted(event.seq for event in said) == [event.seq for event in journal], (
         "each line belongs to a row"
     )
     for one in judged:
         assert one.agrees, one
-        if one.said is None:
+        if one.line is None:
             assert (
                 one.verdict.action in (Action.APPLY, Action.FP16_OVERFLOW)
                 and not one.verdict.findings
             )
             continue
-        data = one.said.data
+        data = one.line.data
         assert data["findings"] == as_journaled(list(one.verdict.findings))
         assert data["onset"] == one.verdict.onset
         assert data["window"] == (list(one.verdict.window) if one.verdict.window else None)
@@ -492,7 +491,7 @@ ALARMS: dict[str, Any] = {
 
 def test_figures_are_those_of_the_original_scorer() -> None:
     """Frozen from the script with which the labels were published."""
-    total, marks = score(LABELS, ALARMS)
+    total, marks = score_runs(LABELS, ALARMS)
     assert total == {
         **{"grave": 4, "acted": 3, "labelled": 5, "noted": 4, "records": 1600},
         **{

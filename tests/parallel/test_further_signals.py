@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from guardrail.backtest.backtest import backtest
+from guardrail.backtest.backtest import run_backtest
 from guardrail.backtest.importers import run_directory
 from guardrail.cli.main import main
 from guardrail.core.config import build_config, load_guard_options
@@ -269,8 +269,8 @@ def test_its_verdicts_are_those_of_a_backtest(recorded: tuple[RunDirectory, Hand
     run = recorded[0]
     log = run_directory.read_run(run, "run")
     assert {"router", UPDATE_NORM, "grad_norm/out"} <= set(log.columns)
-    result = backtest(log, load_guard_options(run.path / "config.toml"), own=True)
-    assert result.differing == [] and result.said == []
+    result = run_backtest(log, load_guard_options(run.path / "config.toml"), own=True)
+    assert result.differing == [] and result.messages == []
     assert any(alarm.verdict == "rollback" for alarm in result.alarms)
 
 

@@ -56,7 +56,9 @@ class Column:
         """Add the cell of the next record; None: not logged."""
         self.present.append(value is not None)
         self.missing += value is None
-        self.values.append(0.0 if value is None else value)
+        if value is None:
+            value = 0.0
+        self.values.append(value)
 
     def fill(self, row: int, value: float) -> None:
         """Give a cell that was not logged its value."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from guardrail.backtest.backtest import backtest
+from guardrail.backtest.backtest import run_backtest
 from guardrail.backtest.importers import names, wandb_files
 from guardrail.backtest.importers.recorded_log import Log
 from guardrail.backtest.importers.sources import find_sources
@@ -174,7 +174,7 @@ def test_iterations_that_megatron_skipped_are_overflows(tmp_path: Path) -> None:
         lines[row] = line.replace("scale: 2048.0", f"scale: {2048 / 2 ** (row - 49)}")
     log = only(write(tmp_path / "out.log", "\n".join(lines)))
     assert observed(log)[55] == (56, {"loss_scale": 32.0, "grad_norm": math.inf})
-    alarms = [(alarm.row, alarm.kind) for alarm in backtest(log, GuardOptions()).alarms]
+    alarms = [(alarm.row, alarm.kind) for alarm in run_backtest(log, GuardOptions()).alarms]
     assert (57, "scale_collapse") in alarms
 
 

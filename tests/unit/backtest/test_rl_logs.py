@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from guardrail.backtest.backtest import Result, backtest
+from guardrail.backtest.backtest import run_backtest
 from guardrail.backtest.importers import names
 from guardrail.backtest.importers.sources import find_sources
+from guardrail.backtest.result import BacktestResult
 from guardrail.cli.main import main
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import LOSS, Action, Mode, Observation, Severity
@@ -26,12 +27,12 @@ CASES = TESTS / "cases" / "rl"
 pytestmark = pytest.mark.fault("RL")
 
 
-def judged(name: str, folder: Path = CASES) -> Result:
+def judged(name: str, folder: Path = CASES) -> BacktestResult:
     ((log,),) = (source.read({}) for source in find_sources([str(folder / name)]))
-    return backtest(log, GuardOptions())
+    return run_backtest(log, GuardOptions())
 
 
-def acts(result: Result) -> list[tuple[int, str, str]]:
+def acts(result: BacktestResult) -> list[tuple[int, str, str]]:
     return [
         (alarm.step, alarm.signal, alarm.verdict)
         for alarm in result.alarms
@@ -53,7 +54,7 @@ def test_nothing_is_acted_on(path: Path) -> None:
 
 def test_loss_of_zero_without_any_other_signal_is_noted_at_most() -> None:
     result = judged("c09_grad0.jsonl")
-    assert result.policy == "" and 0 < len(result.alarms) <= 3
+    assert result.policy_column == "" and 0 < len(result.alarms) <= 3
 
 
 # -- what is read ----------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def test_loss_of_zero_without_any_other_signal_is_noted_at_most() -> None:
 )
 def test_records(name: str, records: int, steps: tuple[int, int], apart: dict[str, int]) -> None:
     result = judged(name)
-    assert (len(result.steps), (result.steps[0], result.steps[-1]), result.apart) == (
+    assert (len(result.steps), (result.steps[0], result.steps[-1]), result.other_rows) == (
         records,
         steps,
         apart,
@@ -83,19 +84,19 @@ def test_records(name: str, records: int, steps: tuple[int, int], apart: dict[st
 def test_signals_of_verl() -> None:
     result = judged("c05_verl.jsonl")
     assert result.names == {"loss": "data/actor/pg_loss", "grad_norm": "data/actor/grad_norm"}
-    assert result.beside["value_loss"] == "data/critic/vf_loss"
-    assert result.beside["reward"] == "data/critic/rewards/mean"
+    assert result.further["value_loss"] == "data/critic/vf_loss"
+    assert result.further["reward"] == "data/critic/rewards/mean"
     result = judged("c05_verl.log")
     assert result.names == {"loss": "actor/pg_loss", "grad_norm": "actor/grad_norm"}
     assert {"kl", "entropy", "reward", "completion_length", "clipped_ratio", "clip_frac"} <= set(
-        result.beside
+        result.further
     )
 
 
 def test_signals_of_openrlhf() -> None:
     result = judged("c05_openrlhf.log")
     assert result.names == {"loss": "act_loss", "grad_norm": "actor_gn"}
-    assert result.beside == {"kl": "kl", "reward": "rm", "completion_length": "glen"}
+    assert result.further == {"kl": "kl", "reward": "rm", "completion_length": "glen"}
 
 
 def test_signals_on_a_line_of_the_trainer(tmp_path: Path) -> None:
@@ -111,8 +112,8 @@ def test_signals_on_a_line_of_the_trainer(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     result = judged(path.name, tmp_path)
     assert len(result.steps) == 40 and acts(result) == []
-    assert result.apart == {"evaluation": 1, "summary": 1}
-    assert result.beside == {"reward": "reward", "kl": "kl"}
+    assert result.other_rows == {"evaluation": 1, "summary": 1}
+    assert result.further == {"reward": "reward", "kl": "kl"}
 
 
 @pytest.mark.fault("E7", "E16")
@@ -146,16 +147,14 @@ def printed(capsys: pytest.CaptureFixture[str], name: str, *options: str) -> tup
 )
 def test_one_option_is_enough(options: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = printed(capsys, "c03b_kl.jsonl", *options)
-    assert (
-        code == 0 and "noted only, where far above the usual: kl" in out and " notes besides" in out
-    )
+    assert code == 0 and "only noted: kl" in out and " more notes" in out
 
 
 def test_what_nothing_judges_is_said_to_be_recorded_only(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     code, out, _ = printed(capsys, "c03b_kl.jsonl")
-    assert code == 0 and "recorded only, not judged: reward, kl" in out
+    assert code == 0 and "not judged: reward, kl" in out
 
 
 @pytest.mark.parametrize("name", ["c03_reward.jsonl", "c05_verl.log"])

@@ -50,7 +50,9 @@ def spiked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(path: Path, *overrides: str) -> Snapshot:
     reader = RecordedReader(
-        viewing.RecordedRun(viewing.the_log(str(path), {}), load_guard_options(overrides=overrides))
+        viewing.RecordedRun(
+            viewing.read_one_log(str(path), {}), load_guard_options(overrides=overrides)
+        )
     )
     said: list[str] = []
     reader.start(lambda: said.append(reader.latest().recorded))
@@ -63,8 +65,8 @@ def read(path: Path, *overrides: str) -> Snapshot:
 
 def test_it_shows_the_incidents_that_backtest_tells(spiked: Path) -> None:
     found = read(spiked)
-    (log,) = [viewing.the_log(str(spiked), {})]
-    cases = backtest.backtest(log, load_guard_options()).cases
+    (log,) = [viewing.read_one_log(str(spiked), {})]
+    cases = backtest.run_backtest(log, load_guard_options()).incidents
     told = [(case.first.incident, min(case.first.onset_step, case.first.step)) for case in cases]
     assert [(one.number, one.step) for one in reversed(found.story.incidents)] == told and len(
         told
@@ -108,9 +110,9 @@ def test_a_run_directory_under_other_settings(tmp_path: Path) -> None:
     run = example().write(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
     assert (
-        viewing.is_run(str(run.path))
-        and not viewing.is_run(str(tmp_path))
-        and not viewing.is_run("/nowhere")
+        viewing.is_run_directory(str(run.path))
+        and not viewing.is_run_directory(str(tmp_path))
+        and not viewing.is_run_directory("/nowhere")
     )
     found = read(
         run.path, "guard.loss_score=1000", "guard.grad_score=1000", "guard.embed_score=1000"
@@ -124,11 +126,11 @@ def test_a_run_directory_under_other_settings(tmp_path: Path) -> None:
 
 def test_several_runs_and_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no recorded run"):
-        viewing.the_log(str(tmp_path), {})
+        viewing.read_one_log(str(tmp_path), {})
     for name in ("a", "b"):
         write(tmp_path / f"{name}.csv", healthy(20))
-    with pytest.raises(DataError, match=r"view one of them\n  hint: .*a\.csv, .*b\.csv"):
-        viewing.the_log(str(tmp_path), {})
+    with pytest.raises(DataError, match=r"several runs.*\n  hint: .*a\.csv, .*b\.csv"):
+        viewing.read_one_log(str(tmp_path), {})
 
 
 def test_without_a_terminal_it_names_backtest(
@@ -139,7 +141,7 @@ def test_without_a_terminal_it_names_backtest(
 
 
 def test_another_process_judges_the_same(spiked: Path, tmp_path: Path) -> None:
-    log = viewing.the_log(str(spiked), {})
+    log = viewing.read_one_log(str(spiked), {})
     here = viewing.RecordedRun(log, load_guard_options())
     there = viewing.Background(viewing.RecordedRun(log, load_guard_options()))
     try:
@@ -159,7 +161,7 @@ def test_a_judge_that_fails_says_why(spiked: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(viewing.RecordedRun, "judged", fails)
     there = viewing.Background(
-        viewing.RecordedRun(viewing.the_log(str(spiked), {}), load_guard_options())
+        viewing.RecordedRun(viewing.read_one_log(str(spiked), {}), load_guard_options())
     )
     reader = RecordedReader(there)
     reader.start(lambda: None)
@@ -171,7 +173,7 @@ def test_a_judge_that_fails_says_why(spiked: Path, monkeypatch: pytest.MonkeyPat
 
 async def test_the_screen_over_a_log(spiked: Path) -> None:
     reader = RecordedReader(
-        viewing.RecordedRun(viewing.the_log(str(spiked), {}), load_guard_options())
+        viewing.RecordedRun(viewing.read_one_log(str(spiked), {}), load_guard_options())
     )
     app = GuardrailApp(reader, read_only=True)
     async with app.run_test(size=(120, 32)) as pilot:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from guardrail.backtest.backtest import backtest
+from guardrail.backtest.backtest import run_backtest
 from guardrail.backtest.importers.sources import find_sources
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
@@ -236,14 +236,14 @@ def test_a_norm_that_jumps_by_more_than_the_loss_scale_is_a_spike() -> None:
 @pytest.mark.fault("E12")
 def test_a_recorded_log_whose_norm_jumps_with_the_scale() -> None:
     ((log,),) = (source.read({}) for source in find_sources([str(CASES / "c18b.jsonl")]))
-    assert [(alarm.step, alarm.kind) for alarm in backtest(log, GuardOptions()).alarms] == []
+    assert [(alarm.step, alarm.kind) for alarm in run_backtest(log, GuardOptions()).alarms] == []
 
 
 @pytest.mark.fault("E11")
 def test_an_update_norm_that_doubles_is_noted_before_the_loss_rises() -> None:
     """Its scatter is 3 %."""
     ((log,),) = (source.read({}) for source in find_sources([str(CASES / "c22.jsonl")]))
-    alarms = backtest(log, GuardOptions()).alarms
+    alarms = run_backtest(log, GuardOptions()).alarms
     first = alarms[0]
     assert (first.step, first.signal, first.kind, first.verdict) == (
         304,

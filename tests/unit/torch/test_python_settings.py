@@ -313,10 +313,10 @@ def test_the_configuration_of_the_trainer_is_checked(
 
 @pytest.mark.fault("E1")
 def test_a_section_for_a_backtest_is_checked(tmp_path: Path) -> None:
-    from guardrail.backtest.backtest import backtest
+    from guardrail.backtest.backtest import run_backtest
     from guardrail.backtest.importers.sources import find_sources
 
     (tmp_path / "log.csv").write_text("step,loss\n" + "".join(f"{n},2.0\n" for n in range(1, 50)))
     (log,) = next(iter(find_sources([str(tmp_path / "log.csv")]))).read({})
     with pytest.raises(ConfigError, match=r"spike\.history = 2: expected a whole number >= 16"):
-        backtest(log, GuardOptions(window=2))
+        run_backtest(log, GuardOptions(window=2))
