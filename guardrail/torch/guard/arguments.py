@@ -1,5 +1,6 @@
-"""The arguments of `Guard`, checked before anything is built from them: one sentence with name,
-value, expectation.
+"""Check the arguments of `Guard` before anything is built from them.
+
+Each error is one sentence with the name, the value and what is expected.
 """
 
 from __future__ import annotations
@@ -27,25 +28,27 @@ _STATEFUL = ("state_dict", "load_state_dict")
 
 
 def check_config(config: Any) -> GuardConfig:
-    """Return the configuration, converted and checked as a TOML file would be.
+    """Return the configuration, converted and checked like a TOML file.
 
     Args:
         config: a GuardConfig, a dictionary of sections, the path of a TOML file; None: the
             defaults.
 
     Raises:
-        ConfigError: names key, value and expectation.
+        ConfigError: names the key, the value and what is expected.
     """
     if config is None:
         return GuardConfig()
     if isinstance(config, (str, os.PathLike)):
         return load_config(config)
-    schema = type(config) if isinstance(config, GuardConfig) else GuardConfig
+    schema = GuardConfig
+    if isinstance(config, GuardConfig):
+        schema = type(config)
     return check_settings(config, schema)
 
 
 def check_mode(mode: Any) -> Mode:
-    """The mode, given as one or as its word. Raises ConfigError."""
+    """Return the mode, which is given as a `Mode` or as its word. Raises ConfigError."""
     try:
         return Mode(mode)
     except ValueError as error:
@@ -55,7 +58,7 @@ def check_mode(mode: Any) -> Mode:
 def check_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `Guard` but config, hooks and ranks, by name.
 
-    Numbers of numpy become plain ones.
+    Numbers of numpy become plain Python numbers.
 
     Raises:
         ConfigError: an argument that the guard cannot use.
@@ -77,10 +80,10 @@ def check_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
     if callable(size):
         checked_parts["batch_size"] = _checked_sizes(size)
     else:
-        checked_parts["batch_size"] = whole("batch_size", size, least=1)
-    checked_parts["total_steps"] = whole("total_steps", parts["total_steps"], least=0)
+        checked_parts["batch_size"] = check_whole_number("batch_size", size, least=1)
+    checked_parts["total_steps"] = check_whole_number("total_steps", parts["total_steps"], least=0)
     if parts["limit"] is not None:
-        checked_parts["limit"] = whole("limit", parts["limit"], least=1)
+        checked_parts["limit"] = check_whole_number("limit", parts["limit"], least=1)
     checked_parts["clip"] = _checked_clip(parts["clip"])
     _check_run(parts["run"])
     return checked_parts
@@ -117,8 +120,8 @@ def check_layout(ranks: Any, *, world: int) -> RankLayout:
     return dataclasses.replace(ranks, device=_checked_device(ranks.device))
 
 
-def whole(name: str, value: Any, *, least: int) -> int:
-    """A whole number of at least `least`. Raises ConfigError."""
+def check_whole_number(name: str, value: Any, *, least: int) -> int:
+    """Return a whole number of at least `least`. Raises ConfigError."""
     number = to_plain_tree(value)
     if isinstance(number, bool) or not isinstance(number, int) or number < least:
         raise ConfigError(f"a whole number >= {least}", key=name, value=value)
@@ -127,7 +130,9 @@ def whole(name: str, value: Any, *, least: int) -> int:
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
-        hint = "it was given a class: call it first" if isinstance(model, type) else ""
+        hint = ""
+        if isinstance(model, type):
+            hint = "this is a class: call it first"
         raise ConfigError("a torch.nn.Module", key="model", value=model, hint=hint)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
@@ -139,27 +144,33 @@ def _check_model(model: Any) -> None:
 
 
 def _check_optimizers(optimizer: Any) -> None:
-    several = isinstance(optimizer, Sequence) and not isinstance(optimizer, str)
-    if several and not optimizer:
+    if not isinstance(optimizer, Sequence) or isinstance(optimizer, str):
+        _check_optimizer(optimizer, "optimizer")
+        return
+    if not optimizer:
         raise ConfigError("at least one optimizer", key="optimizer", value=optimizer)
-    for index, one in enumerate(optimizer if several else [optimizer]):
-        key = f"optimizer[{index}]" if several else "optimizer"
-        if isinstance(one, Optimizer):
-            continue
-        if isinstance(one, type) or any(
-            not hasattr(one, name) for name in ("param_groups", "step", *_STATEFUL)
-        ):
-            raise ConfigError("a torch.optim optimizer, or a list of them", key=key, value=one)
+    for index, one in enumerate(optimizer):
+        _check_optimizer(one, f"optimizer[{index}]")
+
+
+def _check_optimizer(optimizer: Any, key: str) -> None:
+    if isinstance(optimizer, Optimizer):
+        return
+    needed = ("param_groups", "step", *_STATEFUL)
+    if isinstance(optimizer, type) or not all(hasattr(optimizer, name) for name in needed):
+        raise ConfigError("a torch.optim optimizer, or a list of them", key=key, value=optimizer)
 
 
 def _check_stateful(value: Any, name: str, *, needed: tuple[str, ...], example: str) -> None:
-    """Of several schedulers, each."""
-    for one in value if isinstance(value, (list, tuple)) else [value]:
+    """Check that an object, or each object of a list, has the methods that are needed."""
+    several = [value]
+    if isinstance(value, (list, tuple)):
+        several = list(value)
+    for one in several:
         missing = [method for method in needed if not callable(getattr(one, method, None))]
         if one is not None and (missing or isinstance(one, type)):
-            expected = (
-                f"an object with {', '.join(f'{method}()' for method in needed)}, such as {example}"
-            )
+            methods = ", ".join(f"{method}()" for method in needed)
+            expected = f"an object with {methods}, such as {example}"
             raise ConfigError(expected, key=name, value=one)
 
 
@@ -175,7 +186,7 @@ def _check_order(order: Any) -> None:
 
 def _checked_sizes(size: Callable[[int], int]) -> Callable[[int], int]:
     def of_step(step: int) -> int:
-        return whole(f"batch_size({step})", size(step), least=1)
+        return check_whole_number(f"batch_size({step})", size(step), least=1)
 
     return of_step
 
@@ -184,11 +195,8 @@ def _checked_clip(clip: Any) -> Any:
     if callable(clip):
         return clip
     number = to_plain_tree(clip)
-    if (
-        isinstance(number, bool)
-        or not isinstance(number, (int, float))
-        or not (math.isfinite(number) and number >= 0)
-    ):
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if not is_number or not math.isfinite(number) or number < 0:
         raise ConfigError(
             "a number >= 0 (0: no clipping), or a function of the norm", key="clip", value=clip
         )
@@ -207,49 +215,42 @@ def _checked_device(device: Any) -> torch.device | None:
 
 
 def _check_run(run: Any) -> None:
-    if run is not None and not isinstance(run, RunDirectory):
-        path = (
-            f"RunDirectory.open({str(run)!r})"
-            if isinstance(run, (str, os.PathLike))
-            else "RunDirectory.create(...)"
-        )
-        raise ConfigError(
-            "a guardrail.RunDirectory, or None",
-            key="run",
-            value=run,
-            hint=path,
-        )
+    if run is None or isinstance(run, RunDirectory):
+        return
+    hint = "RunDirectory.create(...)"
+    if isinstance(run, (str, os.PathLike)):
+        hint = f"RunDirectory.open({str(run)!r})"
+    raise ConfigError("a guardrail.RunDirectory, or None", key="run", value=run, hint=hint)
 
 
 def _check_shard_ranks(ranks: Any, world: int) -> None:
     if ranks is None:
         return
-    if (
-        not isinstance(ranks, range)
-        or ranks.step != 1
-        or not 0 <= ranks.start < ranks.stop <= world
-    ):
+    is_consecutive = isinstance(ranks, range) and ranks.step == 1
+    if not is_consecutive or not 0 <= ranks.start < ranks.stop <= world:
         raise ConfigError(
             f"a range of ranks within 0 to {world}, or None", key="ranks.shard_ranks", value=ranks
         )
 
 
 def check_loss(loss: Any) -> None:
-    """The argument of `step.finish`. Raises UsageError."""
+    """Check the loss that `step.finish` is given. Raises UsageError."""
     if not isinstance(loss, Tensor):
-        hint = ": give the tensor itself, without .item()" if isinstance(loss, (int, float)) else ""
+        hint = ""
+        if isinstance(loss, (int, float)):
+            hint = ": give the tensor itself, without .item()"
         raise UsageError(f"step.finish(loss): expected a tensor, got {type(loss).__name__}{hint}")
     if loss.ndim:
         shape = tuple(loss.shape)
         raise UsageError(
-            f"step.finish(loss): expected one number, 0-d, got shape {shape}: give its mean, or its sum"
+            f"step.finish(loss): expected one number, 0-d, got shape {shape}: give its mean or sum"
         )
     if loss.is_complex():
         raise UsageError(f"step.finish(loss): expected a real number, got {loss.dtype}")
 
 
 def check_numbers(*, tokens: Any, nominal_tokens: Any, signals: Any) -> None:
-    """Further arguments of `step.finish`. Raises UsageError."""
+    """Check the further arguments of `step.finish`. Raises UsageError."""
     _check_number("tokens", tokens)
     if nominal_tokens is not None:
         _check_number("nominal_tokens", nominal_tokens)
@@ -257,7 +258,8 @@ def check_numbers(*, tokens: Any, nominal_tokens: Any, signals: Any) -> None:
         return
     if not isinstance(signals, Mapping):
         raise UsageError(
-            f"step.finish(signals): expected a dict of names and numbers, got {type(signals).__name__}"
+            "step.finish(signals): expected a dict of names and numbers, got "
+            f"{type(signals).__name__}"
         )
     for name, value in signals.items():
         _check_number(f"signals[{name!r}]", value)
@@ -268,7 +270,8 @@ def _check_number(name: str, value: Any) -> None:
         if value.ndim or value.is_complex():
             shape = tuple(value.shape)
             raise UsageError(
-                f"step.finish({name}): expected one real number, 0-d, got shape {shape} of {value.dtype}"
+                f"step.finish({name}): expected one real number, 0-d, got shape {shape} of "
+                f"{value.dtype}"
             )
     elif isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise UsageError(

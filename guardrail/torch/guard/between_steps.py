@@ -1,4 +1,4 @@
-"""What is done once the loop has done with a step: its row, a copy of the state, a command."""
+"""What is done after the loop body of a step: its row, a copy of the state, a command."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from guardrail.torch.measure.reduced_step import ReducedStep
 
 
 class BetweenSteps:
-    """Keeps what a step has brought until the loop has done with it.
+    """Keeps the results of a step until the loop body ends.
 
     Args:
-        facts: what travels with a copy of the state.
+        facts: returns what is saved with a copy of the state.
         end: ends the run.
     """
 
@@ -35,7 +35,7 @@ class BetweenSteps:
         self._ctx = ctx
         self._metrics, self._snapshots, self._facts = metrics, snapshots, facts
         self._command_handler, self._end = command_handler, end
-        self._is_applied = False  # an update was applied, and the snapshots do not know of it yet
+        self._is_applied = False  # an update was applied, and no snapshot was taken since
         self._command = (0, 0.0)  # agreed on in the last reduction
         self._stop = 0  # ranks that were asked to stop, by the same reduction
 
@@ -47,7 +47,9 @@ class BetweenSteps:
         """Keep a command or a stop that came with a step's numbers; note saves that failed."""
         handler = self._command_handler
         command = (reduced.command_kind, reduced.command_value)
-        self._command = (0, 0.0) if handler.is_done_already else command
+        self._command = command
+        if handler.is_done_already:
+            self._command = (0, 0.0)
         self._stop = reduced.stop
         handler.is_done_already = False
         self._snapshots.note_failures(reduced.failed_saves)
@@ -59,8 +61,8 @@ class BetweenSteps:
     def finish_previous_step(self) -> float:
         """Write the row of the last step, then copy the state; return the seconds that it took.
 
-        Who resumes from a copy finds the row of its last step, and continues after whatever the
-        loop did after that step, such as an evaluation that draws random numbers.
+        A run that resumes from the copy finds the row of its last step. It continues after all
+        that the loop did after that step, such as an evaluation that draws random numbers.
         """
         began = time.perf_counter()
         self._metrics.flush()

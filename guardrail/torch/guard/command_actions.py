@@ -35,11 +35,11 @@ class CommandActions(Protocol):
         ...
 
     def poll(self) -> None:
-        """Look after background work while the ranks are parked."""
+        """Collect finished saves and retry failed writes while training is paused."""
         ...
 
     def is_retry_due(self) -> bool:
-        """Return, on rank 0, whether a save has failed and it is time for another try."""
+        """Return, on rank 0, whether a failed save is due for a retry."""
         ...
 
     def failed_save(self) -> int:
@@ -77,7 +77,7 @@ class CommandActions(Protocol):
         ...
 
     def undo(self, plan: UndoPlan, target: Target, lines: Sequence[int]) -> None:
-        """Restore `target` and take back the decisions of these journal lines."""
+        """Restore `target` and undo the decisions of these journal lines."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Commands and answers of users: all ranks wait for them, and carry them out, at the same step."""
+"""Wait for commands and answers of users, and carry them out at the same step on all ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.questions import OpenQuestion, question_line
 from guardrail.torch.guard.user_commands import UserCommands
 
-PARKED_SECONDS = 0.1  # between two meetings of parked ranks
+PARKED_SECONDS = 0.1  # between two all-reduces of paused ranks
 DEFAULTS = ("proposal", "continue", "stop")  # guard.answer_default, in the order of `ParkResult`
 
 
@@ -29,7 +29,7 @@ class CommandHandler:
         actions: what commands do to the run.
 
     Attributes:
-        question: what the guard asks while it is parked.
+        question: what the guard asks while training is paused.
         is_done_already: the command that came with the step under question was carried out.
     """
 
@@ -48,7 +48,7 @@ class CommandHandler:
         self._inbox.open(run)
 
     def close(self) -> None:
-        """Read no more commands; harmless when called again."""
+        """Stop reading commands. May be called again."""
         self._inbox.close()
 
     @property
@@ -82,19 +82,21 @@ class CommandHandler:
         batch: Batch | None = None,
         command: tuple[int, float] = NO_COMMAND,
     ) -> ParkResult:
-        """Wait for a user, for hours if need be.
+        """Wait until a user answers, for hours if need be.
 
-        The ranks keep meeting, so that no collective times out.
+        The ranks meet in a small all-reduce again and again, so no collective times out.
 
         Args:
             question: what the guard asks; "" for a pause by command.
-            verdict: what it has seen and proposes.
+            verdict: with the findings and the proposal.
             batch: under question; a rollback by command skips it as well.
-            command: that came with the step under question, known to every rank. It is the first
-                one that is carried out, or refused, and does not wait until the question is over.
+            command: that came with the step under question, known to every rank. It is carried out,
+                or refused, first. It does not wait until the question is answered.
         """
         self.is_done_already = bool(command[0])
-        self.question.end = batch.last if batch is not None else 0
+        self.question.end = 0
+        if batch is not None:
+            self.question.end = batch.last
         began = time.monotonic()
         self._commands.proposal, self._commands.facts.is_paused = verdict, True
         self._open_question(question, verdict, batch)
@@ -133,7 +135,7 @@ class CommandHandler:
         ctx.recorder.event("paused", message, **data)
 
     def _meet(self, question: str, verdict: Verdict | None, began: float) -> ParkResult | None:
-        """Let the ranks meet once, and carry out what came meanwhile."""
+        """Meet the other ranks once, and carry out what came meanwhile."""
         command = self._inbox.next(self._ctx.progress.step + 1)
         waited = time.monotonic() - began
         if not command[0] and question and self._decides_alone(verdict, waited):
@@ -150,7 +152,7 @@ class CommandHandler:
         return None
 
     def _close_question(self, answer: ParkResult, verdict: Verdict | None) -> None:
-        """Write the `resumed` line; whoever answers the same question later learns how it ended."""
+        """Write the `resumed` line. A later answer to this question is refused with how it ended."""
         is_asked, number = bool(self.question.text), self.question.number
         self.question.close(self._inbox.last_taken)
         if self._ctx.progress.phase is not None:
@@ -160,25 +162,25 @@ class CommandHandler:
         if is_asked:
             how = f": {answer.name.lower().replace('_', ' ')}"
             data = {"question": number, "who": self._inbox.last_who}
-        # to go on beyond the share to skip applies no update
+        # To continue beyond the share of skipped data applies no update.
         if verdict is not None and verdict.beyond is None:
             data |= {"answer": answer.name.lower(), "incident": verdict.incident}
-        self._ctx.recorder.event("resumed", f"training goes on{how}", **data)
+        self._ctx.recorder.event("resumed", f"training continues{how}", **data)
 
     def _decides_alone(self, verdict: Verdict | None, waited: float) -> bool:
         """Return, on rank 0, whether the guard answers its question itself now.
 
-        A run that is out of budget does not wait for a screen that is not there. Where the default
-        is another than to halt, it waits for that all the same: a user may come until then. So it
-        does on a rung that says to park and ask.
+        A run whose budget is used up halts at once where no screen is open. It waits all the same
+        where the default is not to halt, since a user may come until then, and where the
+        escalation step is to pause and ask.
 
         Args:
-            waited: seconds since it asked.
+            waited: seconds since the guard asked.
         """
         ctx = self._ctx
         if ctx.ranks.rank:
             return False
-        if ctx.run is None:  # nothing can bring an answer
+        if ctx.run is None:  # without a run directory no answer can come
             return True
         seconds = ctx.config.guard.answer_timeout
         is_spent = (
@@ -189,15 +191,16 @@ class CommandHandler:
         return seconds > 0 and waited > seconds
 
     def _default(self, verdict: Verdict | None) -> str:
-        """Return what a question comes to without an answer.
+        """Return what is done without an answer.
 
         By itself the guard skips no more than its share of the data.
         """
-        is_beyond = verdict is not None and verdict.beyond is not None
-        return "proposal" if is_beyond else self._ctx.config.guard.answer_default
+        if verdict is not None and verdict.beyond is not None:
+            return "proposal"
+        return self._ctx.config.guard.answer_default
 
     def _while_parked(self, command: ControlCommand) -> ParkResult | None:
-        """Return how a command ends the wait; None: it does not, and took effect in place."""
+        """Carry a command out; return how it ends the wait; None: it does not."""
         self._commands.result = None
         self._commands.carry_out(command)
         return self._commands.result

@@ -1,8 +1,8 @@
 """The command at hand: read on rank 0, agreed on by all ranks, refused or acknowledged.
 
-A command travels to the other ranks as two numbers of the packed vector, so no step waits for a
-broadcast. Each command is answered in the journal before it takes effect, with the step at which it
-does.
+A command is sent to the other ranks as two numbers of the packed vector, so no step waits for a
+broadcast. Each command is answered in the journal, with the step of its effect, before it takes
+effect.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class CommandInbox:
         self._question = question
         self._poller: CommandPoller | None = None
         self._current: Command | None = None
-        # its action is under way, and its file is still there
+        # its action has begun, and its file is still there
         self._acknowledged: Command | None = None
         self.shown: Shown | None = None
         self.last_who = ""
@@ -65,7 +65,7 @@ class CommandInbox:
         self._poller = CommandPoller(run, stamp=self._stamp)
 
     def close(self) -> None:
-        """Read no more commands; harmless when called again."""
+        """Stop reading commands. May be called again."""
         if self._poller is not None:
             self._poller.close()
             self._poller = None
@@ -73,7 +73,9 @@ class CommandInbox:
     @property
     def problem(self) -> str:
         """Why commands are not read at the moment, for the status; "" while they are."""
-        return self._poller.problem if self._poller is not None else ""
+        if self._poller is None:
+            return ""
+        return self._poller.problem
 
     def _stamp(self, command: Command) -> Command:
         """Add the number of the open question to a command that names none."""
@@ -84,19 +86,20 @@ class CommandInbox:
 
     def next(self, step: int) -> tuple[int, float]:
         """Return rank 0's next command as two numbers; `NO_COMMAND` when there is none."""
-        self._current = self._poller.next(step) if self._poller is not None else None
+        self._current = None
+        if self._poller is not None:
+            self._current = self._poller.next(step)
         if self._current is not None:
             return numbers_of(command_from(self._current))
         if self._ctx.ranks.rank == 0 and self._actions.is_retry_due():
-            # Each rank writes its share of a checkpoint, so a save is tried again by all of them
-            # together.
+            # Each rank writes its part of a checkpoint, so all ranks retry a save together.
             return numbers_of(WriteCheckpoint())
         return NO_COMMAND
 
     def agree(self, command: tuple[int, float]) -> tuple[int, float, int]:
         """Return (command kind, value, ranks that were asked to stop) on every rank.
 
-        The small all-reduce outside a step.
+        A collective: the small all-reduce outside a step.
         """
         ranks = self._ctx.ranks
         failed = [0.0] * ranks.world
@@ -107,13 +110,13 @@ class CommandInbox:
         self._actions.note_failed_saves([int(serial) for serial in failed])
         return int(kind), value, int(stop)
 
-    # -- what a command was shown for --------------------------------------------------------------
+    # -- whether a command still holds -------------------------------------------------------------
 
     def why_outdated(self, given: ControlCommand, run: RunFacts) -> str:
-        """Return why the command at hand does not hold for what is now; "" if it does.
+        """Return why the command at hand does not hold any more; "" if it does.
 
-        A collective, but for a command that holds for anything: every rank decides alike. What the
-        sender was shown is kept in `shown`.
+        A collective, but for a command that holds for anything: every rank gets the same answer.
+        `shown` then holds what the sender was shown.
         """
         if given.holds_for is HoldsFor.ANYTHING:
             return ""
@@ -158,16 +161,16 @@ class CommandInbox:
         outcome, effect = f"takes effect after step {step}", "applied"
         if refusal:
             outcome, effect = f"refused: {refusal}", "refused"
-        who = "guard"
+        id, who = "", "guard"
         if command is not None:
-            who = command.who
+            id, who = command.id, command.who
         if not refusal:
             self.last_who = who
             self.last_taken = f"{words} by {who or 'a command'} at step {step}"
         ctx.recorder.event(
             "command",
             f"{words} {outcome}",
-            id=command.id if command else "",
+            id=id,
             command=given.name,
             value=given.value,
             who=who,

@@ -47,7 +47,9 @@ class RankInfo:
         """Return rank 0's value on every rank. A collective."""
         if self.world == 1:
             return value
-        box = [value if self.rank == 0 else None]
+        box = [None]
+        if self.rank == 0:
+            box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -84,7 +86,7 @@ class Progress:
         step: applied updates so far.
         timeline: number of the present timeline.
         tokens: label tokens of the applied updates.
-        phase: how the run has ended; None while it goes on.
+        phase: how the run has ended; None while it runs.
         incident: number of the incident that the present step belongs to.
     """
 

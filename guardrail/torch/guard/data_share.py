@@ -41,8 +41,9 @@ class DataShare:
         """
         if self._number < 0:
             raise UsageError(
-                f"{self._shares} ranks count the loss, and RankLayout.shard_ranks = {self._layout.shard_ranks} "
-                "cannot be divided among them: choose this rank's samples from step.batch.samples"
+                f"RankLayout.shard_ranks = {self._layout.shard_ranks}: {self._shares} ranks count the "
+                "loss, and the range cannot be divided among them. Choose this rank's samples from "
+                "step.batch.samples"
             )
         size, larger = divmod(len(batch.samples), self._shares)
         first = self._number * size + min(self._number, larger)

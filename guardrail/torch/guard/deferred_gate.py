@@ -1,27 +1,31 @@
-"""The gate without a synchronisation (`guard.decide = "deferred"`): the host reads the numbers of a
-step one step later.
+"""Decide on the device, without waiting for it (`guard.decide = "deferred"`).
 
-When step t has been computed the host knows all steps up to t-1, so it knows what t must keep to:
-one limit for each signal (`Controller.safe_limits`), chosen so that a step below all of them is
-applied without a word. The limits travel to the device beside the packed vector. There they are
-compared, and the optimizer skips the update by `found_inf` where a number is not below its own. The
-host goes on to the next step, and then reads:
+The host reads the numbers of a step one step later. When step t is computed, the host knows all
+steps up to t-1. So it knows one limit for each signal (`Controller.safe_limits`): a step below all
+limits is applied without a finding. The limits are sent to the device with the packed vector. The
+device compares them. Where a number is not below its limit, the optimizer skips the update by
+`found_inf`. The host continues with the next step, and then reads:
 
-    applied     what the controller says of the step is what the limits promised; it is counted now.
-    skipped     its update and the step that was computed after it never happened. The same batch is
-                formed again, with the same number and RNG state, and now the host waits, judges and
-                acts as it always does: by the numbers of the first time, if the second gives
-                others, since that is what broken hardware looks like.
+    applied     the controller accepts the step, as the limits promised; the update is counted now.
+    skipped     the update did not happen, and the step that was computed after it does not count.
+                The same batch is computed again, with the same number and RNG state. This time the
+                host waits, judges and acts as usual. If the second numbers differ from the first,
+                the first ones count, since that is how broken hardware behaves.
 
-So a rejected or noted step costs two more, a healthy one no wait, and nothing is copied. The host
-also waits for a step that something follows which needs its outcome: a snapshot, a checkpoint, an
-evaluation, the end; and while no limits can be given (the first steps, an open incident, a remedy
-on the embedding). A command or a stop signal that came with a step is found one step later. The
-step that was computed meanwhile is dropped first, with all that the loop did in it: what is then
-saved, restored or shown to a user is the state after the step that the command came with.
+A rejected or noted step costs two more steps. A healthy one costs no wait, and nothing is copied.
 
-The results are those of the gate that waits, bit by bit, where computing a batch twice gives the
-same bits.
+The host also waits
+
+- for a step whose outcome is needed next: for a snapshot, a checkpoint, an evaluation, the end;
+- while no limits can be given: in the first steps, in an open incident, and while a remedy acts on
+  the embedding.
+
+A command or a stop signal that came with a step is read one step later. The step that was computed
+meanwhile is dropped first, with all that the loop did in it. What is then saved, restored or shown
+is the state after the step that the command came with.
+
+The results equal those of `decide = "before_step"`, bit by bit, where computing a batch twice gives
+the same bits.
 """
 
 from __future__ import annotations
@@ -55,18 +59,18 @@ from guardrail.torch.state.forward_side_effects import ForwardSideEffects
 
 @dataclass(kw_only=True, slots=True)
 class PendingStep:
-    """A step on whose update the device has decided, and of which the host knows nothing yet.
+    """A step whose update the device has decided, and whose numbers the host has not read.
 
     Attributes:
         nominal: see `Step.finish`.
         numbers: the packed vector and, last, whether the update was applied; on the host once
             `arrived`.
-        arrived: None where they are on the host at once.
+        arrived: event after the copy to the host; None where the numbers are on the host at once.
         position: of the cursor before it.
         side_effects: RNG states and buffers that it began with.
         update_square: squared norm of the update before it.
         lr: learning rate of its update.
-        seconds, guarding: what it took, and the guard's part of that.
+        seconds, guarding: its time, and the guard's part of that.
     """
 
     step: Step
@@ -91,8 +95,8 @@ class DeferredGate:
         judge: asks the controller.
         executor: carries out what is found later.
         side_effects: of the present step.
-        between_steps: what is done once the loop has done with a step.
-        needs_outcome: whether something follows step number N that needs its outcome.
+        between_steps: what is done after the loop body of a step.
+        needs_outcome: returns whether the outcome of step number N is needed right after it.
 
     Attributes:
         pending: the step whose numbers were not read yet.
@@ -100,7 +104,7 @@ class DeferredGate:
         deferred_steps: all others.
 
     Raises:
-        UsageError: an update could not be skipped on the device, or would not be the same one.
+        UsageError: an update cannot be skipped on the device, or would not be the same one.
     """
 
     def __init__(
@@ -122,25 +126,31 @@ class DeferredGate:
         self._between_steps, self._needs_outcome = between_steps, needs_outcome
         self.pending: PendingStep | None = None
         self._signals: tuple[str, ...] = ()  # of the last step that was judged
-        self._dropped = 0  # number of the step that is formed again, 0: none
-        # numbers of its first time, where the device skipped it
+        self._dropped = 0  # number of the step that is computed again; 0: none
+        # its numbers of the first time, where the device skipped it
         self._first: tuple[ReducedStep, Tensor] | None = None
         self.waited_steps = 0
         self.deferred_steps = 0
-        self._refuse()
+        self._refuse_unusable()
 
-    def _refuse(self) -> None:
+    def _refuse_unusable(self) -> None:
+        """Raise UsageError for an optimizer, scaler, clipping or parameter that needs the host."""
         gate = self._applier.gate
-        deaf = [type(one).__name__ for one in gate.optimizers if not can_skip_on_device(one)]
-        if deaf:
+        for one in gate.optimizers:
+            if not can_skip_on_device(one):
+                raise UsageError(
+                    f'guard.decide = "deferred": {type(one).__name__} ignores found_inf. Use an '
+                    "optimizer with fused=True"
+                )
+        needs_host = ""
+        if callable(gate.clip):
+            needs_host = "a function that clips"
+        if self._applier.loss_scale is not None:
+            needs_host = "a gradient scaler"
+        if needs_host:
             raise UsageError(
-                f'guard.decide = "deferred" needs an optimizer that heeds found_inf (fused=True): {deaf[0]}'
-            )
-        has_scaler = self._applier.loss_scale is not None
-        if has_scaler or callable(gate.clip):
-            what = "a gradient scaler" if has_scaler else "a function that clips"
-            raise UsageError(
-                f'guard.decide = "deferred" does not go with {what}: it needs the numbers at once'
+                f'guard.decide = "deferred": {needs_host} needs the numbers of a step at once. '
+                'Use decide = "before_step"'
             )
         for parameter in self._reduction.parameters:
             here = to_local(parameter)
@@ -149,13 +159,14 @@ class DeferredGate:
                 or here.device.type != self._reduction.device.type
             ):
                 raise UsageError(
-                    f'guard.decide = "deferred" needs fp32 parameters on the device, not {here.dtype} on {here.device}'
+                    f'guard.decide = "deferred" needs fp32 parameters on the device, not '
+                    f"{here.dtype} on {here.device}"
                 )
 
     # -- between two steps -------------------------------------------------------------------------
 
     def begin(self) -> bool:
-        """Begin another try; return whether it repeats one that was dropped."""
+        """Begin another step; return whether it repeats one that was dropped."""
         pending = self.pending
         if pending is not None and pending.side_effects is self._side_effects.current:
             self._side_effects.swap()
@@ -166,19 +177,16 @@ class DeferredGate:
     # -- the step that was computed ----------------------------------------------------------------
 
     def safe_limits(self, step: Step, *, wait: bool) -> list[float] | None:
-        """Return what the signals of this step must stay below; None: the host has to wait.
+        """Return the limits of this step's signals; None: the host has to wait.
 
         In the order of `StepReduction.signal_names`; NaN for a signal without a limit.
         """
         effects = self._ctx.effects(step.number)
         limits: dict[str, float] | None = None
-        if not (
-            wait
-            or self._needs_outcome(step.number)
-            or self._first is not None
-            or effects.embed_alpha != 1.0
-            or effects.reset
-        ):
+        must_wait = wait or self._needs_outcome(step.number) or self._first is not None
+        # These two remedies are made on the host.
+        must_wait |= effects.embed_alpha != 1.0 or effects.reset
+        if not must_wait:
             like = Observation(
                 step=step.number,
                 first=step.batch.first,
@@ -197,11 +205,11 @@ class DeferredGate:
     def decide(
         self, step: Step, vector: Tensor, safe_limits: list[float], *, nominal: float | None
     ) -> None:
-        """Decide on the device, apply there or not, and go on as if it were applied."""
+        """Let the device decide and apply, and continue as if the update were applied."""
         began = time.perf_counter()
         values, known, sound, scale = self._reduction.unpack_on_device(vector, nominal)
         limits = torch.tensor(safe_limits, dtype=vector.dtype).to(vector.device, non_blocking=True)
-        # NaN is not below any limit. A number that no rank gave is not judged, as on the host.
+        # NaN is below no limit. A number that no rank gave is not judged, as on the host.
         applied = sound & (values[0] > 0) & ((values <= limits) | ~known).all()
         numbers = torch.cat([vector, applied.to(vector.dtype)[None]])
         arrived = None
@@ -232,15 +240,15 @@ class DeferredGate:
         """Read the numbers of the pending step, if any.
 
         Returns:
-            False: what was computed after it does not count.
+            False: the step that was computed after it does not count.
         """
         pending, self.pending = self.pending, None
         if pending is None:
             return True
         if pending.arrived is not None:
-            # the device is one step further on: it has work while the host waits
+            # The device computes the next step meanwhile, so it has work while the host waits.
             pending.arrived.synchronize()
-        # whether the next step was computed meanwhile
+        # Whether the next step was computed meanwhile.
         computed_after = self._side_effects.current is not pending.side_effects
         *values, applied = pending.numbers.tolist()
         reduced = self._reduction.unpack(values, pending.nominal, None)
@@ -251,7 +259,7 @@ class DeferredGate:
         self.record(observation.signals)
         is_late = verdict.action is not Action.APPLY
         if computed_after and (is_late or reduced.is_request):
-            # First of all: RNG state and buffers must be those of the pending step before they are
+            # First, since RNG state and buffers must be those of the pending step when they are
             # saved or restored.
             self._drop(pending.step.number + 1)
         self._applier.confirm(pending.step, reduced)
@@ -270,7 +278,7 @@ class DeferredGate:
     def _take_back(
         self, pending: PendingStep, reduced: ReducedStep, *, computed_after: bool
     ) -> None:
-        """Go back to where a step began whose update was skipped; it is formed again."""
+        """Restore the beginning of a step whose update was skipped; it is computed again."""
         step = pending.step
         if computed_after:
             self._drop(step.number)
@@ -293,9 +301,9 @@ class DeferredGate:
     # -- the same step again -----------------------------------------------------------------------
 
     def first_command(self) -> tuple[int, float] | None:
-        """Return the command that came with the first time, which has not been carried out.
+        """Return the command that came with the first time and was not carried out.
 
-        None: this step is not formed again. Other ranks than 0 return no command.
+        None: this step is not computed again. Ranks other than 0 return no command.
         """
         if self._first is None:
             return None
@@ -305,7 +313,7 @@ class DeferredGate:
         return first.command_kind, first.command_value
 
     def first_numbers(self, again: ReducedStep) -> ReducedStep:
-        """Return the numbers that a step which was formed again is judged by."""
+        """Return the numbers by which a step that is computed again is judged."""
         if self._first is None:
             return again
         (first, own), self._first = self._first, None
@@ -322,15 +330,14 @@ class DeferredGate:
 
 
 def _is_same(a: ReducedStep, b: ReducedStep, relative: float) -> bool:
-    """Compare the numbers of two tries; `relative` is the tolerance."""
-    ours, theirs = a.signals(), b.signals()
-    if ours.keys() != theirs.keys() or (a.nonfinite_loss, a.nonfinite_grad) != (
-        b.nonfinite_loss,
-        b.nonfinite_grad,
-    ):
+    """Return whether two attempts gave the same numbers; `relative` is the tolerance."""
+    if (a.nonfinite_loss, a.nonfinite_grad) != (b.nonfinite_loss, b.nonfinite_grad):
         return False
-    return all(
-        math.isclose(x, theirs[name], rel_tol=relative)
-        or (math.isnan(x) and math.isnan(theirs[name]))
-        for name, x in ours.items()
-    )
+    ours, theirs = a.signals(), b.signals()
+    if ours.keys() != theirs.keys():
+        return False
+    for name, value in ours.items():
+        both_nan = math.isnan(value) and math.isnan(theirs[name])
+        if not both_nan and not math.isclose(value, theirs[name], rel_tol=relative):
+            return False
+    return True

@@ -1,12 +1,12 @@
 """The guard: what a training loop calls.
 
     guard = Guard(model, optimizer, data=SampleOrder(len(dataset)), batch_size=32)
-    for step in guard:                      # goes back by itself after a rollback
+    for step in guard:                      # after a rollback it continues from the restored step
         loss = train_batch(step.samples)    # forward and backward, accumulation included
         step.finish(loss)                   # judge, clip, then update or skip
 
-Every rank runs this same code on the same reduced numbers, so all reach the same verdict at the
-same step. Rank 0 alone writes the run directory, always before what it writes takes effect.
+Every rank runs this code on the same reduced numbers, so all ranks reach the same verdict at the
+same step. Only rank 0 writes the run directory, always before what it writes takes effect.
 """
 
 from __future__ import annotations
@@ -36,13 +36,12 @@ from guardrail.torch.guard.parts import GuardParts
 from guardrail.torch.guard.step import Step
 from guardrail.torch.measure.loss_scaler import is_enabled
 from guardrail.torch.measure.reduced_step import ReducedStep
-from guardrail.torch.state.rank_agreement import require_equal
 
 __all__ = ["Guard", "Step"]
 
 
 class Guard(GuardParts):
-    """Watches a training loop, skips bad updates, rolls back, keeps the record.
+    """Checks each step of a training loop, skips bad updates, rolls back, and writes the journal.
 
     Args:
         model: any nn.Module: plain, DDP, FSDP2 (`fully_shard`).
@@ -51,15 +50,15 @@ class Guard(GuardParts):
         batch_size: samples of a global batch, or a function that gives those of step 1, 2, ...
         config: a `GuardConfig`, a dictionary of its sections, or the path of a TOML file; None: the
             defaults. All are converted and checked like a configuration file.
-        scheduler: anything with step(), state_dict() and load_state_dict(); stepped once an applied
-            update.
-        scaler: for fp16, a torch.amp.GradScaler: backpropagate `scaler.scale(loss)`, hand
-            `step.finish` the loss itself, and leave unscaling, stepping and updating to the guard.
+        scheduler: anything with step(), state_dict() and load_state_dict(). The guard steps it once
+            for each applied update.
+        scaler: for fp16, a torch.amp.GradScaler. Backpropagate `scaler.scale(loss)`, and give
+            `step.finish` the loss itself. The guard unscales, steps and updates.
         run: the run directory; None keeps everything in memory (no commands, no checkpoints).
         total_steps: applied updates after which the run is finished; 0: endless.
         limit: positions after which the data ends; None: endless.
-        clip: global norm to which gradients are clipped, 0: none; or a function of the norm (see
-            `Gate`).
+        clip: global norm to which gradients are clipped; 0: no clipping; or a function of the norm
+            (see `Gate`).
         hooks: functions of the loop that the guard calls; None: there are none.
         ranks: how model and data are spread over the ranks; None: each rank has the same model, and
             its own part of each batch.
@@ -67,10 +66,10 @@ class Guard(GuardParts):
         heartbeat: created by the caller early in set-up; None: the guard makes its own when there
             is a run.
 
-    Old names of these arguments are accepted as well; see guardrail.torch.guard.old_arguments.
+    Old names of these arguments work too; see guardrail.torch.guard.old_arguments.
 
     Raises:
-        ConfigError: a setting or an argument that cannot be; names it, its value, and what is
+        ConfigError: a setting or an argument is not valid; names it, its value and what is
             expected.
     """
 
@@ -97,8 +96,8 @@ class Guard(GuardParts):
         rank, world = 0, 1
         if dist.is_initialized():
             rank, world = dist.get_rank(), dist.get_world_size()
-        # Everything is looked at before the first collective, so that no rank waits for one that
-        # refuses.
+        # All arguments are checked before the first collective, so no rank waits for one that
+        # raises.
         checked_config = check_config(config)
         given = check_parts(
             {
@@ -148,7 +147,7 @@ class Guard(GuardParts):
             arguments: those of `Guard`, all by name.
 
         Raises:
-            ConfigError: a setting or an argument that cannot be; names it, its value, and what is
+            ConfigError: a setting or an argument is not valid; names it, its value and what is
                 expected.
         """
         return cls(config=config, **arguments)
@@ -173,19 +172,19 @@ class Guard(GuardParts):
                     deferred.read_result()
                     continue
                 if batch is None:
-                    self.end(Phase.FINISHED, "the data has been passed to its end")
+                    self.end(Phase.FINISHED, "the data has ended")
                     break
                 step = self._begin_step(batch, seconds)
                 yield step
                 if not step.finished and self.phase is None:
-                    raise RuntimeError("the loop went on without step.finish(loss)")
+                    raise RuntimeError("the loop took the next step without step.finish(loss)")
         finally:
-            self.side_effects.discard_rest()  # what is left in memory is what was saved
+            self.side_effects.discard_rest()  # memory then holds what was saved
             self.metrics.flush()
             self.close()
 
     def _begin_step(self, batch: Batch, seconds: float) -> Step:
-        """Return the next try; `seconds` were needed to finish the previous step."""
+        """Return the next step; finishing the previous one has taken `seconds`."""
         self.heartbeat.set_phase(Phase.STEP, self.step + 1)
         began = time.perf_counter()
         repeated = self.deferred_gate is not None and self.deferred_gate.begin()
@@ -208,7 +207,7 @@ class Guard(GuardParts):
         return self.between_steps.finish_previous_step()
 
     def peek(self, batch: Batch) -> Batch | None:
-        """Return the batch after `batch`, if that is applied; a loader may fetch it meanwhile."""
+        """Return the batch after `batch`, if `batch` is applied. A loader may fetch it early."""
         return self.cursor.peek(batch)
 
     def share_of(self, batch: Batch) -> tuple[int, ...]:
@@ -216,7 +215,7 @@ class Guard(GuardParts):
         return self.data_share.of(batch)
 
     def report_phase(self, phase: Phase) -> None:
-        """Report what the loop does between steps; call it again now and then during long work."""
+        """Report what the loop does between steps. Call it again now and then during long work."""
         if self.phase is None:
             self.heartbeat.set_phase(phase)
 
@@ -224,27 +223,20 @@ class Guard(GuardParts):
     enter = report_phase  # its old name
 
     def log_eval(self, loss: float) -> None:
-        """Record the held-out loss after the present step (nats a token, equal on all ranks)."""
+        """Record the held-out loss after the present step (nats per token, equal on all ranks)."""
         self.metrics.set_eval_loss(loss)
         self.context.recorder.write(Evaluated(loss=loss))
 
     def poll_stop(self) -> bool:
-        """Return on every rank whether any was asked to stop, in a long evaluation. Collective."""
+        """Return on every rank whether any was asked to stop. A collective, for long evaluations."""
         return self.command_handler.agree_to_stop()
 
     # -- start and end -----------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Resume from checkpoint and journal, or begin; called by the iteration."""
-        ctx, order = self.context, self.cursor.order
-        facts = {
-            "the number of samples": order.n_samples,
-            "the seed of the sample order": order.seed,
-            "the sample order": "shuffled" if order.shuffled else "as stored",
-        }
-        for name, value in self._resume_check.fingerprints.items():
-            facts[f"the fingerprint of {name}"] = value
-        require_equal(facts, ctx.ranks.gather)
+        """Resume from checkpoint and journal, or begin. The iteration calls it."""
+        ctx = self.context
+        self._resume_check.require_same_data()
         self.data_share.open()
         self.gate.open()
         if self.run is not None:
@@ -274,7 +266,7 @@ class Guard(GuardParts):
         self._run_end.end(phase, reason, onset=onset)
 
     def close(self) -> None:
-        """Release threads and files; harmless when called again. Called by the iteration."""
+        """Release threads and files. The iteration calls it. May be called again."""
         self.timer.close()
         self.reduction.close()
         self.gate.close()
@@ -301,11 +293,16 @@ class Guard(GuardParts):
         if deferred is not None and not deferred.read_result():
             self.side_effects.begin_rest()
             return None
-        command = deferred.first_command() if deferred is not None else None
+        command = None
+        if deferred is not None:
+            command = deferred.first_command()
         if command is None:
             command = self.command_handler.next(step.number)
+        total = loss
+        if nominal is None:
+            total = loss * tokens
         vector = self.reduction.start(
-            loss if nominal is not None else loss * tokens,
+            total,
             tokens,
             step_time=self.timer.seconds(step.began, began),
             command=command,
@@ -315,12 +312,13 @@ class Guard(GuardParts):
             named=signals,
             update_square=self.applier.update_square,
         )
+        safe_limits = None
         if deferred is not None:
             safe_limits = deferred.safe_limits(step, wait=wait)
-            if safe_limits is not None:
-                self.metrics.measure_since(began)
-                deferred.decide(step, vector, safe_limits, nominal=nominal)
-                return None
+        if deferred is not None and safe_limits is not None:
+            self.metrics.measure_since(began)
+            deferred.decide(step, vector, safe_limits, nominal=nominal)
+            return None
         computed = self.reduction.unpack(vector.tolist(), nominal, self.applier.loss_scale)
         verdict = self._finish(step, computed, began)
         if not step.applied:
@@ -340,7 +338,7 @@ class Guard(GuardParts):
         rate = self.applier.learning_rate(step.number)
         observation, verdict = self.judge.judge(step, reduced, lr=rate)
         if before is not None and verdict.action is Action.APPLY:
-            # Nothing wrong with the first numbers, and they are not those of the gradients at hand.
+            # The first numbers are fine, but they are not those of the present gradients.
             self.controller.load_state_dict(before)
             reduced = computed
             observation, verdict = self.judge.judge(step, reduced, lr=rate)
@@ -358,7 +356,7 @@ class Guard(GuardParts):
         self.between_steps.handle_requests(reduced)
         return verdict
 
-    # -- small things ------------------------------------------------------------------------------
+    # -- where the run stands ----------------------------------------------------------------------
 
     @property
     def step(self) -> int:
@@ -377,7 +375,7 @@ class Guard(GuardParts):
 
     @property
     def phase(self) -> Phase | None:
-        """How the run has ended; None while it goes on."""
+        """How the run has ended; None while it runs."""
         return self.context.progress.phase
 
     @property
@@ -396,5 +394,5 @@ class Guard(GuardParts):
         return self.context.history
 
     def set_mode(self, mode: Mode) -> None:
-        """Change what the guard may do by itself. Raises ConfigError for a word that is no mode."""
+        """Change what the guard may do by itself. Raises ConfigError for an unknown mode."""
         self.context.set_mode(mode)

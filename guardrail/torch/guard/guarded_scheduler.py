@@ -28,17 +28,19 @@ class GuardedScheduler:
             return
         if self._expected is not None and self._expected != self._position():
             raise UsageError(
-                "the loop called scheduler.step() itself: the guard steps the scheduler after each applied update. "
-                "Remove scheduler.step() from the loop"
+                "the loop called scheduler.step() itself, and the guard steps the scheduler after "
+                "each applied update. Remove scheduler.step() from the loop"
             )
         self._scheduler.step()
         self._expected = self._position()
 
     def restored(self) -> None:
-        """Note that the scheduler's state was loaded: it counts on from there."""
+        """Take over the position of a scheduler whose state was loaded."""
         self._expected = self._position()
 
     def _position(self) -> int | None:
-        """Return how often torch's schedulers say that they were stepped; None for others."""
+        """Return how often a scheduler of torch was stepped; None for others."""
         position = getattr(self._scheduler, "last_epoch", None)
-        return position if isinstance(position, int) else None
+        if isinstance(position, int):
+            return position
+        return None

@@ -25,22 +25,22 @@ class LoopHooks:
             backward over this rank's share of any batch; see guardrail.torch.diagnose.batch_replay.
             With it the guard looks for the cause of an incident. Called on every rank.
         label_order_gain: (batch, step) -> (loss sum, loss sum with the labels of each row in
-            another order, label tokens) of this rank's share. With it the guard tells text of
-            another kind from random labels. Called on every rank.
+            another order, label tokens) of this rank's share. With it the guard distinguishes text
+            of another kind from random labels. Called on every rank.
         rerun_forward: runs the forward passes of this rank's share of the last batch again, with
-            the same RNG state. Called on every rank after a non-finite loss, to name the module
+            the same RNG state. Called on every rank after a non-finite loss, to find the module
             that it came from.
         describe_samples: sample ids -> (documents as dicts, number of documents), for the journal.
             Called on rank 0.
-        sample_texts: sample ids -> their texts as the model met them, for what is odd about them.
-            Called on rank 0.
+        sample_texts: sample ids -> their texts as the model read them, to describe what is unusual
+            about them. Called on rank 0.
         describe_tokens: (token ids, sample ids of a batch) -> of each token a dict with "text" and
             "count", for the journal of an incident of the embedding. Called on rank 0.
         fixed_batch_loss: returns the loss on one fixed batch, the same on every rank. Stored with a
             checkpoint and compared after a resume. Called on every rank.
         scheduled_lr: step -> the scheduled learning rate, compared after a resume.
-        fingerprints: no function, but names and values that are stored with a checkpoint. A resume
-            on another "data" is refused, any other change is noted.
+        fingerprints: a dictionary of names and values that are stored with a checkpoint. A resume
+            with another "data" is refused; any other change is noted.
     """
 
     replay: Replay | None = None

@@ -1,7 +1,7 @@
-"""Mistakes of a custom training loop that would go unnoticed: it trains another model.
+"""Mistakes of a custom training loop that raise no exception in PyTorch.
 
-What cannot be meant is an error, at the first step where that is possible. What may be meant is a
-note in the journal. For `optimizer.step` see `Gate`, for `scheduler.step` `GuardedScheduler`.
+What is a mistake for certain raises an error, at the first step if possible. What may be intended
+is a note in the journal. For `optimizer.step` see `Gate`, for `scheduler.step` `GuardedScheduler`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from guardrail.torch.measure.reduced_step import ReducedStep
 from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.rounding import HalfWeights
 
-MAX_LACKING_NOTES = 3  # layers that only some batches use would fill the journal
+MAX_LACKING_NOTES = 3  # more notes about layers that only some batches use would fill the journal
 
 
 class LoopChecks:
@@ -39,12 +39,12 @@ class LoopChecks:
         self._reduction = reduction
         self._learning_rate = learning_rate
         self._half_weights = HalfWeights(reduction.parameters, apart=reduction.embedding)
-        # whether the first step of this process has been looked at for gradients
+        # whether the first step of this process was checked for gradients
         self._is_checked = False
         self._lacking_notes = 0
 
     def refuse_without_gradients(self, step: Step, reduced: ReducedStep) -> None:
-        """Look once, at the first step of this process, whether the model gets gradients.
+        """Check once, at the first step of this process, that the model gets gradients.
 
         Raises:
             UsageError: no rank has a gradient; raised on every rank.
@@ -54,14 +54,14 @@ class LoopChecks:
         self._is_checked = True
         if not reduced.graded:
             raise UsageError(
-                f"step {step.number}: no parameter got a gradient: is the model that computes the loss the one that "
-                "the guard has? (Or was zero_grad called between backward and step.finish?)"
+                f"step {step.number}: no parameter got a gradient. Give the guard the model that "
+                "computes the loss, and call no zero_grad between backward and step.finish"
             )
         if reduced.grad_norm == 0 and not reduced.nonfinite_grad:
             self._ctx.recorder.event(
                 "note",
-                f"every gradient of step {step.number} is exactly zero, so this update trains nothing: was zero_grad "
-                "called between backward and step.finish?",
+                f"every gradient of step {step.number} is exactly zero, so this update trains "
+                "nothing. Was zero_grad called between backward and step.finish?",
             )
 
     def name_lacking(self, step: Step) -> None:
@@ -73,12 +73,15 @@ class LoopChecks:
         names = sorted({name for found in gathered for name in found})
         self._lacking_notes += bool(names)
         if names and self._lacking_notes <= MAX_LACKING_NOTES:
-            rest = f", and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+            rest = ""
+            if len(names) > MAX_NAMED:
+                rest = f", and {len(names) - MAX_NAMED} more"
             self._ctx.recorder.event(
                 "note",
                 f"{len(names)} parameters had gradients before and got none in step {step.number}: "
                 f"{', '.join(names[:MAX_NAMED])}{rest}. "
-                "This is normal for layers that only some batches use; otherwise look for a detach or a frozen layer",
+                "This is normal for layers that only some batches use. Otherwise look for a detach "
+                "or a frozen layer",
                 parameters=names[:MAX_NAMED],
             )
 
@@ -89,9 +92,10 @@ class LoopChecks:
         if share is not None:
             self._ctx.recorder.event(
                 "note",
-                f"{share:.0%} of the sampled {half.dtype} weights have not changed in the last {half.span} updates: "
-                f"at a learning rate of {self._learning_rate(step.number):.3g} an update is smaller than the distance "
-                f"between two {half.dtype} numbers. Keep the weights in float32 and compute in 16 bits by autocast, "
-                "or use a larger learning rate",
+                f"{share:.0%} of the sampled {half.dtype} weights have not changed in the last "
+                f"{half.span} updates: at a learning rate of "
+                f"{self._learning_rate(step.number):.3g} an update is smaller than the distance "
+                f"between two {half.dtype} numbers. Keep the weights in float32 and compute in 16 "
+                "bits by autocast, or use a larger learning rate",
                 unchanged=share,
             )

@@ -36,10 +36,10 @@ LAYOUT = {"device": "device", "counting": "counts_loss", "holders": "shard_ranks
 def accept_old_arguments(
     init: Callable[Concatenate[Self, P], None],
 ) -> Callable[Concatenate[Self, P], None]:
-    """Let a constructor take its arguments by their old names as well, without a warning.
+    """Let a constructor accept its arguments by their old names as well, without a warning.
 
     `Guard(settings, model=..., optimizer=..., order=...)` works too: its first argument is then the
-    configuration. The signature shows the new names alone.
+    configuration. The signature shows only the new names.
     """
     valid = list(inspect.signature(init).parameters)[1:]
     anything = cast("Callable[..., None]", init)
@@ -86,7 +86,7 @@ def _move_into(given: dict[str, Any], name: str, fields: Mapping[str, str], empt
     if present is None:
         present = empty
     if not isinstance(present, type(empty)):
-        return  # refused for its type later
+        return  # its type is refused later
     for old, new in fields.items():
         is_set = getattr(present, new) != getattr(empty, new)
         if new in moved and is_set:
@@ -99,7 +99,7 @@ def _given_twice(old: str, new: str) -> ConfigError:
 
 
 def check_names(names: Iterable[str], valid: Iterable[str]) -> None:
-    """Refuse arguments that Guard does not have, and name the nearest; see that none is missing.
+    """Refuse arguments that Guard does not have, with the nearest name, and find missing ones.
 
     Raises:
         ConfigError: names the argument.

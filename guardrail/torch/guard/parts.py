@@ -1,4 +1,4 @@
-"""All parts of a guard, built and connected: the one place that knows every part."""
+"""Build and connect the parts of a guard. Only this module knows every part."""
 
 from __future__ import annotations
 
@@ -113,7 +113,9 @@ class GuardParts:
             embedding=self.reduction.embedding,
             clip=clip,
         )
-        self.loss_scale = LossScale(scaler) if scaler is not None else None
+        self.loss_scale: LossScale | None = None
+        if scaler is not None:
+            self.loss_scale = LossScale(scaler)
         self.state = TrainingState(model, optimizers, scheduler, scaler, layout.shard_ranks)
         self.side_effects = StepSideEffects(self.state)
         self.context = self._build_context(rank, world)
@@ -311,12 +313,12 @@ class GuardParts:
         )
 
     def _needs_outcome(self, step: int) -> bool:
-        """Return whether the end or a copy of the state follows a step."""
+        """Return whether the run ends, or the state is copied, right after a step."""
         return step == self.total_steps or self.snapshots.will_copy(step)
 
     @property
     def stopping(self) -> bool:
-        """Whether this process was asked to stop; all ranks learn of it in the next reduction."""
+        """Whether this process was asked to stop. The next reduction reports it to all ranks."""
         return self._signals is not None and self._signals.requested
 
     def status(self) -> Status:

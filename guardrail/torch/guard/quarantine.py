@@ -1,4 +1,4 @@
-"""Skip data for good, with a journal line first."""
+"""Skip data for the rest of the run. The journal line is written first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from guardrail.torch.guard.hooks import DescribeSamples
 
 
 class Quarantine:
-    """What a guard skips, and how much it may skip by itself.
+    """Skips data, and limits how much the guard may skip by itself.
 
     Args:
         describe_samples: for the journal, called on rank 0; None: the documents are not known.
@@ -28,7 +28,9 @@ class Quarantine:
     ) -> None:
         self._ctx = ctx
         self._is_described = describe_samples is not None
-        self.describe_samples = describe_samples if ctx.ranks.rank == 0 else None
+        self.describe_samples: DescribeSamples | None = None
+        if ctx.ranks.rank == 0:
+            self.describe_samples = describe_samples
         self._total_steps = total_steps
         self._data_size: int | None = None  # samples of which the guard may skip a share
 
@@ -39,9 +41,9 @@ class Quarantine:
         self._ctx.order.skip_span(span)
 
     def fields_of(self, span: Span) -> dict[str, Any]:
-        """Return the fields of a journal line about a span: its samples and, on rank 0, their documents.
+        """Return the fields of a span for its journal line: samples and, on rank 0, their documents.
 
-        Called on every rank: the others wait while rank 0 looks its documents up.
+        Called on every rank. The others wait while rank 0 looks up the documents.
         """
         ctx = self._ctx
         ids = ctx.order.samples_of(span)

@@ -1,4 +1,4 @@
-"""The question that the guard asks while it is parked, and its journal line."""
+"""The question that the guard asks while training is paused, and its journal line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from guardrail.operate.preview import choices
 from guardrail.operate.run_state import RunState
 from guardrail.torch.guard.context import RunContext
 
-_REMEMBERED = 64  # questions of which it is known who ended them
+_REMEMBERED = 64  # questions whose end is remembered
 
 
 class OpenQuestion:
@@ -22,8 +22,9 @@ class OpenQuestion:
 
     Attributes:
         text: the question; "" while none is open.
-        deadline, default: when (wall time, 0: never) and how it answers itself.
-        end: end of the batch that is under question, else 0.
+        deadline: wall time at which the guard answers itself; 0: never.
+        default: what it then does.
+        end: of the batch that is under question, else 0.
         ended: number of a question -> how it ended.
     """
 
@@ -38,7 +39,9 @@ class OpenQuestion:
     @property
     def number(self) -> int:
         """Journal line of the open question; 0: none is open, or its line is not on disk yet."""
-        return self._ctx.recorder.written.get("paused", 0) if self.text else 0
+        if not self.text:
+            return 0
+        return self._ctx.recorder.written.get("paused", 0)
 
     @property
     def is_unwritten(self) -> bool:
@@ -46,12 +49,12 @@ class OpenQuestion:
         return bool(self.text) and not self.number
 
     def open(self, text: str, *, deadline: float, default: str) -> None:
-        """Ask; "" waits without a question. Its line is written next."""
+        """Ask; a pause without a question has the text "". The journal line is written next."""
         self._ctx.recorder.written.pop("paused", None)
         self.text, self.deadline, self.default = text, deadline, default
 
     def close(self, how: str) -> None:
-        """End the question; whoever answers it later learns how it ended."""
+        """End the question. A later answer to it is refused with how it ended."""
         number = self.number
         if number:
             self.ended[number] = how
@@ -91,7 +94,7 @@ def question_line(
     proposals: list[dict[str, Any]] = [
         {"choice": choice, "action": name} for choice, name in enumerate(names)
     ]
-    # what the others remember of the journal holds no proposals
+    # Other ranks keep no proposals in their copy of the journal.
     if ctx.ranks.rank or ctx.run is None:
         return {"proposals": proposals, **data}
     try:
@@ -99,7 +102,7 @@ def question_line(
         settled = ctx.controller.is_settled
         previews = choices(state, verdict, first=batch.first, last=batch.last, settled=settled)
     except (OSError, GuardrailError, KeyError, ValueError):
-        previews = []  # a disk that does not answer: the question is asked without the numbers
+        previews = []  # the disk does not respond: the question is asked without the numbers
     by_name = {
         preview.command: msgspec.to_builtins(preview) | {"text": preview.sentence()}
         for preview in previews

@@ -25,10 +25,12 @@ class RankHeartbeat:
         self._heartbeat = heartbeat
 
     def start(self, run: RunDirectory, parameters: Sequence[nn.Parameter]) -> None:
-        """Start the thread unless the caller has done so, and meter the device of `parameters`."""
+        """Start the thread, unless the caller has, and measure the device of `parameters`."""
         if self._heartbeat is None:
             self._heartbeat = Heartbeat(run, self._ctx.ranks.rank).start()
-        self._heartbeat.meter = GpuMeter(parameters[0].device) if parameters else None
+        self._heartbeat.meter = None
+        if parameters:
+            self._heartbeat.meter = GpuMeter(parameters[0].device)
 
     def write_status(self, status: Callable[[], Status]) -> None:
         """Let the thread write this status from now on; on rank 0."""
@@ -41,16 +43,18 @@ class RankHeartbeat:
         Args:
             step: that it works on; None: the last applied one.
         """
+        if step is None:
+            step = self._ctx.progress.step
         if self._heartbeat is not None:
-            self._heartbeat.at(phase, self._ctx.progress.step if step is None else step)
+            self._heartbeat.at(phase, step)
 
     def set_step_time(self, seconds: float) -> None:
-        """Report how long this rank has worked itself in the last step."""
+        """Report how long this rank itself has worked in the last step, without waiting."""
         if self._heartbeat is not None:
             self._heartbeat.step_seconds = seconds
 
     def close(self) -> None:
-        """End the thread and write the last state; harmless when called again."""
+        """End the thread and write the last state. May be called again."""
         if self._heartbeat is not None:
             self._heartbeat.stop()
             self._heartbeat = None

@@ -1,4 +1,4 @@
-"""What a checkpoint remembers so that a resume can be checked, and the check."""
+"""Check a resumed run against facts that its checkpoint holds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from guardrail.core.errors import UsageError
 from guardrail.core.records import MAX_NAMED
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.measure.reduction import StepReduction
+from guardrail.torch.state.rank_agreement import require_equal
 
-AHEAD = 8  # samples after the cursor that a checkpoint remembers
+AHEAD = 8  # samples after the cursor that a checkpoint holds
 
 
 class ResumeCheck:
@@ -22,7 +23,7 @@ class ResumeCheck:
         fixed_batch_loss: loss on one fixed batch, same on every rank; None: it is not compared.
         scheduled_lr: the scheduled learning rate as a function of the step; None: it is not
             compared.
-        fingerprints: a resume on other "data" is refused, any other change noted.
+        fingerprints: a resume with another "data" is refused; any other change is noted.
     """
 
     def __init__(
@@ -39,11 +40,30 @@ class ResumeCheck:
         self._fixed_batch_loss, self._scheduled_lr = fixed_batch_loss, scheduled_lr
         self.fingerprints = dict(fingerprints or {})
 
+    def require_same_data(self) -> None:
+        """Check that all ranks have the same sample order and fingerprints. A collective.
+
+        Raises:
+            UsageError: they differ; raised on every rank.
+        """
+        order = self._ctx.order.order
+        facts: dict[str, Any] = {
+            "the number of samples": order.n_samples,
+            "the seed of the sample order": order.seed,
+            "the sample order": "as stored",
+        }
+        if order.shuffled:
+            facts["the sample order"] = "shuffled"
+        for name, value in self.fingerprints.items():
+            facts[f"the fingerprint of {name}"] = value
+        require_equal(facts, self._ctx.ranks.gather)
+
     def facts(self) -> dict[str, Any]:
         """Return what a checkpoint must hold for the check; the fixed batch is run for it."""
         ctx = self._ctx
-        # What the journal on disk does not have yet, nothing can be held against.
-        journal = {} if ctx.recorder.has_waiting else {"journal_seq": ctx.history.seq}
+        journal = {}
+        if not ctx.recorder.has_waiting:  # else the last lines are not on disk yet
+            journal["journal_seq"] = ctx.history.seq
         facts: dict[str, Any] = {
             "world": ctx.ranks.world,
             "order": self._order_facts(),
@@ -62,19 +82,20 @@ class ResumeCheck:
         Weights are compared by `TrainingState`.
 
         Args:
-            extra: what travelled with the checkpoint.
+            extra: what was saved with the checkpoint besides tensors.
             saved_rate: learning rate that was loaded with it.
 
         Raises:
-            UsageError: the fingerprint of the data is another one.
+            UsageError: the fingerprint of the data has changed.
         """
         check = {}
         if self._scheduled_lr is not None:
-            want = self._scheduled_lr(self._ctx.progress.step + 1)
-            good = math.isclose(saved_rate, want, rel_tol=0.01)
-            check["schedule"] = (
-                "ok" if good else f"learning rate {saved_rate:.4g}, the schedule says {want:.4g}"
-            )
+            expected = self._scheduled_lr(self._ctx.progress.step + 1)
+            check["schedule"] = "ok"
+            if not math.isclose(saved_rate, expected, rel_tol=0.01):
+                check["schedule"] = (
+                    f"learning rate {saved_rate:.4g}, the schedule has {expected:.4g}"
+                )
         check["data"] = "ok"
         if "frozen" in extra:
             check["trained"] = self._check_trained(extra)
@@ -82,12 +103,16 @@ class ResumeCheck:
         stored = extra.get("fixed_loss")
         if stored is not None and self._fixed_batch_loss is not None:
             now = self._fixed_batch_loss()
-            good = now == stored if same else math.isclose(now, stored, rel_tol=1e-3)
-            check["loss"] = "ok" if good else f"fixed batch gives {now!r}, was {stored!r}"
+            tolerance = 1e-3
+            if same:
+                tolerance = 0.0
+            check["loss"] = "ok"
+            if not math.isclose(now, stored, rel_tol=tolerance):
+                check["loss"] = f"fixed batch gives {now!r}, was {stored!r}"
         return check
 
     def _is_same_setup(self, extra: dict[str, Any]) -> bool:
-        """Compare ranks and fingerprints: where all are the same, arithmetic is, to the bit."""
+        """Return whether ranks and fingerprints are the same: then arithmetic is, to the bit."""
         same = bool(extra.get("world") == self._ctx.ranks.world)
         for key, value in self.fingerprints.items():
             saved = extra.get("identity", {}).get(key, value)
@@ -95,17 +120,17 @@ class ResumeCheck:
                 continue
             if key == "data":
                 raise UsageError(
-                    f"the data's fingerprint was {saved} when this run was saved and is {value} now: "
-                    "resuming would train on something else"
+                    f"the fingerprint of the data was {saved} when this run was saved and is "
+                    f"{value} now: resuming would train on other data"
                 )
             same = False
             self._ctx.recorder.event(
-                "note", f"{key} is not what it was when step {extra['step']} was saved"
+                "note", f"{key} has changed since step {extra['step']} was saved"
             )
         return same
 
     def refuse_other_order(self, extra: dict[str, Any]) -> None:
-        """Raise UsageError where positions that the run has passed would hold other samples now."""
+        """Raise UsageError where positions that the run has read would hold other samples now."""
         ctx = self._ctx
         order, cursor = ctx.order.order, int(extra["cursor"])
         was = extra.get("order") or {}
@@ -125,9 +150,9 @@ class ResumeCheck:
             ]
         if changed:
             raise UsageError(
-                f"the sample order has changed: {'; '.join(changed)}. The rest of the epoch would repeat some samples "
-                "and never show others. Resume with the saved order (data.seed, data.order, the same data), or begin a "
-                "new run"
+                f"the sample order has changed: {'; '.join(changed)}. The rest of the epoch would "
+                "repeat some samples and miss others. Resume with the saved order (data.seed, "
+                "data.order, the same data), or begin a new run"
             )
 
     def _order_facts(self) -> dict[str, Any]:
@@ -135,7 +160,7 @@ class ResumeCheck:
         return {"samples": order.n_samples, "seed": order.seed, "shuffled": order.shuffled}
 
     def _check_trained(self, extra: dict[str, Any]) -> str:
-        """Compare which parameters are trained; gradients are watched from here on."""
+        """Compare which parameters are trained. From now on missing gradients are noted."""
         reduction = self._reduction
         reduction.expect_gradients(without=extra["without_gradient"])
         saved, now = set(extra["frozen"]) & reduction.all_names, set(reduction.frozen_names())
@@ -143,5 +168,7 @@ class ResumeCheck:
         differ += [f"{name} was frozen and is trained now" for name in sorted(saved - now)]
         if not differ:
             return "ok"
-        rest = f", and {len(differ) - MAX_NAMED} more" if len(differ) > MAX_NAMED else ""
+        rest = ""
+        if len(differ) > MAX_NAMED:
+            rest = f", and {len(differ) - MAX_NAMED} more"
         return ", ".join(differ[:MAX_NAMED]) + rest

@@ -21,7 +21,7 @@ class RunEnd:
     Args:
         metrics: whose last row is written first.
         snapshots: write the last checkpoint.
-        facts: what travels with that checkpoint.
+        facts: returns what is saved with that checkpoint.
         set_phase: reports what this rank does.
     """
 
@@ -41,12 +41,13 @@ class RunEnd:
     def end(self, phase: Phase, reason: str, *, onset: int | None = None) -> None:
         """Save, write the last journal line, and set `progress.phase`.
 
-        A run whose end could not be saved has failed, whatever it was about to be: a resume
-        continues with it.
+        A run whose end could not be saved has failed, whichever phase was planned. A resume
+        continues it.
 
         Args:
-            onset: first step of an incident that nothing was done about: no resume begins with what
-                holds it.
+            phase: how the run ends.
+            onset: first step of an incident that was not resolved. No resume begins from a state
+                with that step.
         """
         ctx, step = self._ctx, self._ctx.progress.step
         self._metrics.flush()
@@ -55,14 +56,14 @@ class RunEnd:
         planned = phase
         if unsaved:
             phase = Phase.FAILED
-            reason = f"{planned.value}: {reason}; but {unsaved}. Resume the run when the disk takes writes again"
+            reason = f"{planned.value}: {reason}; but {unsaved}. Resume the run when the disk can be written"
         ctx.progress.phase = phase
         ctx.recorder.write(
             Ended(phase=phase.value, reason=reason, saved=not unsaved, planned=planned.value)
         )
         if ctx.ranks.rank == 0 and phase in (Phase.HALTED, Phase.FAILED):
-            # The loop just ends. Without this a script would go on as if all of its steps had been
-            # made.
+            # The loop ends without an exception. Only this line shows a script that steps are
+            # missing.
             logger.error("guardrail: %s at step %d: %s", phase.value, step, reason)
         self._set_phase(phase)
 
@@ -74,4 +75,6 @@ class RunEnd:
             return f"the final checkpoint could not be written ({why})"
         ctx.ranks.run_together(ctx.recorder.settle)
         journal = ctx.ranks.gather(ctx.recorder.waiting_because)[0]
-        return f"the journal could not be written ({journal})" if journal else ""
+        if journal:
+            return f"the journal could not be written ({journal})"
+        return ""

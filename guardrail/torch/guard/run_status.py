@@ -38,8 +38,13 @@ class RunStatus:
         ctx, progress, question = self._ctx, self._ctx.progress, self._commands.question
         total = self._steps_in_all()
         unresolved = ctx.controller.unresolved()
+        if unresolved is not None:
+            unresolved = ctx.history.unresolved(unresolved)
+        name = ""
+        if ctx.run is not None:
+            name = ctx.run.name
         return Status(
-            run=ctx.run.name if ctx.run is not None else "",
+            run=name,
             phase=progress.phase or Phase.STEP,
             step=progress.step,
             total_steps=total,
@@ -56,7 +61,7 @@ class RunStatus:
             tokens_per_second=self._metrics.tokens_per_second,
             eta_seconds=self._metrics.seconds_for(max(0, total - progress.step)),
             lr_factor=ctx.effects(progress.step + 1).lr,
-            unresolved=None if unresolved is None else ctx.history.unresolved(unresolved),
+            unresolved=unresolved,
             guard_share=self._metrics.guard_share,
             started=self._started,
             world=ctx.ranks.world,
@@ -65,9 +70,9 @@ class RunStatus:
         )
 
     def _steps_in_all(self) -> int:
-        """Return the applied updates after which the run will have ended; 0: it is endless."""
+        """Return the number of applied updates of the complete run; 0: it is endless."""
         order = self._ctx.order
         if self._total_steps or order.limit is None:
             return self._total_steps
-        # A run given in epochs; what is skipped from now on makes it shorter.
+        # The run is given in epochs. Each later skip makes it shorter.
         return self._ctx.progress.step + order.batches_left()

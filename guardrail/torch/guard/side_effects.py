@@ -7,7 +7,9 @@ from guardrail.torch.state.training_state import TrainingState
 
 
 class StepSideEffects:
-    """RNG states and buffers before the present step and, where two are under way, the one before.
+    """RNG states and buffers before the present step.
+
+    With `guard.decide = "deferred"` also those before the previous step.
 
     Attributes:
         current: of the step that was begun last.
@@ -29,12 +31,14 @@ class StepSideEffects:
         self.current.undo()
 
     def redo(self) -> None:
-        """Take back the last `undo`."""
+        """Reverse the last `undo`."""
         self.current.redo()
 
     def swap(self) -> None:
         """Exchange the saved state of the present step with that of the other one."""
-        other = self._spare if self._spare is not None else ForwardSideEffects(self._state)
+        other = self._spare
+        if other is None:
+            other = ForwardSideEffects(self._state)
         self._spare, self.current = self.current, other
 
     def begin_rest(self) -> None:
@@ -46,7 +50,7 @@ class StepSideEffects:
         self._in_rest = True
 
     def discard_rest(self) -> None:
-        """Undo what the loop body did after a step that was not applied, before the next try."""
+        """Undo what the loop body did after a step that was not applied."""
         if self._in_rest:
             self._in_rest = False
             self.undo()

@@ -1,4 +1,4 @@
-"""One try at an update, as a training loop meets it."""
+"""One step of a training loop: a batch, and the update that it becomes or not."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ class FinishStep(Protocol):
 
 
 class Step:
-    """One try at an update.
+    """One attempt at an update.
 
     Attributes:
-        number: the step that it becomes when it is applied.
-        batch: what to compute it from, over all ranks.
-        samples: ids of this rank's share of `batch.samples`: a contiguous part of them, so that the
-            data-parallel ranks together have each sample once; all of them with one rank. Ranks
+        number: of the update, if it is applied.
+        batch: to compute it from, over all ranks.
+        samples: ids of this rank's share of `batch.samples`: a contiguous part, so that the
+            data-parallel ranks together have each sample once. With one rank: all of them. Ranks
             that compute the same loss (tensor parallelism, stages of a pipeline) have the same
-            share. Where the batch cannot be divided evenly, sizes differ by one at most: then give
-            `finish` sums with `tokens` and `nominal_tokens`, so that every token weighs the same.
-        verdict, applied: known after `finish`; under `guard.decide = "deferred"` mostly after that of
-            the next step.
-        repeated: an earlier try with this number was dropped unjudged: numbers are read a step
-            late, and those of the step before it, or its own, called for the host.
+            share. Where the batch cannot be divided evenly, sizes differ by one at most. Then give
+            `finish` sums with `tokens` and `nominal_tokens`, so that every token has the same
+            weight.
+        verdict, applied: known after `finish`. With `guard.decide = "deferred"` mostly after the
+            `finish` of the next step.
+        repeated: an earlier attempt with this number was dropped before it was judged. This happens
+            with `guard.decide = "deferred"`, where numbers are read one step later.
         began: `time.perf_counter()` at its start, seconds.
         finished: whether `finish` was called.
     """
@@ -69,7 +70,9 @@ class Step:
     @property
     def samples(self) -> tuple[int, ...]:
         """Ids of this rank's share of the batch's samples."""
-        return self.batch.samples if self._share is None else self._share(self.batch)
+        if self._share is None:
+            return self.batch.samples
+        return self._share(self.batch)
 
     def finish(
         self,
@@ -86,26 +89,26 @@ class Step:
         Call it once, on every rank, after the last backward.
 
         Args:
-            loss: without `nominal_tokens` this rank's mean loss, whose gradients are in `.grad`
-                (averaged over ranks, as DDP and FSDP do); with it the SUM of this rank's token
-                losses, 0-d.
+            loss: 0-d. Without `nominal_tokens` this rank's mean loss, whose gradients are in
+                `.grad` (averaged over ranks, as DDP and FSDP do). With `nominal_tokens` the SUM of
+                this rank's token losses.
             tokens: label tokens of the sum.
             nominal_tokens: the number, summed over ranks, that the sums were divided by before
                 backward. The guard rescales the gradients by nominal / actual tokens, so that every
-                token weighs the same.
-            incomplete: this rank was asked to stop and skipped micro-batches: nothing is decided,
-                the run ends.
-            signals: further numbers of this rank that `guard.extra_signals` announces, 0-d; their mean
-                over the ranks that give one is watched. They travel in the step's one reduction.
-            wait: judge it now, even where `guard.decide = "deferred"` would read its numbers a step
-                later: the loop is going to use the weights after it, as in an evaluation. The same
-                on every rank.
+                token has the same weight.
+            incomplete: this rank was asked to stop and skipped micro-batches. Nothing is decided,
+                and the run ends.
+            signals: further numbers of this rank, 0-d, named in `guard.extra_signals`. Their mean
+                over the ranks that give one is checked. They are part of the step's one reduction.
+            wait: judge the step now, also with `guard.decide = "deferred"`, which would read its
+                numbers a step later. For a loop that uses the weights next, as in an evaluation.
+                The same on every rank.
 
         Raises:
-            UsageError: an argument that is not what is written above.
+            UsageError: an argument has the wrong type or shape.
 
         Returns:
-            The verdict; None when a stop made the window incomplete, or when it is not known yet.
+            The verdict; None when a stop made the batch incomplete, or when it is not known yet.
         """
         if self.finished:
             raise RuntimeError("step.finish was called twice")

@@ -1,4 +1,4 @@
-"""Find the cause of an incident, and the samples that a bad batch owes it to."""
+"""Find the cause of an incident, and the bad samples of a skipped batch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from guardrail.torch.measure.reduced_step import ReducedStep
 
 
 class StepDiagnosis:
-    """Runs batches again at a rejected step. Collectives; the run stays as it was.
+    """Replays batches at a rejected step. Collectives; the run stays unchanged.
 
     Args:
-        replays: runs the passes.
-        ring: older states.
+        replays: runs forward and backward passes.
+        ring: older snapshots.
         total_steps: applied updates after which the run is finished; 0: only the data ends it.
     """
 
@@ -32,16 +32,19 @@ class StepDiagnosis:
         """Return the cause of the incident that a rejected step belongs to."""
         ctx = self._ctx
         settings = ctx.controller.settings
-        has_pause = any(rung.action == "pause" for rung in settings.escalation)
+        has_pause = any(one.action == "pause" for one in settings.escalation)
+        reach = 0
+        if settings.new_data == "accept":
+            reach = FAR * settings.max_data_skips
         test = CauseTest(self._replays, ledger=ctx.order, ring=self._ring)
         return test.run(
             step.batch,
             verdict=verdict,
             reduced=reduced,
             applied=ctx.controller.applied,
-            reach=FAR * settings.max_data_skips if settings.new_data == "accept" else 0,
+            reach=reach,
             end=self._total_steps,
-            # a user may have the update applied all the same
+            # a user may still apply the update
             keep_gradients=ctx.progress.mode is Mode.ASK or has_pause,
         )
 

@@ -1,4 +1,4 @@
-"""Where the bad numbers of a step come from: parameters, modules, tokens."""
+"""Find where the bad numbers of a step come from: parameters, modules, tokens."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from guardrail.torch.state.training_state import TrainingState
 
 
 class StepEvidence:
-    """Collects evidence while the gradients of the step are at hand. Collectives.
+    """Collects evidence while the gradients of the step are still there. Collectives.
 
     Args:
         reduction: of the gradients.
-        state: of the training, for a forward pass that leaves no trace.
+        state: of the training, for a forward pass that changes nothing.
         rerun_forward: runs the forward passes of this rank's share of the last batch again; None:
             the module of a non-finite loss stays unknown.
         describe_tokens: see `DescribeTokens`; called on rank 0.
@@ -41,12 +41,14 @@ class StepEvidence:
         self._ctx = ctx
         self._reduction, self._state = reduction, state
         self._rerun_forward = rerun_forward
-        self._describe_tokens = describe_tokens if ctx.ranks.rank == 0 else None
+        self._describe_tokens: DescribeTokens | None = None
+        if ctx.ranks.rank == 0:
+            self._describe_tokens = describe_tokens
 
     def collect(self, step: Step, verdict: Verdict, reduced: ReducedStep) -> dict[str, Any]:
-        """Return what is known of a step with findings, for its journal line.
+        """Return the evidence of a step with findings, for its journal line.
 
-        "parameters" of a non-finite gradient by rank, "modules" of a non-finite loss by rank, and
+        "parameters" with a non-finite gradient by rank, "modules" of a non-finite loss by rank, and
         the tokens of an embedding with an anomaly.
         """
         gather = self._ctx.ranks.gather
@@ -75,7 +77,7 @@ class StepEvidence:
         aside = ForwardSideEffects(self._state)
         aside.begin()
         try:
-            with torch.compiler.set_stance("force_eager"):  # what is compiled calls no hooks
+            with torch.compiler.set_stance("force_eager"):  # compiled modules call no hooks
                 return find_nonfinite_module(self._state.model, rerun_forward)
         finally:
             aside.undo()

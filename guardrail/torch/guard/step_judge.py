@@ -1,4 +1,4 @@
-"""Ask the controller what it says of a step's numbers."""
+"""Ask the controller for the verdict of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step has cost and shown: its row of metrics, and the speed of the last steps."""
+"""The metrics row of a step, and the speed of the last steps."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class StepMetrics:
     """The metrics row of the present step, and times of the last ones.
 
     Args:
-        set_step_time: called with the seconds that this rank has worked itself in a step.
+        set_step_time: called with the seconds that this rank itself has worked in a step.
 
     Attributes:
         row: of the present step; None before it was judged and after it was written.
-        guarding: seconds that the guard itself took of the present step.
+        guarding: seconds of the present step that the guard took.
     """
 
     def __init__(self, ctx: RunContext, *, set_step_time: Callable[[float], None]) -> None:
@@ -90,8 +90,8 @@ class StepMetrics:
         """Add the times of a step to its row and to the averages.
 
         Args:
-            seconds: of the whole step.
-            guarding: of these, the guard's own: reduction, verdict, copies, the row.
+            seconds: of the complete step.
+            guarding: the guard's part of it: reduction, verdict, copies, the row.
         """
         if self.row is not None:
             self.row["step_time"] = seconds
@@ -103,7 +103,7 @@ class StepMetrics:
             self._step_seconds += seconds
 
     def measure(self, work: Callable[[], None]) -> None:
-        """Do something that only the guard needs, and count its time as the guard's."""
+        """Run work that only the guard needs, and count its time as the guard's."""
         began = time.perf_counter()
         work()
         self.measure_since(began)
@@ -113,31 +113,30 @@ class StepMetrics:
         self.guarding += time.perf_counter() - began
 
     def flush(self) -> None:
-        """Write the row; harmless when there is none."""
+        """Write the row, if there is one."""
         if self.row is not None:
             if not self._is_written:
                 self._ctx.recorder.row(self.row)
             self.row = None
 
     def write_now(self) -> None:
-        """Write the row of a finding at once.
-
-        The process may die of what was found before the next step begins.
-        """
+        """Write the row of a finding at once: the process may die before the next step begins."""
         if self.row is not None and not self._is_written:
             self._is_written = True
             self._ctx.recorder.row(self.row)
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the last applied steps; 0: there was none."""
-        recent = self._recent  # the heartbeat's thread asks too
+        """Tokens per second over the last applied steps; 0: there was none."""
+        recent = self._recent  # the thread of the heartbeat reads it too
         seconds = sum(seconds for seconds, _ in recent)
         tokens = sum(tokens for _, tokens in recent)
-        return tokens / seconds if seconds else 0.0
+        if not seconds:
+            return 0.0
+        return tokens / seconds
 
     def seconds_for(self, steps: int) -> float:
-        """Return how long so many steps take at the present speed; 0: it is not known yet."""
+        """Return how long so many steps take at the present speed; 0: not known yet."""
         recent = self._recent
         if not recent:
             return 0.0
@@ -145,5 +144,7 @@ class StepMetrics:
 
     @property
     def guard_share(self) -> float:
-        """The guard's own share of the time of all applied steps, 0 to 1."""
-        return self._guard_seconds / self._step_seconds if self._step_seconds else 0.0
+        """The guard's share of the time of all applied steps, 0 to 1."""
+        if not self._step_seconds:
+            return 0.0
+        return self._guard_seconds / self._step_seconds

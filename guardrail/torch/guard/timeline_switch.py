@@ -1,4 +1,4 @@
-"""Where a run begins, continues after a restart, and goes back to."""
+"""Begin a run, continue it after a restart, and restore an earlier state of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import msgspec
 
 from guardrail.core.events.decisions import RolledBack, Undone
 from guardrail.core.events.run_state import Note, Restarted, ResumeChecked, Started
-from guardrail.core.records import Phase, Span, Verdict
+from guardrail.core.format import format_plural
+from guardrail.core.records import Phase, Remedy, Span, Verdict
 from guardrail.decide.undo import UndoPlan
 from guardrail.torch.checkpoint.rollback_target import Target
 from guardrail.torch.checkpoint.snapshot_manager import Restored, SnapshotManager
@@ -28,15 +29,15 @@ from guardrail.torch.state.training_state import TrainingState
 
 
 class TimelineSwitch:
-    """Start, resume, rollback and undo of one guard: each but the first opens a new timeline.
+    """Start, resume, rollback and undo of one guard. Each but the start begins a new timeline.
 
     Args:
-        snapshots: hold the states to go back to.
-        quarantine: decides how much a rollback may skip, and describes it.
+        snapshots: hold the states that can be restored.
+        quarantine: limits how much a rollback may skip, and describes it.
         resume_check: compares a resumed run with its checkpoint.
         state: of the training, before anything was loaded.
-        scheduler: learns that its state was loaded.
-        update_norm: its last value travels with a snapshot; None: it is not asked for.
+        scheduler: takes over a position that was loaded.
+        update_norm: its last value is saved with a snapshot; None: it is not measured.
         set_phase: reports what this rank does.
     """
 
@@ -60,7 +61,7 @@ class TimelineSwitch:
         self._first_timeline: int | None = None  # of this start
 
     def open(self) -> None:
-        """Begin, or continue where the newest valid checkpoint and the journal say."""
+        """Begin, or continue from the newest valid checkpoint and the journal."""
         self._written = WrittenSettings(self._state)
         restored = self._snapshots.resume(self._ctx.history)
         if self._ctx.history.started is None and restored is None:
@@ -100,9 +101,12 @@ class TimelineSwitch:
             check = restored.check | self._resume_check.check(restored.extra, saved_rate)
         ctx.controller.memory.incidents.rewind(progress.step, same_steps=True)
         progress.timeline = self._first_timeline = ctx.history.timeline + 1
+        checkpoint = ""
+        if restored is not None:
+            checkpoint = restored.name
         ctx.recorder.write(
             Restarted(
-                checkpoint=restored.name if restored else "",
+                checkpoint=checkpoint,
                 world=ctx.ranks.world,
                 device=ctx.ranks.device.type,
                 run_id=ctx.history.run_id or ctx.ranks.broadcast(secrets.token_hex(8)),
@@ -130,29 +134,35 @@ class TimelineSwitch:
     ) -> bool:
         """Restore a state from before `window` and skip the window.
 
-        The window depends on the onset alone, never on which state is at hand, so that a run which
-        lost its ring in a crash still makes the same batches afterwards.
+        The window depends on the onset alone, not on the states that are left. So a run that lost
+        its snapshots in a crash computes the same batches afterwards.
 
         Args:
             window: positions [first, last).
             onset: first bad step.
-            target: the state to restore; None: the newest one that serves.
-            verdict: that asks for it; its rung and remedies are on the same line.
-            allowed: by a user, although it skips more than the guard may by itself.
+            reason: of the rollback, for the journal.
+            cause: origin of the skipped span.
+            target: the state to restore; None: the newest one that fits.
+            verdict: that asks for it; the same line holds its escalation step and its remedies.
+            allowed: a user has allowed to skip more than the guard may by itself.
 
         Returns:
             Whether there was such a state, and the window may be skipped.
         """
         ctx, progress = self._ctx, self._ctx.progress
         self._set_phase(Phase.ROLLBACK)
+        escalation = ""
+        remedies: tuple[Remedy, ...] = ()
+        before_step: int | None = None
+        if verdict is not None:
+            escalation, remedies = verdict.escalation, verdict.remedies
+            before_step = verdict.before_step
         if target is None:
             target = self._snapshots.find_target(
-                window[0],
-                before_step=verdict.before_step if verdict else None,
-                settled=ctx.controller.is_settled,
+                window[0], before_step=before_step, settled=ctx.controller.is_settled
             )
         if target is None:
-            message = f"no valid state from before position {window[0]} to roll back to"
+            message = f"no rollback: no valid state from before position {window[0]}"
             ctx.recorder.write(Note(message=message))
             return False
         left = progress.step
@@ -170,8 +180,8 @@ class TimelineSwitch:
                 window=window,
                 tier=target.tier,
                 new_timeline=progress.timeline + 1,
-                escalation=verdict.escalation if verdict else "",
-                remedies=verdict.remedies if verdict else (),
+                escalation=escalation,
+                remedies=remedies,
                 **self._quarantine.fields_of(span),
             )
         )
@@ -195,7 +205,7 @@ class TimelineSwitch:
         batches = max(1, round((window[1] - window[0]) / order.batch_size))
         positions: tuple[int, ...] = ()
         if verdict is not None and verdict.positions:
-            # What was rejected before goes with it, as it does with all of the window.
+            # Batches of the window that were rejected before are skipped too.
             positions = tuple(sorted(order.rejected_positions(*window) | set(verdict.positions)))
         return Span(
             first=window[0],
@@ -209,20 +219,21 @@ class TimelineSwitch:
         )
 
     def undo(self, plan: UndoPlan, target: Target, lines: Sequence[int]) -> None:
-        """Take a decision back: restore `target`, from before it, and allow its samples again.
+        """Undo a decision: restore `target`, from before it, and allow its samples again.
 
-        The batches that it rejected are allowed: what is found in them again is noted, and they
-        are applied.
+        The batches that it rejected are allowed. Findings on them are only noted, and they are
+        applied.
 
         Args:
-            lines: seqs of all journal lines that this takes back.
+            lines: seqs of all journal lines that are undone.
         """
         ctx, progress = self._ctx, self._ctx.progress
         self._set_phase(Phase.ROLLBACK)
-        where = f"from step {progress.step} to {target.step} ({target.tier})"
+        restored = f"restored step {target.step} ({target.tier}) from step {progress.step}"
+        samples = format_plural(plan.positions, "sample")
         ctx.recorder.write(
             Undone(
-                message=f"line {plan.of} undone: back {where}, {plan.positions} samples allowed again",
+                message=f"line {plan.of} undone: {restored}, {samples} allowed again",
                 lines=tuple(lines),
                 spans=plan.spans,
                 pardons=plan.pardons,
@@ -248,7 +259,7 @@ class TimelineSwitch:
         ctx.controller.memory.go_back(target.step, ctx.history.rollbacks)
 
     def _adopt(self, extra: dict[str, Any]) -> None:
-        """Take over what travelled with a snapshot besides tensors."""
+        """Take over what was saved with a snapshot besides tensors."""
         ctx = self._ctx
         ctx.progress.step = int(extra["step"])
         ctx.progress.tokens = int(extra["tokens"])
@@ -258,14 +269,16 @@ class TimelineSwitch:
         self._scheduler.restored()
         rng.restore_rng_states(extra["rng"])
         if self._update_norm is not None:
-            # A rank's own part, which means nothing among another number of ranks.
-            is_same_world = extra.get("world", ctx.ranks.world) == ctx.ranks.world
-            self._update_norm.restore(extra.get("update_square") if is_same_world else None)
+            # It is the part of one rank, so it has no meaning with another number of ranks.
+            square = None
+            if extra.get("world", ctx.ranks.world) == ctx.ranks.world:
+                square = extra.get("update_square")
+            self._update_norm.restore(square)
 
     def _take_written(self, extra: dict[str, Any]) -> None:
-        """Use and name settings that were changed since an earlier start has saved this state.
+        """Use settings that were changed since an earlier start saved this state, and note them.
 
-        A state of this start has none, and is restored exactly.
+        A state that this start saved has no changed settings, and is restored exactly.
         """
         assert self._written is not None
         if self._first_timeline is not None and extra["timeline"] >= self._first_timeline:
@@ -274,12 +287,12 @@ class TimelineSwitch:
         differences = self._written.take(extra.get("written"), step=step)
         if differences:
             sentences = "; ".join(difference.sentence() for difference in differences)
-            message = f"settings that are not those of the checkpoint: {sentences}"
+            message = f"settings differ from those of the checkpoint: {sentences}"
             changed = [asdict(difference) for difference in differences]
             self._ctx.recorder.write(Note(message=message, data={"settings": changed}))
 
     def facts(self, checkpoint: bool = False) -> dict[str, Any]:
-        """Return what travels with a snapshot besides tensors.
+        """Return what is saved with a snapshot besides tensors.
 
         Args:
             checkpoint: also what a resume is checked against.

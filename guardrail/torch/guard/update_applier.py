@@ -1,4 +1,4 @@
-"""Apply the update of a step, at once or as the device decides, and count it."""
+"""Apply the update of a step and count it. With a deferred gate the device decides."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from guardrail.torch.state.training_state import TrainingState
 
 
 class UpdateApplier:
-    """The only part that changes weights in a step and moves step, tokens and cursor on.
+    """The only part that changes weights in a step, and that advances step, tokens and cursor.
 
     Args:
         gate: steps the optimizers.
         scaler: of fp16; None: nothing scales the loss.
         scheduler: of the learning rate.
-        update_norm: measures each update; None: it is not asked for.
-        state: of the training, brought into order after each update.
+        update_norm: measures each update; None: it is not measured.
+        state: of the training, settled after each update.
         metrics: counts the time of the measurement as the guard's.
     """
 
@@ -56,12 +56,16 @@ class UpdateApplier:
     @property
     def loss_scale(self) -> float | None:
         """What the loss is multiplied by; None: nothing scales it."""
-        return self._scaler.value if self._scaler is not None else None
+        if self._scaler is None:
+            return None
+        return self._scaler.value
 
     @property
     def update_square(self) -> Tensor | None:
         """Squared norm of the last update, 0-d; None: it is not known."""
-        return self._update_norm.square if self._update_norm is not None else None
+        if self._update_norm is None:
+            return None
+        return self._update_norm.square
 
     def skip(self) -> None:
         """Drop the accumulated gradients instead of applying them."""
@@ -87,12 +91,13 @@ class UpdateApplier:
     def apply_on_device(
         self, step: Step, *, norm: Tensor, scale: Tensor, applied: Tensor, began: float
     ) -> None:
-        """Apply the update where the device has decided so, and go on as if it were applied.
+        """Apply the update if the device has decided so, and continue as if it were applied.
 
         Args:
-            norm, scale: of the gradient, and what it is multiplied by; 0-d, on the device.
-            applied: bool, 0-d, on the device.
-            began: `time.perf_counter()` from which on the time until the update is the guard's.
+            norm: of the gradient, 0-d, on the device.
+            scale: the factor on the gradient, 0-d, on the device.
+            applied: whether the update is applied; bool, 0-d, on the device.
+            began: `time.perf_counter()`. The time from then until the update is the guard's.
         """
         effects = self._ctx.effects(step.number)
         factor = self.gate.factor_on_device(norm, scale, clip=effects.clip)
@@ -115,7 +120,7 @@ class UpdateApplier:
             self._metrics.measure(self._update_norm.after)
 
     def confirm(self, step: Step, reduced: ReducedStep) -> None:
-        """Count an applied update: the schedule moves on, and its tokens are trained on."""
+        """Count an applied update: step the schedule, and add its tokens."""
         self._scheduler.advance()
         step.applied = True
         self._ctx.progress.tokens += reduced.tokens
@@ -126,7 +131,7 @@ class UpdateApplier:
         self._state.reshard()
 
     def take_back(self, step: Step, *, position: CursorState, update_square: Tensor | None) -> None:
-        """Go back to before a step whose update the device has skipped.
+        """Restore step and cursor from before a step whose update the device has skipped.
 
         Args:
             position: of the cursor before it.

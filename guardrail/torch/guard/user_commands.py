@@ -25,7 +25,7 @@ class LiveFacts:
         question: that is open.
 
     Attributes:
-        is_paused: whether the ranks are parked.
+        is_paused: whether training is paused.
     """
 
     def __init__(self, ctx: RunContext, question: OpenQuestion) -> None:
@@ -72,7 +72,7 @@ class UserCommands:
     Attributes:
         facts: what a command may ask of the run.
         proposal: what the open question proposes; None: nothing.
-        result: how the wait ends; None: it goes on.
+        result: how the wait ends; None: it continues.
     """
 
     def __init__(

@@ -1,20 +1,18 @@
-"""Carry out what the controller has decided, with the reasons on the record first."""
+"""Carry out what the controller has decided. The journal gets the reasons first."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
-from guardrail.core.events.decisions import Diagnosed, FindingNoted, StepJudged, VerdictGiven
+from guardrail.core.events.decisions import Diagnosed
 from guardrail.core.events.run_state import Note
 from guardrail.core.records import Action, Diagnosis, Mode, Observation, Phase, Span, Verdict
-from guardrail.decide.advised_incidents import advised_words
 from guardrail.decide.diagnoses import signals_of
-from guardrail.decide.incident_line import make_incident_line
 from guardrail.decide.questions import ParkResult
 from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
@@ -28,10 +26,11 @@ from guardrail.torch.guard.step_evidence import StepEvidence
 from guardrail.torch.guard.step_metrics import StepMetrics
 from guardrail.torch.guard.timeline_switch import TimelineSwitch
 from guardrail.torch.guard.update_applier import UpdateApplier
+from guardrail.torch.guard.verdict_journal import VerdictJournal
 from guardrail.torch.measure.reduced_step import ReducedStep
 
-# (rejected try, its verdict, its numbers) -> the cause of its incident; a collective that leaves
-# the run as it was.
+# (rejected step, its verdict, its numbers) -> the cause of its incident; a collective that leaves
+# the run unchanged.
 FindCause = Callable[[Step, Verdict, ReducedStep], Diagnosis]
 
 
@@ -55,21 +54,21 @@ class EndRun(Protocol):
 
 
 class VerdictExecutor:
-    """What one guard does with a judged step; the same on every rank.
+    """Carries out the verdict of a judged step; the same on every rank.
 
     Args:
         applier: applies or drops the update.
         quarantine: skips data.
         timeline_switch: rolls back.
-        snapshots: are no longer good after the onset of an open incident.
+        snapshots: those after the onset of an open incident are no longer good.
         metrics: of the present step.
         side_effects: of the present step.
-        evidence: where bad numbers come from.
-        diagnosis: of incidents; None: no batch can be run again.
+        evidence: finds where bad numbers come from.
+        diagnosis: finds causes; None: no batch can be replayed.
         ask: waits for a user's answer.
         end: ends the run.
-        sample_texts: sample ids -> their texts as the model met them, for what is odd about them;
-            called on rank 0.
+        sample_texts: sample ids -> their texts as the model read them, to describe what is unusual
+            about them; called on rank 0.
 
     Attributes:
         find_cause: of an incident; None: nothing finds it.
@@ -94,10 +93,13 @@ class VerdictExecutor:
         self._ctx = ctx
         self._applier, self._quarantine = applier, quarantine
         self._timeline_switch = timeline_switch
-        self._snapshots, self._metrics, self._side_effects = snapshots, metrics, side_effects
+        self._metrics, self._side_effects = metrics, side_effects
         self._evidence, self._diagnosis = evidence, diagnosis
+        self._journal = VerdictJournal(ctx, snapshots)
         self._ask_user, self._end = ask, end
-        self._sample_texts = sample_texts if ctx.ranks.rank == 0 else None
+        self._sample_texts: Texts | None = None
+        if ctx.ranks.rank == 0:
+            self._sample_texts = sample_texts
         self.find_cause: FindCause | None = None
         if diagnosis is not None:
             self.find_cause = diagnosis.find_cause
@@ -119,7 +121,7 @@ class VerdictExecutor:
         if self._diagnosis is not None:
             bad_samples = self._diagnosis.find_bad_samples(step.batch, verdict)
         verdict = self._within_share(step, verdict, bad_samples)
-        self._record(step, verdict, evidence)
+        self._journal.record(step, verdict, evidence)
         match verdict.action:
             case Action.APPLY:
                 self._applier.apply(step, reduced)
@@ -131,7 +133,7 @@ class VerdictExecutor:
                 self._roll_back(step, verdict)
             case Action.PAUSE:
                 self._ask(step, verdict, reduced, observation, bad_samples)
-            case Action.RETRY:  # the cursor has not moved: the same batch is formed again
+            case Action.RETRY:  # the cursor has not advanced: the same batch comes again
                 self._applier.skip()
             case Action.HALT:
                 self._applier.skip()
@@ -141,12 +143,12 @@ class VerdictExecutor:
     def record_applied(self, step: Step, verdict: Verdict) -> None:
         """Write what was found about a step that is applied already."""
         self._ctx.progress.incident = verdict.incident
-        self._record(step, verdict, {})
+        self._journal.record(step, verdict, {})
 
     def roll_back_late(self, step: Step, observation: Observation, verdict: Verdict) -> None:
-        """Restore the state before an update that was applied and that the controller rejects.
+        """Restore the state before an update that was applied although the controller rejects it.
 
-        The limits were wrong that it was held against.
+        The limits that the device compared it with were too high.
         """
         self.record_applied(step, verdict)
         window = verdict.window or (observation.first, observation.last)
@@ -161,10 +163,10 @@ class VerdictExecutor:
             self._end(Phase.HALTED, reason, onset=onset)
 
     def end_incomplete(self) -> None:
-        """End the run: some rank was asked to stop and skipped a part of the batch."""
+        """End the run: a rank was asked to stop and skipped a part of the batch."""
         self._side_effects.undo()
         self._applier.skip()
-        self._end(Phase.STOPPED, "asked to stop; the unfinished batch was given back")
+        self._end(Phase.STOPPED, "asked to stop; the unfinished batch is used again after a resume")
 
     def halt(self, verdict: Verdict) -> None:
         """End the run for the reason of a verdict."""
@@ -175,9 +177,9 @@ class VerdictExecutor:
     def _with_cause(
         self, step: Step, verdict: Verdict, reduced: ReducedStep, observation: Observation
     ) -> Verdict:
-        """Return the verdict as its incident's cause changes it.
+        """Find the cause of the incident, and return the verdict as the cause changes it.
 
-        The cause is on the record before anything takes effect.
+        The cause is in the journal before anything takes effect.
         """
         controller = self._ctx.controller
         if self.find_cause is None or not controller.needs_cause_test(verdict):
@@ -201,12 +203,14 @@ class VerdictExecutor:
     def _within_share(
         self, step: Step, verdict: Verdict, bad_samples: Attribution | None
     ) -> Verdict:
-        """Return the verdict or, where it would skip more than the guard may, a question or a halt.
+        """Return the verdict, or a question or halt where it would skip more than the guard may.
 
-        It is a question where a user can answer: in the mode `ask`, and while a screen is open.
+        It is a question where a user can answer: in mode `ask`, and while a screen is open.
         """
         ctx = self._ctx
-        decided = verdict.would if verdict.action is Action.PAUSE else verdict.action
+        decided: Action | None = verdict.action
+        if verdict.action is Action.PAUSE:
+            decided = verdict.would
         if decided not in (Action.SKIP, Action.ROLLBACK):
             return verdict
         over = self._quarantine.over_share(self._span(step, verdict, decided, bad_samples))
@@ -215,10 +219,13 @@ class VerdictExecutor:
         is_asked = ctx.progress.mode is Mode.ASK
         if not is_asked:
             is_asked = ctx.ranks.broadcast(ctx.run is not None and ctx.run.screens() > 0)
+        action, would = Action.HALT, None
+        if is_asked:
+            action, would = Action.PAUSE, Action.HALT
         step.verdict = msgspec.structs.replace(
             verdict,
-            action=Action.PAUSE if is_asked else Action.HALT,
-            would=Action.HALT if is_asked else None,
+            action=action,
+            would=would,
             beyond=decided,
             reason=f"{verdict.reason}; but {over}",
         )
@@ -244,13 +251,16 @@ class VerdictExecutor:
                 verdict=verdict,
                 allowed=allowed,
             )
+        positions: tuple[int, ...] = ()
+        if bad_samples is not None:
+            positions = bad_samples.positions
         return Span(
             first=step.batch.first,
             last=step.batch.last,
             origin="rejected",
             step=step.number,
             reason=verdict.reason,
-            positions=() if bad_samples is None else bad_samples.positions,
+            positions=positions,
             allowed=allowed,
         )
 
@@ -279,16 +289,15 @@ class VerdictExecutor:
             self._quarantine.skip(span, verdict.remedies, samples=samples)
         if not span.positions:
             ctx.order.advance(step.batch, applied=False)
-        # Else it is given back, and the next batch is formed from the same place without those
-        # samples.
+        # Else the cursor stays, and the next batch is formed from there without those samples.
 
     def _lower_loss_scale(self, step: Step, verdict: Verdict) -> None:
-        """Skip the update at a lower loss scale; the data is not the cause and stays allowed."""
+        """Skip the update and lower the loss scale. The data is not the cause and stays allowed."""
         ctx, batch = self._ctx, step.batch
         self._applier.skip()
         scale = self._applier.lower_loss_scale()
-        passed = f"positions {batch.first} to {batch.last - 1} are passed by"
-        message = f"{verdict.reason}: {passed}, and it is {scale:g} now"
+        skipped = f"positions {batch.first} to {batch.last - 1} are skipped once"
+        message = f"{verdict.reason}: {skipped}, and the loss scale is {scale:g} now"
         ctx.recorder.write(Note(message=message, overflow=True, data={"loss_scale": scale}))
         ctx.order.advance(batch, applied=False)
 
@@ -313,7 +322,7 @@ class VerdictExecutor:
         observation: Observation,
         bad_samples: Attribution | None,
     ) -> None:
-        """Park with the gradients kept, until a user or the deadline has decided."""
+        """Pause with the gradients kept, until a user or the deadline decides."""
         would = verdict.would or Action.ROLLBACK
         asked = time.perf_counter()
         answer = self._ask_user(
@@ -322,7 +331,7 @@ class VerdictExecutor:
             batch=step.batch,
             command=(reduced.command_kind, reduced.command_value),
         )
-        step.began += time.perf_counter() - asked  # a user's time is not the step's
+        step.began += time.perf_counter() - asked  # the time of the user does not count
         if answer is ParkResult.GO_ON:
             self._go_on(step, verdict, reduced, observation, bad_samples)
         elif answer is ParkResult.AS_PROPOSED and would is Action.ROLLBACK:
@@ -357,42 +366,3 @@ class VerdictExecutor:
             self.halt(verdict)
         else:
             self._skip(step, verdict, None, allowed=True)
-
-    # -- the record --------------------------------------------------------------------------------
-
-    def _record(self, step: Step, verdict: Verdict, evidence: dict[str, Any]) -> None:
-        """Write what was found, and what it means for an incident."""
-        controller = self._ctx.controller
-        if verdict.findings:
-            self._write_verdict(step, verdict, evidence)
-        if verdict.incident_state:
-            self._ctx.recorder.write(make_incident_line(controller.memory, verdict))
-        self._snapshots.note_incident(controller.memory.incidents.since)
-
-    def _write_verdict(self, step: Step, verdict: Verdict, evidence: dict[str, Any]) -> None:
-        """Write the verdict with what led to it."""
-        reason = verdict.reason
-        if modules := evidence.get("modules"):
-            names = ", ".join(f"{module} on rank {rank}" for rank, module in modules.items())
-            reason += f"; first non-finite output: {names}"
-        line: type[StepJudged] = VerdictGiven
-        what = f"{verdict.action.value} at step"
-        if verdict.action is Action.APPLY and verdict.would is None:
-            line, what = FindingNoted, "step"
-        elif verdict.would is not None and verdict.action in (Action.APPLY, Action.FP16_OVERFLOW):
-            what = f"{advised_words(verdict.would.value)} at step"
-        self._ctx.recorder.write(
-            line(
-                message=f"{what} {step.number}: {reason}",
-                action=verdict.action.value,
-                would=verdict.would.value if verdict.would else None,
-                beyond=verdict.beyond.value if verdict.beyond else None,
-                findings=verdict.findings,
-                onset=verdict.onset,
-                window=verdict.window,
-                incident=self._ctx.progress.incident,
-                batch=(step.batch.first, step.batch.last),
-                at_step=step.number,
-                **evidence,
-            )
-        )

@@ -1,12 +1,12 @@
-"""Settings that were written for this start, held against those that a checkpoint brings back.
+"""Compare the configured settings of this start with those that a checkpoint restores.
 
-`load_state_dict` brings back settings together with state: learning rate, weight decay, betas,
-T_max. Where the user has written something else since the checkpoint was saved, what is written now
-is used, and every difference is named.
+`load_state_dict` restores settings together with state: learning rate, weight decay, betas, T_max.
+Where the user has changed a setting since the checkpoint was saved, the present value is used, and
+the difference is noted.
 
-A setting counts as changed when the value at the start of the run that saved differs from the value
-at this start. So one that moves while a run goes on, such as the momentum of a one-cycle schedule,
-is restored as it was saved.
+A setting counts as changed when its value at the start of the run that saved differs from its value
+at this start. So one that changes during a run, such as the momentum of a one-cycle schedule, is
+restored as it was saved.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from guardrail.torch.state.training_state import TrainingState
 
 # Keys of a parameter group that a schedule begins with.
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")
-# Keys of a scheduler's state that count, or remember: no settings.
+# Keys of a scheduler's state that are counters or memory, not settings.
 PROGRESS = frozenset(
     {
         "last_epoch",
@@ -38,13 +38,15 @@ PROGRESS = frozenset(
         "zclip",
     }
 )
-MOST_STEPS = 1_000_000  # of a schedule that is counted through again: 10 to 20 s
+MOST_STEPS = 1_000_000  # of a schedule that is stepped again from its beginning: 10 to 20 s
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A setting whose saved value is not the one written now; `used` is the one that holds from
-    here on.
+    """A setting whose saved value differs from the configured one.
+
+    Attributes:
+        used: the value that holds from now on.
     """
 
     key: str
@@ -53,18 +55,16 @@ class Difference:
     used: Any
 
     def sentence(self) -> str:
-        choice = (
-            "the configured value is used"
-            if self.used == self.configured
-            else f"{shown(self.used)} is used"
-        )
-        return (
-            f"{self.key}: saved {shown(self.saved)}, configured {shown(self.configured)}; {choice}"
-        )
+        """Return the difference in words."""
+        choice = f"{format_value(self.used)} is used"
+        if self.used == self.configured:
+            choice = "the configured value is used"
+        saved, configured = format_value(self.saved), format_value(self.configured)
+        return f"{self.key}: saved {saved}, configured {configured}; {choice}"
 
 
 class WrittenSettings:
-    """What optimizers and schedulers are set to before a checkpoint is loaded.
+    """The settings of optimizers and schedulers before a checkpoint is loaded.
 
     Args:
         state: at the start of this process, nothing loaded yet.
@@ -79,20 +79,19 @@ class WrittenSettings:
         self._schedulers: list[Any] = scalars["schedulers"]
 
     def facts(self) -> dict[str, Any]:
-        """JSON-able, to be saved with a checkpoint."""
+        """Return the settings as plain values, to be saved with a checkpoint."""
         return {"groups": self._groups, "schedulers": self._schedulers}
 
     def take(self, saved: Mapping[str, Any] | None, *, step: int) -> list[Difference]:
-        """Call it when a checkpoint has been loaded: use what was written for this start where that
-        was changed.
+        """Use the settings of this start that have changed. Call it after a checkpoint was loaded.
 
         Args:
-            saved: `facts()` of the run that saved; None where an older version did. Then
-            differences are only named.
-            step: applied updates so far, after each of which the scheduler was stepped.
+            saved: `facts()` of the run that saved; None where an older version saved. Then
+                differences are only returned.
+            step: applied updates so far; the scheduler was stepped after each of them.
 
         Returns:
-            What differs; empty where nothing does, and then nothing was touched.
+            The differences; empty where nothing differs, and then nothing was changed.
         """
         rates = [float(group["lr"]) for group, _, _ in self._groups_with(saved)]
         found = self._take_group_settings(saved)
@@ -115,25 +114,29 @@ class WrittenSettings:
     def _groups_with(
         self, saved: Mapping[str, Any] | None
     ) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]]:
-        """(live group, its values as written now, as written then or None), over all optimizers."""
-        then = [values for groups in saved["groups"] for values in groups] if saved else []
+        """Yield each parameter group: (live group, its values now, its values then or None)."""
+        then: list[dict[str, Any] | None] = []
+        if saved:
+            then = [values for groups in saved["groups"] for values in groups]
         number = 0
         for optimizer, groups in zip(self._state.optimizers, self._groups, strict=True):
+            then += [None] * len(groups)  # for groups that the run that saved did not have
             for group, now in zip(optimizer.param_groups, groups, strict=True):
-                yield group, now, then[number] if number < len(then) else None
+                yield group, now, then[number]
                 number += 1
 
     def _take_group_settings(self, saved: Mapping[str, Any] | None) -> list[Difference]:
-        """All but the rates, which a schedule decides."""
+        """Use all changed settings but the rates, which a schedule decides."""
         found = []
         for group, now, then in self._groups_with(saved):
             for key in sorted(now.keys() - set(RATES)):
                 live, configured = plain.encode(group.get(key)), now[key]
                 if live == configured or (then is not None and then.get(key) == configured):
                     continue
+                used = live
                 if then is not None:
                     set_group_value(group, key, plain.decode(configured))
-                used = live if then is None else configured
+                    used = configured
                 found.append(Difference(key=key, saved=live, configured=configured, used=used))
         return found
 
@@ -146,9 +149,11 @@ class WrittenSettings:
     # -- schedules ---------------------------------------------------------------------------------
 
     def _scheduler_differences(self, saved: Mapping[str, Any] | None) -> list[Difference]:
-        """Settings inside of a scheduler's state: T_max, gamma, milestones."""
-        found = []
-        before = saved["schedulers"] if saved else []
+        """Return changed settings in the state of schedulers: T_max, gamma, milestones."""
+        found: list[Difference] = []
+        before: list[Any] = []
+        if saved:
+            before = saved["schedulers"]
         for scheduler, now, then in zip(
             self._state.schedulers, self._schedulers, before, strict=False
         ):
@@ -164,31 +169,28 @@ class WrittenSettings:
         return found
 
     def _reschedule(self, step: int, *, changed: bool) -> None:
-        """Set the rates to those of the schedules as they are written now.
+        """Set the rates to those of the schedules as they are configured now.
 
         Args:
-            changed: whether rates or settings of a schedule are known to be others.
+            changed: whether rates or settings of a schedule are known to differ.
         """
         schedulers = self._state.schedulers
         if not schedulers and changed:
             self._set_written_rates()
         for scheduler in schedulers:
             if not isinstance(scheduler, LRScheduler):
-                # Parameter groups were loaded last. An object that sets rates when it loads has the
-                # last word here.
+                # Parameter groups were loaded last. The rates of an object that sets rates when it
+                # loads must count, so it is loaded again.
                 scheduler.load_state_dict(plain.decode(plain.encode(scheduler.state_dict())))
-        counted = [
-            (s, now)
-            for s, now in zip(schedulers, self._schedulers, strict=True)
-            if isinstance(s, LRScheduler)
-        ]
-        if (
-            counted
-            and step <= MOST_STEPS
-            and (changed or any(_holds_function(one) for one, _ in counted))
-        ):
+        counted: list[tuple[LRScheduler, Any]] = []
+        for scheduler, now in zip(schedulers, self._schedulers, strict=True):
+            if isinstance(scheduler, LRScheduler):
+                counted.append((scheduler, now))
+        if not counted or step > MOST_STEPS:
+            return
+        if changed or any(_holds_function(one) for one, _ in counted):
             self._set_written_rates()
-            _count_through(counted, step)
+            _step_again(counted, step)
 
     def _set_written_rates(self) -> None:
         for group, now, _ in self._groups_with(None):
@@ -197,12 +199,10 @@ class WrittenSettings:
                     set_group_value(group, key, plain.decode(now[key]))
 
 
-def _count_through(schedulers: list[tuple[LRScheduler, Any]], steps: int) -> None:
-    """Bring torch's schedulers from their beginning to a step: a rate may follow from the rate
-    before it.
-    """
+def _step_again(schedulers: list[tuple[LRScheduler, Any]], steps: int) -> None:
+    """Step schedulers of torch from their beginning: a rate may follow from the rate before it."""
     with warnings.catch_warnings():
-        # torch expects a step of the optimizer before each of these
+        # torch warns where the optimizer was not stepped before.
         warnings.simplefilter("ignore")
         for scheduler, beginning in schedulers:
             scheduler.load_state_dict(plain.decode(beginning))
@@ -212,14 +212,14 @@ def _count_through(schedulers: list[tuple[LRScheduler, Any]], steps: int) -> Non
 
 
 def _holds_function(scheduler: Any) -> bool:
-    """Whether its rates come from a function, which its state does not hold."""
+    """Return whether the rates come from a function, which the state does not hold."""
     if isinstance(scheduler, LambdaLR | MultiplicativeLR):
         return True
     return any(_holds_function(inner) for inner in getattr(scheduler, "_schedulers", ()))
 
 
 def _distinct(differences: list[Difference]) -> list[Difference]:
-    """Each once, however many parameter groups have it."""
+    """Return each difference once, although several parameter groups may have it."""
     found: list[Difference] = []
     for difference in differences:
         if difference not in found:
@@ -227,9 +227,11 @@ def _distinct(differences: list[Difference]) -> list[Difference]:
     return found
 
 
-def shown(value: Any) -> str:
-    """A saved value as a user has written it."""
-    plainly = plain.decode(value)
-    if isinstance(plainly, Tensor):
-        plainly = plainly.item()
-    return f"{plainly:.6g}" if isinstance(plainly, float) else str(plainly)
+def format_value(value: Any) -> str:
+    """Return a saved value as a user writes it."""
+    decoded = plain.decode(value)
+    if isinstance(decoded, Tensor):
+        decoded = decoded.item()
+    if isinstance(decoded, float):
+        return f"{decoded:.6g}"
+    return str(decoded)
