@@ -214,7 +214,7 @@ class Frozen(nn.Linear):
     ("parts", "message"),
     [
         ({"model": "gpt"}, "model = 'gpt': expected a torch.nn.Module"),
-        ({"model": nn.Linear}, "hint: it was given a class: call it first"),
+        ({"model": nn.Linear}, "this is a class: call it first"),
         (
             {"model": Frozen()},
             "model = 'Frozen': expected a model with a parameter that requires a gradient",
