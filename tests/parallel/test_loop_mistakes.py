@@ -310,7 +310,7 @@ def test_a_resume_names_parameters_that_are_newly_frozen_or_trained(tmp_path: Pa
         check.data["trained"]
         == "second.bias was trained and is frozen now, first.bias was frozen and is trained now"
     )
-    assert check.message == "the resumed state differs in trained"
+    assert check.message == "resumed state differs in trained"
 
 
 @pytest.mark.fault("E8")
