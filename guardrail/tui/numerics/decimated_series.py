@@ -1,10 +1,9 @@
-"""Rows as they come, and what is kept of them: the newest as they are, older ones summed up, in
-bounded memory.
+"""Rows in bounded memory: the newest are kept as they are, older ones are summed up.
 
-A `Track` belongs to one thread; the `Series` it hands out never change, though both share their
-memory: rows are only ever written behind the end of every series handed out, and a rewind or a
-summing up starts a new buffer. Ghosts have memory of their own: a view of an old buffer would keep
-all of it.
+A `DecimatedSeries` belongs to one thread. Each `Series` that it hands out never changes, though both
+share memory. Rows are only written after the end of all series that were handed out, and a rollback
+or a summing up starts a new buffer. Abandoned timelines are copied: a view of an old buffer would
+keep all of it.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from guardrail.core.records import Action
 from guardrail.tui.numerics.pyramid import BLOCK, Level, levels_above
 from guardrail.tui.numerics.series import BANDS, SIGNALS, STEP, THROUGHPUT, TOKENS, Series
 
-# newest rows of a run that are kept as they are, about; four times as many points are kept of all
+# about so many of the newest rows are kept as they are, and four times as many points of all rows
 EXACT = 8192
 _GROUP = 8  # rows that an old point stands for at first
-_MAX_GHOSTS = 32  # newest abandoned stretches that are kept
-_GHOST_POINTS = 2048  # ... and of each at most so many points
+_MAX_ABANDONED = 32  # newest abandoned timelines that are kept
+_ABANDONED_POINTS = 2048  # ... and of each at most so many points
 _APPLIED = list(Action).index(Action.APPLY)
 _FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -30,20 +29,23 @@ Again = Callable[[int, int], tuple[Sequence[str], np.ndarray]]
 
 
 class DecimatedSeries:
-    """Grows by rows, goes back by `abandon`.
+    """Grows by `add`, and goes back by `abandon`.
 
-    Memory: 55 bytes a point, 5 more for each further signal, 8 for an axis; of what is summed up 8
-    more a signal.
+    Memory: 55 bytes for each point, 5 more for each further signal, 8 for an axis. A point that
+    sums up rows takes 8 more for each signal.
 
     Args:
-        signals: what is kept besides SIGNALS, which are always.
+        signals: what is kept besides SIGNALS, which are always kept.
         axes: of AXES, kept besides the steps.
-        exact: about so many of the newest rows stay, at most twice as many, and of all four times
-        as many points; None:
-            all of them stay.
-        again: rows [first, end) of the file once more, and their columns: what a return into the
-            middle of a point needs. Without, the point leaves with what is abandoned.
+        exact: about so many of the newest rows are kept as they are, at most twice as many; of all
+            rows four times as many points. None: all rows are kept.
+        again: returns rows [first, end) of the file once more, and their columns. A rollback into
+            the middle of a point needs them; without `again`, the point is abandoned too.
         base: where the axes begin, for rows from the middle of a run.
+
+    Attributes:
+        cuts: how often something was abandoned.
+        sums: how often rows were summed up.
     """
 
     def __init__(
@@ -58,15 +60,15 @@ class DecimatedSeries:
         self._signals = tuple(dict.fromkeys((*SIGNALS, *signals)))
         self._axis_names = tuple(axis for axis in axes if axis != STEP)
         self._exact, self._again, self._base = exact, again, base or {}
-        self._ghosts: tuple[Series, ...] = ()
+        self._abandoned: tuple[Series, ...] = ()
         self._timeline = 0.0
         self._rows, self._seen = 0, 0  # points that are kept; rows of the file that were added
         self._group = _GROUP
         self._old = _old(Series())
-        # another one once points that were handed out are no longer the first ones
+        # changes when points that were handed out are no longer the first ones
         self._stem = object()
-        self.cuts = 0  # times that something was abandoned
-        self.sums = 0  # times that something was summed up
+        self.cuts = 0
+        self.sums = 0
         self._new_buffers(1024)
 
     def _new_buffers(self, capacity: int) -> None:
@@ -94,9 +96,7 @@ class DecimatedSeries:
         ]
 
     def _refill(self, rows: int, *parts: Sequence[np.ndarray]) -> None:
-        """Fresh buffers, for `rows` points at least, that begin with these arrays, one behind the
-        other.
-        """
+        """Make new buffers for at least `rows` points, which begin with these arrays in turn."""
         self._new_buffers(max(1024, 1 << (rows - 1).bit_length()))
         at = 0
         for part in parts:
@@ -108,7 +108,7 @@ class DecimatedSeries:
 
     @property
     def timeline(self) -> int:
-        """Of the newest row."""
+        """The timeline of the newest row."""
         return int(self._timeline)
 
     @property
@@ -125,14 +125,14 @@ class DecimatedSeries:
     ) -> None:
         """Append rows in the order of the file.
 
+        A new timeline, or a step that goes back, abandons the rows that it replaces.
+
         Args:
-            columns: names of the columns of `rows`; unknown ones are passed over, missing ones are
-            NaN.
-            rows: float64 [n, len(columns)]. A row whose step is no number from 1 on (the zeros that
-                a power failure leaves) is none. A new timeline, or a step that goes back, abandons
-                what it replaces.
-            missing: bool [n, len(columns)] cells that nobody measured: no NaN that is worth a mark.
-            first: number of the first of them in the file; without, they follow the ones before.
+            columns: names of the columns of `rows`; unknown ones are skipped, missing ones are NaN.
+            rows: float64 [n, len(columns)]. Rows without a step from 1 on are skipped: a power
+                failure leaves zeros.
+            missing: bool [n, len(columns)], cells that were not measured: no NaN to be marked.
+            first: number of the first of them in the file; without it they follow those before.
         """
         numbers = np.arange(len(rows)) + (self._seen if first is None else first)
         self._seen = int(numbers[-1]) + 1 if len(numbers) else self._seen
@@ -143,11 +143,8 @@ class DecimatedSeries:
         with np.errstate(invalid="ignore"):
             valid = (step >= 1) & (step < 2.0**53)
         if not valid.all():
-            rows, missing, numbers = (
-                rows[valid],
-                missing[valid] if missing is not None else None,
-                numbers[valid],
-            )
+            rows, numbers = rows[valid], numbers[valid]
+            missing = None if missing is None else missing[valid]
             step = rows[:, where["step"]]
         if not len(rows):
             return
@@ -160,9 +157,8 @@ class DecimatedSeries:
                 self._timeline = timeline[start]
             for at in range(start, end, self._exact or end):
                 part = slice(at, min(end, at + (self._exact or end)))
-                self._append(
-                    where, rows[part], missing[part] if missing is not None else None, numbers[part]
-                )
+                unmeasured = None if missing is None else missing[part]
+                self._append(where, rows[part], unmeasured, numbers[part])
 
     def _append(
         self,
@@ -185,12 +181,12 @@ class DecimatedSeries:
             if name not in self._bad:
                 continue
             if name not in SIGNALS:
-                # not every row has it: a NaN may be nothing at all
+                # not all rows have it: a NaN may only mean that it was not measured
                 self._bad[name][here] = np.isinf(values)
+            elif missing is None:
+                self._bad[name][here] = ~finite
             else:
-                self._bad[name][here] = (
-                    ~finite if missing is None else ~(finite | missing[:, where[name]])
-                )
+                self._bad[name][here] = ~(finite | missing[:, where[name]])
         for name, flags in self._bad.items():
             if name not in where and name != THROUGHPUT:
                 flags[here] = False
@@ -201,7 +197,7 @@ class DecimatedSeries:
         self._sum_up((begin - self._old.thin) // BLOCK, (end - self._old.thin) // BLOCK)
 
     def _make_room(self, rows: int) -> None:
-        """For so many rows more; of more than twice `exact` rows the older ones are summed up."""
+        """Make room for so many more rows; sum up older ones where there are 2 x `exact` rows."""
         if self._exact is not None and self._rows - self._old.thin + rows > 2 * self._exact:
             self._thin_out(self._exact)
         if self._rows + rows > len(self._step):
@@ -209,8 +205,9 @@ class DecimatedSeries:
             self._refill(max(self._rows + rows, 2 * len(self._step)), kept)
 
     def _thin_out(self, exact: int) -> None:
-        """Sum up all but the newest `exact` rows; old points become half as many where they are too
-        many.
+        """Sum up all but the newest `exact` rows.
+
+        Where there are too many points of older rows, each two of them become one.
         """
         thin = self._old.thin
         many = -(-(self._rows - thin - exact) // self._group)
@@ -220,16 +217,14 @@ class DecimatedSeries:
         fold = many * self._group
         end = thin + fold
         starts = np.concatenate([np.arange(0, thin, 1 + halve), np.arange(thin, end, self._group)])
-        old, rest = (
-            self._series(0, end).summed_up(starts),
-            [array[end : self._rows] for array in self._arrays()],
-        )
+        old = self._series(0, end).summed_up(starts)
+        rest = [array[end : self._rows] for array in self._arrays()]
         self._old, self._stem = _old(old), object()
         self.sums += 1
         self._refill(len(starts) + 2 * exact, _arrays_of(old), rest)
 
     def _sum_up(self, first: int, last: int) -> None:
-        """Blocks [first, last) of the pyramid over the rows have become complete."""
+        """Fill blocks [first, last) of the pyramid over the rows, which are complete now."""
         if first == last:
             return
         thin = self._old.thin
@@ -245,7 +240,7 @@ class DecimatedSeries:
             )
 
     def abandon(self, *, after: float) -> None:
-        """A rollback or restart to step `after`: later rows become a ghost."""
+        """Go back to step `after`: later rows become an abandoned timeline."""
         keep = int(np.searchsorted(self._step[: self._rows], after, side="right"))
         if keep == self._rows:
             return
@@ -254,7 +249,7 @@ class DecimatedSeries:
             count = int(np.searchsorted(part._step[: part._rows], after, side="right"))
             rescued.append([array[:count] for array in part._arrays()])
             left = _begun_with(part._series(count, part._rows), left)
-        self._ghosts = (*self._ghosts, _ghost(left))[-_MAX_GHOSTS:]
+        self._abandoned = (*self._abandoned, _shortened(left))[-_MAX_ABANDONED:]
         kept = [array[:keep] for array in self._arrays()]
         if keep < self._old.thin:
             self._old = _old(self._series(0, keep))
@@ -263,15 +258,13 @@ class DecimatedSeries:
         self.cuts += 1
 
     def _read_again(self, point: int) -> DecimatedSeries | None:
-        """The rows that a point stands for."""
+        """Read the rows that a point stands for; None where they cannot be read."""
         if self._again is None:
             return None
-        first = int(self._row[point - 1]) + 1 if point else 0
-        base = (
-            {name: float(places[point - 1]) for name, places in self._axes.items()}
-            if point
-            else self._base
-        )
+        first, base = 0, self._base
+        if point:
+            first = int(self._row[point - 1]) + 1
+            base = {name: float(places[point - 1]) for name, places in self._axes.items()}
         part = DecimatedSeries(self._signals, self._axis_names, base=base)
         part.add(*self._again(first, int(self._row[point]) + 1), first=first)
         return part if part._rows else None
@@ -279,15 +272,12 @@ class DecimatedSeries:
     def series(self) -> Series:
         blocks = (self._rows - self._old.thin) // BLOCK
         above = {
-            name: levels_above(
-                Level(*(_view(part, 0, blocks) for part in (level.low, level.high, level.bad)))
-            )
-            for name, level in self._blocks.items()
+            name: levels_above(_first_blocks(level, blocks)) for name, level in self._blocks.items()
         }
         found = self._series(0, self._rows)
         return replace(
             found,
-            abandoned=self._ghosts,
+            abandoned=self._abandoned,
             above=above,
             low_above=self._old.low_above,
             stem=self._stem,
@@ -307,13 +297,16 @@ class DecimatedSeries:
         )
 
 
-def _old(series: Series) -> Series:
-    """What points that sum up rows have beyond rows, with a pyramid over them, in memory of its
-    own.
-    """
-    low, high = (
-        {name: array.copy() for name, array in part.items()} for part in (series.low, series.high)
+def _first_blocks(level: Level, count: int) -> Level:
+    return Level(
+        _view(level.low, 0, count), _view(level.high, 0, count), _view(level.bad, 0, count)
     )
+
+
+def _old(series: Series) -> Series:
+    """Return a copy of what points that sum up rows have beyond rows, with a pyramid over them."""
+    low = {name: array.copy() for name, array in series.low.items()}
+    high = {name: array.copy() for name, array in series.high.items()}
     above = {
         name: levels_above(Level(low[name], high[name], series.bad[name]).folded()) for name in low
     }
@@ -321,7 +314,7 @@ def _old(series: Series) -> Series:
 
 
 def _arrays_of(series: Series) -> list[np.ndarray]:
-    """In the order of `Track._arrays`."""
+    """Return its arrays in the order of `DecimatedSeries._arrays`."""
     return [
         series.step,
         series.row,
@@ -332,7 +325,7 @@ def _arrays_of(series: Series) -> list[np.ndarray]:
 
 
 def _begun_with(rows: Series, series: Series) -> Series:
-    """The series with a first point that stands for these rows alone."""
+    """Return the series with a first point that stands for these rows only."""
     first, series = rows.summed_up(np.zeros(1, np.int64)), series.copy()
     for name in first.low:
         series.low[name][0], series.high[name][0] = first.low[name][0], first.high[name][0]
@@ -340,13 +333,16 @@ def _begun_with(rows: Series, series: Series) -> Series:
     return series
 
 
-def _ghost(series: Series) -> Series:
-    stride = -(-len(series) // _GHOST_POINTS)
-    return series.copy() if stride == 1 else series.summed_up(np.arange(0, len(series), stride))
+def _shortened(series: Series) -> Series:
+    """Return an abandoned timeline in at most 2,048 points."""
+    stride = -(-len(series) // _ABANDONED_POINTS)
+    if stride == 1:
+        return series.copy()
+    return series.summed_up(np.arange(0, len(series), stride))
 
 
 def _column(where: Mapping[str, int], rows: np.ndarray, name: str) -> np.ndarray | None:
-    """float64 [n], or None where the rows do not have it."""
+    """Return float64 [n]; None where the rows do not have the column."""
     if name in where:
         return np.asarray(rows[:, where[name]])
     if name == THROUGHPUT and {"tokens", "step_time"} <= where.keys():
@@ -357,8 +353,9 @@ def _column(where: Mapping[str, int], rows: np.ndarray, name: str) -> np.ndarray
 
 
 def _places(where: Mapping[str, int], rows: np.ndarray, axis: str, before: float) -> np.ndarray:
-    """float64 [n], nondecreasing: where rows stand that follow one at `before`. A rejected row
-    learns from no token.
+    """Return the places of rows after one at `before`: float64 [n], nondecreasing.
+
+    Tokens of a rejected row do not count.
     """
     if axis not in where:
         return np.full(len(rows), before)

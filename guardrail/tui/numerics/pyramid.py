@@ -1,9 +1,8 @@
-"""Least and greatest values of any stretches of a long curve, without looking at all of its points.
+"""Least and greatest values of ranges of a long curve, without reading all of its points.
 
-Level 0 are the points; a block of level k + 1 sums up `BLOCK` blocks of level k. A stretch is put
-together from whole blocks of the highest level that fits, and at its two ends from those below: the
-numbers are those of the points themselves, at the cost of some hundred values a stretch, however
-long it is.
+Level 0 are the points. A block of level k + 1 sums up `BLOCK` blocks of level k. A range is put
+together from complete blocks of the highest level that fits, and at its two ends from the levels
+below. The result is exact, and costs some hundred values for a range of any length.
 """
 
 from __future__ import annotations
@@ -18,8 +17,11 @@ BLOCK = 32
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Blocks of one size, complete ones only: low, high (NaN where a block has no value), bad (any
-    of its points).
+    """Complete blocks of one size.
+
+    Attributes:
+        low, high: float [n], least and greatest value; NaN where a block has no value.
+        bad: bool [n], whether any point of a block was NaN or Inf.
     """
 
     low: np.ndarray
@@ -30,10 +32,10 @@ class Level:
         return len(self.low)
 
     def folded(self) -> Level:
-        """The level above."""
-        whole = len(self) // BLOCK * BLOCK
+        """Return the level above."""
+        count = len(self) // BLOCK * BLOCK
         low, high, bad = (
-            part[:whole].reshape(-1, BLOCK) for part in (self.low, self.high, self.bad)
+            part[:count].reshape(-1, BLOCK) for part in (self.low, self.high, self.bad)
         )
         return Level(
             np.fmin.reduce(low, axis=1), np.fmax.reduce(high, axis=1), np.asarray(bad.any(axis=1))
@@ -41,7 +43,7 @@ class Level:
 
 
 def levels_above(first: Level) -> tuple[Level, ...]:
-    """`first` and the levels above it, as long as one has more than a block."""
+    """Return `first` and the levels above it, up to the first one of at most a block."""
     found = [first]
     while len(found[-1]) > BLOCK:
         found.append(found[-1].folded())
@@ -51,7 +53,7 @@ def levels_above(first: Level) -> tuple[Level, ...]:
 def reduce_ranges(
     points: Level, above: tuple[Level, ...], starts: np.ndarray, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Least and greatest value, and whether there is a bad point, of points [starts, ends).
+    """Return least and greatest value, and whether there is a bad point, of points [starts, ends).
 
     Args:
         points: level 0.
@@ -67,7 +69,7 @@ def reduce_ranges(
     for index, level in enumerate(levels):
         blocks = len(levels[index + 1]) if index + 1 < len(levels) else 0
         first, last = -(-starts // BLOCK), np.minimum(ends // BLOCK, blocks)
-        inside = last > first  # whole blocks of the level above are left for it
+        inside = last > first  # the level above has complete blocks for these
         for begin, end in _outside(starts, ends, first, last, inside):
             _take(level, begin, end, low, high, wrong)
         if not inside.any():
@@ -79,8 +81,9 @@ def reduce_ranges(
 def _outside(
     starts: np.ndarray, ends: np.ndarray, first: np.ndarray, last: np.ndarray, inside: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What the level above does not cover: all of a stretch, or what lies before and behind its
-    whole blocks.
+    """Yield the parts that the level above does not cover.
+
+    That is all of a range, or its beginning and its end, outside of the complete blocks.
     """
     yield starts, np.where(inside, first * BLOCK, ends)
     yield np.where(inside, last * BLOCK, 0), np.where(inside, ends, 0)

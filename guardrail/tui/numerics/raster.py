@@ -1,5 +1,6 @@
-"""Curves to braille cells with numpy alone: a million points in milliseconds, no spike lost, none
-flattening the rest.
+"""Draws curves as braille cells, with numpy only: a million points take milliseconds.
+
+No spike is lost, and no spike flattens the rest of the curve.
 
 Shapes: n points of a curve; C = 2 W dot columns and D = 4 (H - 1) dot rows on a plot of H x W
 cells. The top row of cells belongs to alarms: `▲` with the value where the axis clips a curve, `×`
@@ -35,17 +36,22 @@ class Ink(IntEnum):
     ABANDONED_BAD = 7
     RULE = 8
     SMOOTH = 9
-    WARN = 10  # marks of what happened, by what they mean
+    WARN = 10  # this and the next two: marks of events
     NEWS = 11
     GOOD = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Points [first, end) of: x [n], nondecreasing; y [n], NaN where it is not finite; bad [n]: y
-    was NaN or Inf, not merely absent; above: levels of a pyramid over them, none for a short curve.
-    Where a point stands for several values y is one of them, and `low` and `high` are the least and
-    the greatest."""
+    """Points [first, end) of a curve.
+
+    Attributes:
+        x: [n], nondecreasing.
+        y: [n], NaN where it is not finite. Where a point stands for several values, one of them.
+        bad: [n], y was NaN or Inf; False where it was only absent.
+        above: levels of a pyramid over the points, none for a short curve.
+        low, high: [n], least and greatest value, where points stand for several values.
+    """
 
     x: np.ndarray
     y: np.ndarray
@@ -70,10 +76,9 @@ class Curve:
         )
 
     def at(self, edges: np.ndarray) -> np.ndarray:
-        """Before which points places of the x-axis lie, int."""
-        return np.searchsorted(self.x, edges).clip(
-            self.first, len(self.x) if self.end is None else self.end
-        )
+        """Return the indices of the first points from places of the x-axis on."""
+        end = len(self.x) if self.end is None else self.end
+        return np.searchsorted(self.x, edges).clip(self.first, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +95,13 @@ class Columns:
 
 
 def dot_columns(curve: Curve, scale: XScale, first: int = 0) -> Columns:
-    """Least and greatest value of each dot column from `first` on."""
+    """Return the least and greatest value of each dot column from `first` on."""
     at = curve.at(scale.edges(first))
     return Columns(*reduce_ranges(curve.points, curve.above, at[:-1], at[1:]))
 
 
 def merged_dot_columns(curves: Iterable[Curve], scale: XScale, first: int = 0) -> Columns:
-    """`columns` of curves that are one behind the other."""
+    """Return the dot columns of curves that follow each other."""
     nothing = np.full(scale.dots - first, np.nan)
     found = Columns(nothing, nothing, np.zeros(len(nothing), dtype=bool))
     for curve in curves:
@@ -108,8 +113,9 @@ def merged_dot_columns(curves: Iterable[Curve], scale: XScale, first: int = 0) -
 
 
 def sample_last(x: np.ndarray, y: np.ndarray, scale: XScale, first: int = 0) -> np.ndarray:
-    """The last value of y in each dot column from `first` on, float64 [C - first]; NaN where there
-    is none.
+    """Return the last value of y in each dot column from `first` on: float64 [C - first].
+
+    It is NaN where a column has no value.
     """
     at = np.searchsorted(x, scale.edges(first))
     some = at[1:] > at[:-1]
@@ -120,15 +126,21 @@ def sample_last(x: np.ndarray, y: np.ndarray, scale: XScale, first: int = 0) -> 
 
 @dataclass(slots=True)
 class Plot:
-    """H x W cells: code points (uint32), Ink (uint8), whether the cell lies in the detector's band
-    (bool).
+    """H x W cells.
+
+    Attributes:
+        codes: uint32, code points.
+        inks: uint8, `Ink`.
+        band: bool, the cell lies between the detector's baseline and its threshold.
+        body: the rows below those of the alarms.
+        ticks: (cell row, label) of the y-axis.
     """
 
     codes: np.ndarray
     inks: np.ndarray
     band: np.ndarray
     scale: YScale
-    body: slice  # the rows below those of the alarms
+    body: slice
     ticks: list[tuple[int, str]] = field(default_factory=list)
 
     def text(self, row: int) -> str:
@@ -145,12 +157,12 @@ def draw_plot(
     threshold: np.ndarray | None,
     rules: Sequence[int],
 ) -> Plot:
-    """Draw a curve with its ghosts, band and alarms on `height` x C // 2 cells.
+    """Draw a curve with abandoned timelines, band and alarms on `height` x C // 2 cells.
 
     Args:
         pale: abandoned timelines, drawn in single dots.
         baseline, threshold: [C] as `sample` gives them; the band is what lies between.
-        rules: cell columns in which a dotted line stands (a rollback).
+        rules: cell columns with a vertical dotted line (a rollback, the cursor).
     """
     height, width = max(1, height), len(main.high) // 2
     alarms = height >= 4  # lower plots have no row to spare: alarms lie over the curve
@@ -166,11 +178,11 @@ def draw_plot(
     )
     body = result.body
     drawn = draw_line(main, y, body)
-    ghost = np.zeros_like(drawn)
+    abandoned = np.zeros_like(drawn)
     for part in pale:
-        ghost |= _cells(_dotted(part, y, dots), width)
+        abandoned |= _cells(_dotted(part, y, dots), width)
     _paint(result, body, drawn, Ink.LINE)
-    _paint(result, body, ghost, Ink.ABANDONED)
+    _paint(result, body, abandoned, Ink.ABANDONED)
     _draw_band(result, body, y, dots, baseline, threshold)
     for cell in rules:
         if 0 <= cell < width:
@@ -184,12 +196,12 @@ def draw_plot(
 
 
 def draw_line(part: Columns, y: YScale, body: slice) -> np.ndarray:
-    """Braille bits uint16 [rows of the body, W] of a curve."""
+    """Return the braille bits of a curve: uint16 [rows of the body, W]."""
     return _cells(_line(part, y, 4 * (body.stop - body.start)), len(part.high) // 2)
 
 
 def _cells(canvas: np.ndarray, width: int) -> np.ndarray:
-    """bool [D, C] -> braille bits uint16 [D / 4, W]"""
+    """Fold dots bool [D, C] into braille bits uint16 [D / 4, W]."""
     folded = canvas[:, : 2 * width].reshape(len(canvas) // 4, 4, width, 2)
     return np.asarray((folded * _DOTS[None, :, None, :]).sum(axis=(1, 3), dtype=np.uint16))
 
@@ -202,7 +214,7 @@ def _paint(result: Plot, body: slice, bits: np.ndarray, ink: Ink) -> None:
 
 
 def _clipped_rows(part: Columns, y: YScale, dots: int) -> tuple[np.ndarray, np.ndarray]:
-    """int [C]: upper and lower dot row of each column; meaningless where the column is empty."""
+    """Return the upper and lower dot row of each column, int [C]; of an empty column any."""
     upper, lower = (y.rows(np.where(part.filled, v, 0.0), dots) for v in (part.high, part.low))
     with np.errstate(invalid="ignore"):
         ends = [
@@ -213,8 +225,9 @@ def _clipped_rows(part: Columns, y: YScale, dots: int) -> tuple[np.ndarray, np.n
 
 
 def _line(part: Columns, y: YScale, dots: int) -> np.ndarray:
-    """bool [D, C]: each column from its least to its greatest value, joined to its neighbours,
-    broken at NaN.
+    """Return dots bool [D, C]: each column from its least to its greatest value.
+
+    Neighbouring columns are joined. The line is broken at NaN.
     """
     upper, lower = _clipped_rows(part, y, dots)
     drawn = part.filled.copy()
@@ -225,8 +238,8 @@ def _line(part: Columns, y: YScale, dots: int) -> np.ndarray:
     left, right = at[:-1], at[1:]
     # No line across a column that held nothing but NaN or Inf.
     broken = np.cumsum(part.bad & ~drawn)
-    whole = broken[left] == broken[right]
-    _bridge(upper, lower, drawn, left[whole], right[whole])
+    joined = broken[left] == broken[right]
+    _bridge(upper, lower, drawn, left[joined], right[joined])
     upper, lower = _meet(upper, lower, np.flatnonzero(drawn[:-1] & drawn[1:]))
     c = np.flatnonzero(drawn)
     np.add.at(canvas, (upper[c], c), 1)
@@ -235,9 +248,7 @@ def _line(part: Columns, y: YScale, dots: int) -> np.ndarray:
 
 
 def _meet(upper: np.ndarray, lower: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Columns `left` and left + 1 meet half way, so that the line has no holes where it is
-    steep.
-    """
+    """Extend columns `left` and left + 1 until they meet: a steep line has no holes."""
     right = left + 1
     new_upper, new_lower = upper.copy(), lower.copy()
     for above, below in ((left, right), (right, left)):
@@ -252,9 +263,7 @@ def _meet(upper: np.ndarray, lower: np.ndarray, left: np.ndarray) -> tuple[np.nd
 def _bridge(
     upper: np.ndarray, lower: np.ndarray, drawn: np.ndarray, left: np.ndarray, right: np.ndarray
 ) -> None:
-    """Fill the empty columns between points that stand apart (few steps on a wide plot) by straight
-    lines.
-    """
+    """Draw straight lines over the empty columns between points: few steps on a wide plot."""
     wide = right - left > 1
     left, right = left[wide], right[wide]
     if not len(left):
@@ -271,7 +280,7 @@ def _bridge(
 
 
 def _dotted(part: Columns, y: YScale, dots: int) -> np.ndarray:
-    """bool [D, C]: the line of an abandoned stretch in every other dot, its extremes in full."""
+    """Return the line of an abandoned timeline in every other dot, its extremes in full."""
     canvas = _line(part, y, dots)
     rows, cells = np.indices(canvas.shape)
     canvas &= (rows + cells) % 2 == 0
@@ -295,11 +304,7 @@ def _draw_band(
     count, width = codes.shape
     with np.errstate(invalid="ignore"):
         limit, base = (
-            np.floor(
-                np.nan_to_num(y.rows(v[: 2 * width : 2], dots), nan=np.nan, posinf=4e9, neginf=-4e9)
-                / 4
-            )
-            for v in (threshold, baseline)
+            _cell_rows(values[: 2 * width : 2], y, dots) for values in (threshold, baseline)
         )
         row = np.arange(count)[:, None]
         band |= (row >= limit) & (row <= base)
@@ -307,9 +312,16 @@ def _draw_band(
     codes[here], inks[here] = ord("┈"), Ink.THRESHOLD
 
 
+def _cell_rows(values: np.ndarray, y: YScale, dots: int) -> np.ndarray:
+    """Return the cell rows of values, as float; infinite values lie far outside of the plot."""
+    rows = np.nan_to_num(y.rows(values, dots), nan=np.nan, posinf=4e9, neginf=-4e9)
+    return np.asarray(np.floor(rows / 4))
+
+
 def _alarms(result: Plot, part: Columns, y: YScale, clip: Ink, bad: Ink) -> None:
-    """`▲value`, `▼` and `×` at the edges of the plot, one label per run of clipped cells that has
-    room.
+    """Draw `▲value`, `▼` and `×` at the edges of the plot.
+
+    Each run of clipped cells has one label, where there is room for it.
     """
     height, width = result.codes.shape
     if not width:
@@ -340,7 +352,7 @@ def _alarms(result: Plot, part: Columns, y: YScale, clip: Ink, bad: Ink) -> None
 
 
 def _fold(flags: np.ndarray, width: int) -> np.ndarray:
-    """bool [C] -> bool [W]"""
+    """Fold flags of dot columns bool [C] into cells bool [W]."""
     return np.asarray(flags[: 2 * width].reshape(width, 2).any(axis=1))
 
 
@@ -350,18 +362,14 @@ def _put(result: Plot, row: int, where: np.ndarray, glyph: str, ink: Ink) -> Non
 
 
 def _label(result: Plot, first: int, end: int, text: str, ink: Ink) -> None:
-    """Write `text` right of the run [first, end) of the top row, else left of it, else not at
-    all.
-    """
+    """Write `text` right of cells [first, end) of the top row, else left of them, else nowhere."""
     width = result.codes.shape[1]
     for start in (end, first - len(text)):
         stop = start + len(text)
-        # One cell of air on both sides keeps two labels from reading as one number.
-        if (
-            start >= 0
-            and stop <= width
-            and _free(result, start - (start != end), stop + (start == end))
-        ):
+        if start < 0 or stop > width:
+            continue
+        # One free cell beside a label keeps two labels from reading as one number.
+        if _free(result, start - (start != end), stop + (start == end)):
             result.codes[0, start:stop] = [ord(c) for c in text]
             result.inks[0, start:stop] = ink
             return

@@ -1,6 +1,6 @@
 """Axes: x to dot columns, y to dot rows, round ticks and their labels. Pure numpy.
 
-Both scales are snapped to round numbers, so that a curve that grows stands still most of the time.
+Both scales are rounded, so that a growing curve does not move in most frames.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 
 # A feature narrower than half of this many dot columns does not set the y-range.
 _SMOOTH = 7
-# ... unless it sticks out by less than this share of the range: then it is shown whole.
+# ... unless it is higher by less than this share of the range: then it is shown in full.
 _SLACK = 0.5
 # Finite values beyond are clipped like spikes, so that no difference of two overflows.
 _HUGE = 1e100
-# Steps a dot column: whole numbers below ten, so that columns hold the same number of steps.
+# Steps per dot column. Below ten they are integers, so that columns hold the same number of steps.
 _X_STEPS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
-_X_WHOLE = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+_X_INTEGERS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 
 
 _UNITS = ((1e3, 1.0, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M"))
@@ -37,20 +37,19 @@ class XScale:
 
     @classmethod
     def fit(cls, last: float, dots: int, *, first: float = 0.0, least: float = 50.0) -> XScale:
-        """The narrowest round scale that shows [first, last]; it changes rarely, so that a growing
-        curve stands still.
+        """Return the narrowest round scale that shows [first, last]; it changes rarely.
 
         Args:
-            least: the stretch shown at least, so that the first steps of a run do not fill the
-            plot.
+            least: the range shown at least, so that the first steps of a run do not fill the plot.
         """
         dots = max(1, dots)
         need = max(last - first, least) * (1 + 1e-9) / dots
         if not math.isfinite(need) or need <= 0:
             return cls(first, 1.0, dots)
         decade = 10.0 ** math.floor(math.log10(need))
-        ladder = _X_WHOLE if 1 <= need < 10 else _X_STEPS
-        per_dot = next((m * decade for m in ladder if m * decade >= need), 10 * decade)
+        round_steps = _X_INTEGERS if 1 <= need < 10 else _X_STEPS
+        fitting = (m * decade for m in round_steps if m * decade >= need)
+        per_dot = next(fitting, 10 * decade)
         return cls(first, per_dot, dots)
 
     @property
@@ -58,11 +57,11 @@ class XScale:
         return self.first + self.per_dot * self.dots
 
     def edges(self, first: int = 0) -> np.ndarray:
-        """Of the dot columns from `first` on: float64 [C + 1 - first]."""
+        """Return the edges of the dot columns from `first` on: float64 [C + 1 - first]."""
         return _edges(self)[first:]
 
     def cell(self, x: float) -> int:
-        """The cell column of x; may lie outside of the plot."""
+        """Return the cell column of x; it may lie outside of the plot."""
         return math.floor((x - self.first) / self.per_dot) // 2
 
 
@@ -82,7 +81,7 @@ class YScale:
     log: bool
 
     def place(self, y: np.ndarray) -> np.ndarray:
-        """Values on the axis, -inf for what a logarithm does not have."""
+        """Return the places of values on the axis; -inf where they have no logarithm."""
         if not self.log:
             return np.clip(y, -_HUGE, _HUGE)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -93,7 +92,7 @@ class YScale:
             )
 
     def rows(self, y: np.ndarray, dots: int) -> np.ndarray:
-        """Dot rows (float, not clipped to the plot, perhaps infinite) of values y."""
+        """Return the dot rows of values y: floats, not clipped to the plot, may be infinite."""
         with np.errstate(over="ignore"):
             return np.asarray((self.top - self.place(y)) / (self.top - self.bottom) * (dots - 1))
 
@@ -104,11 +103,11 @@ def fit_y_scale(
     log: bool,
     threshold: np.ndarray | None = None,
 ) -> YScale:
-    """A range that a single spike does not set.
+    """Return an axis whose range is not set by a single spike.
 
     Args:
-        parts: (least, greatest) value of each column, of the curve first, then of ghosts; these
-            widen the range downwards, upwards only a little.
+        parts: (least, greatest) value of each column, of the curve first, then of abandoned
+            timelines. These extend the range downwards, upwards only a little.
         threshold: [C], included where it lies near.
     """
     probe = YScale(0.0, 1.0, log)
@@ -122,13 +121,11 @@ def fit_y_scale(
     bottom, top = float(_smooth(lows).min()), float(_smooth(highs).max())
     bottom = min(bottom, top)
     span = max(top - bottom, 0.02 if log else max(abs(top), abs(bottom)) * 0.01)
-    # A logarithm flattens little by itself: there a spike of up to a decade may be twice as high as
-    # the rest.
+    # On a log axis a spike of up to a decade may be twice as high as the rest and is still shown.
     slack = max(_SLACK * span, min(1.0, 2 * span)) if log else _SLACK * span
     least, most = bottom - slack, top + slack
     for low, _ in parts[1:]:
-        # Lower than the present is no explosion: a stretch that was given up while all was well is
-        # shown whole.
+        # Values below the present ones are no spike: an abandoned timeline may have been healthy.
         lows = probe.place(low)
         if np.isfinite(lows).any():
             bottom = min(bottom, float(_smooth(lows[np.isfinite(lows)]).min()))
@@ -146,8 +143,9 @@ def fit_y_scale(
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running median; the ends are mirrored so that a spike in the last column counts as narrow
-    too.
+    """Return the running median.
+
+    The ends are mirrored, so that a spike in the last column counts as narrow too.
     """
     width = _SMOOTH if len(values) >= 4 * _SMOOTH else 3
     if len(values) < width:
@@ -157,21 +155,21 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _snap(bottom: float, top: float, log: bool, *, floor: float = -math.inf) -> YScale:
-    """Round numbers about [bottom, top]; not below `floor`, below which there is no value."""
+    """Return a scale with round ends around [bottom, top]; no value lies below `floor`."""
     span = top - bottom
     least = 0.1 if log else max(abs(top), abs(bottom)) * 0.02 or 1.0
     if span < least:
         middle = (top + bottom) / 2
         bottom, top, span = max(floor, middle - least / 2), middle + least / 2, least
     grid = round_up(span / 8)
-    # A little under the round number counts as the number: 2.4000001 does not open another stretch.
+    # 1e-6: 2.4000001 counts as 2.4 and does not extend the axis by another round step.
     bottom, top = math.floor(bottom / grid + 1e-6) * grid, math.ceil(top / grid - 1e-6) * grid
     bottom = max(floor, bottom)
     return YScale(bottom, top if top > bottom else bottom + grid, log)
 
 
 def round_up(value: float) -> float:
-    """The least of 1, 2, 2.5, 5 x 10^k that is not below `value`."""
+    """Return the least of 1, 2, 2.5, 5 x 10^k that is not below `value`."""
     if not math.isfinite(value) or value <= 0:
         return 1.0
     decade = 10.0 ** math.floor(math.log10(value))
@@ -181,7 +179,7 @@ def round_up(value: float) -> float:
 
 
 def place_ticks(y: YScale, rows: int, *, offset: int = 0) -> list[tuple[int, str]]:
-    """(cell row, label) of round values, about one in three rows, from top to bottom."""
+    """Return (cell row, label) of round values, about one in three rows, from top to bottom."""
     wanted = max(2, rows // 3)
     values = _log_ticks(y, wanted) if y.log else _linear_ticks(y.bottom, y.top, wanted)
     dots = 4 * rows
@@ -189,12 +187,9 @@ def place_ticks(y: YScale, rows: int, *, offset: int = 0) -> list[tuple[int, str
     labels = [format_short(value) for value in values] if y.log else format_labels(values)
     for value, label in zip(values, labels, strict=True):
         row = round(float(y.rows(np.array([value]), dots)[0])) // 4
-        # Where seven characters cannot tell two values apart, one of them is said.
-        if (
-            0 <= row < rows
-            and not {row - 1, row, row + 1} & placed.keys()
-            and label not in placed.values()
-        ):
+        is_free = not {row - 1, row, row + 1} & placed.keys()
+        # Two values may have the same label of seven characters: then it is shown once.
+        if 0 <= row < rows and is_free and label not in placed.values():
             placed[row] = label
     return sorted((row + offset, label) for row, label in placed.items())
 
@@ -206,8 +201,9 @@ def _linear_ticks(bottom: float, top: float, wanted: int) -> list[float]:
 
 
 def _log_ticks(y: YScale, wanted: int) -> list[float]:
-    """Decades, every second (third, ...) where there are many; 1-2-5 or plain round values where
-    there are few.
+    """Return decades, or every second (third, ...) one where there are many.
+
+    Where there are fewer than two, return 1-2-5 values, else linear ones.
     """
     first, last = math.ceil(y.bottom - 1e-9), math.floor(y.top + 1e-9)
     if last - first >= 1:
@@ -219,7 +215,7 @@ def _log_ticks(y: YScale, wanted: int) -> list[float]:
 
 
 def format_labels(values: Sequence[float]) -> list[str]:
-    """Short labels with the same number of decimals, enough to tell neighbours apart."""
+    """Return short labels with the same number of decimals, enough to differ from each other."""
     if not values:
         return []
     largest = max(abs(v) for v in values)
@@ -233,8 +229,9 @@ def format_labels(values: Sequence[float]) -> list[str]:
 
 
 def format_short(value: float) -> str:
-    """A number in at most eight characters, seven without a sign: 0.0312, 11.5, 1.2k, 3e+12,
-    NaN.
+    """Return a number in at most eight characters, seven without a sign.
+
+    For example 0.0312, 11.5, 1.2k, 3e12, NaN.
     """
     if math.isnan(value):
         return "NaN"

@@ -1,9 +1,8 @@
-"""Metric rows as curves: the present one, and the abandoned stretches behind it. What is handed out
-never changes.
+"""Metric rows as curves: the present timeline, and the abandoned ones. A series never changes.
 
-Of a long run the rows that are far back are summed up: a point stands for several of them in a row,
-with the least and the greatest value, so that no spike is lost. Where the viewer looks closer their
-rows are read again: a `Detail`.
+Of a long run the older rows are summed up: a point stands for several consecutive rows, with the
+least and the greatest value, so that no spike is lost. Where the viewer zooms in, their rows are
+read again: a `Detail`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from guardrail.tui.numerics.pyramid import Level
 from guardrail.tui.numerics.raster import Curve, sample_last
 from guardrail.tui.numerics.scales import XScale
 
-# every row has them: one that is not finite was NaN or Inf
+# each row has them: one that is not finite was NaN or Inf
 SIGNALS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)
 BANDS = tuple(f"{signal}_{part}" for signal in SIGNALS for part in ("baseline", "threshold"))
 THROUGHPUT = "throughput"  # label tokens a second, of two columns
@@ -30,12 +29,13 @@ AXES = (STEP, TOKENS, TIME)
 _NO_SIGNALS = frozenset(
     ("step", "timeline", "time", "first", "last", "verdict", "tokens", "slowest_rank")
 )
-_FAR = 4096  # points looked at at once for the last value of what not every row has
+_SEARCHED = 4096  # points searched at once for the last value of a column with gaps
 
 
 class Detail(NamedTuple):
-    """Rows that were read again: all of the present with steps in [low, high], rows [first, end) of
-    the file.
+    """Rows that were read again: rows [first, end) of the file.
+
+    They hold all rows of the present timeline with steps in [low, high].
     """
 
     series: Series
@@ -47,25 +47,22 @@ class Detail(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """One stretch of rows as points: the first `thin` stand for several rows each, the others are
-    rows.
+    """One timeline as points: the first `thin` stand for several rows each, the others for one.
 
     Attributes:
-        step: float64 [n], nondecreasing, of a point's last row; a rejected attempt and the one that
+        step: float64 [n], nondecreasing, of a point's last row. A rejected attempt and the one that
             replaced it have the same step.
-        values: float32 [n] a column: of a point's last row, or the last known one for what not
-            every row has. NaN where there is none.
-        bad: bool [n] a signal: a value was NaN or Inf.
-        ghosts: abandoned stretches, oldest first.
-        axes: float64 [n], nondecreasing, what else the rows can stand along: tokens learnt from,
-        seconds of the clock.
-        above: levels of a pyramid over the rows from `thin` on, a signal.
-        low, high: float32 [thin] a signal: least and greatest value; NaN where there is none.
-        low_above: levels of a pyramid over the points before.
+        values: column -> float32 [n], of a point's last row. For a column that not all rows have,
+            the last known one. NaN where there is none.
+        bad: signal -> bool [n]: a value was NaN or Inf.
+        abandoned: abandoned timelines, oldest first.
+        axes: axis -> float64 [n], nondecreasing: tokens trained on, seconds of the clock.
+        above: signal -> levels of a pyramid over the rows from `thin` on.
+        low, high: signal -> float32 [thin], least and greatest value; NaN where there is none.
+        low_above: signal -> levels of a pyramid over the points before `thin`.
         row: int64 [n], the number in the file of a point's last row.
-        details: stretches of what is summed up, in rows.
-        stem: two series with the same one begin with the same points; None: nothing is known of
-        that.
+        details: rows of ranges that are summed up.
+        stem: two series with the same stem begin with the same points; None: not known.
     """
 
     step: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -90,20 +87,20 @@ class Series:
         return float(self.step[-1]) if len(self.step) else 0.0
 
     def along(self, axis: str) -> np.ndarray:
-        """float64 [n]: where the points stand; along their steps where the axis is not known."""
+        """Return the places of the points, float64 [n]: their steps where the axis is not known."""
         return self.axes.get(axis, self.step)
 
     def end(self, axis: str) -> float:
-        """The end of the present or of any ghost: what the x-axis has to show."""
+        """Return the end of the x-axis: of the present or of any abandoned timeline."""
         ends = [one.along(axis)[-1] for one in (self, *self.abandoned) if len(one)]
         return float(max(ends, default=0.0))
 
     def place(self, step: float, axis: str) -> float:
-        """Where a step stands on an axis: at the last row up to it."""
+        """Return the place of a step on an axis: that of the last row up to it."""
         return float(self.places(np.array([step]), axis)[0])
 
     def places(self, steps: np.ndarray, axis: str) -> np.ndarray:
-        """`place` of many steps, float64 [n]."""
+        """Return the places of many steps, float64 [n]."""
         if axis not in self.axes or not len(self):
             return steps
         rows = np.searchsorted(self.step, steps, side="right")
@@ -114,7 +111,7 @@ class Series:
         return found
 
     def step_at(self, x: float, axis: str) -> float:
-        """The step of the last row up to a place on an axis."""
+        """Return the step of the last row up to a place on an axis."""
         if axis not in self.axes or not len(self):
             return x
         for detail in self.details:
@@ -127,15 +124,16 @@ class Series:
     # -- drawing
 
     def curves(self, signal: str, axis: str = STEP) -> Iterator[Curve]:
-        """The points of a signal in as many curves as lie behind each other; closer ones in place
-        of coarse ones.
+        """Yield the points of a signal as curves that follow each other.
+
+        Rows that were read again replace the points that sum them up.
         """
         for part, first, end in self._parts:
             if signal in part.values and signal in part.bad:
                 yield from part._own_curves(signal, axis, first, end)
 
     def _own_curves(self, signal: str, axis: str, first: int, end: int) -> Iterator[Curve]:
-        """Points [first, end): those that sum up rows, and rows."""
+        """Yield points [first, end): those that sum up rows, then single rows."""
         x, y, bad, thin = self.along(axis), self.values[signal], self.bad[signal], self.thin
         if first < thin:
             yield Curve(x[:thin], y[:thin], bad[:thin], self.low_above.get(signal, ()), self.low[signal],
@@ -145,8 +143,9 @@ class Series:
                         end=end - thin)  # fmt: skip
 
     def sampled(self, column: str, axis: str, scale: XScale, first_dot: int = 0) -> np.ndarray:
-        """The last value of a column in each dot column, float64 [C - first_dot], NaN where there
-        is none.
+        """Return the last value of a column in each dot column: float64 [C - first_dot].
+
+        It is NaN where a dot column has no value.
         """
         found = np.full(scale.dots - first_dot, np.nan)
         for part, first, end in self._parts:
@@ -158,12 +157,12 @@ class Series:
 
     @cached_property
     def _parts(self) -> Sequence[tuple[Series, int, int]]:
-        """(series, first point, end) one behind the other: no row is in none of them."""
+        """Return (series, first point, end) that follow each other and cover all rows."""
         found: list[tuple[Series, int, int]] = []
         at = 0
         for detail in sorted(self.details, key=lambda one: one.first):
-            # A point is replaced if all of its rows are in the detail: it begins behind the last
-            # row of the one before.
+            # A point is replaced if all of its rows are in the detail. Its rows begin after the
+            # last row of the point before.
             begin = int(np.searchsorted(self.row, detail.first - 1)) + 1 if detail.first else 0
             end = int(np.searchsorted(self.row, detail.end))
             if at <= begin < end:
@@ -174,14 +173,15 @@ class Series:
     # -- single values
 
     def exact(self, step: float) -> bool:
-        """Whether the last row up to a step is at hand, and not only a sum of it and others."""
+        """Return whether the last row up to a step is in memory as a single row."""
         return self._count(step) >= self.thin or any(
             self._in(detail, step) for detail in self.details
         )
 
     def at(self, column: str, step: float) -> float | None:
-        """The value of a column at the last row up to `step`; None where there is none, or where it
-        is not at hand.
+        """Return the value of a column at the last row up to `step`.
+
+        None where there is no row, or where it is not in memory as a single row.
         """
         count = self._count(step)
         if count >= self.thin:
@@ -196,13 +196,11 @@ class Series:
         return None
 
     def last(self, column: str) -> float | None:
-        """The newest value of a column: NaN for one that was NaN or Inf, None where there is no
-        row.
-        """
+        """Return the newest value of a column: NaN for NaN and Inf, None where there is no row."""
         return self._value(column, len(self))
 
     def _count(self, step: float) -> int:
-        """Points up to a step."""
+        """Return the number of points up to a step."""
         return int(np.searchsorted(self.step, step, side="right"))
 
     def _in(self, detail: Detail, step: float) -> bool:
@@ -211,32 +209,29 @@ class Series:
         )
 
     def _value(self, column: str, end: int) -> float | None:
-        """Of the last of `end` points; a column that not every row has (an evaluation) has its last
-        one.
+        """Return the value of the last of `end` points.
+
+        A column that not all rows have (an evaluation) has its last known value.
         """
         values = self.values.get(column)
         if values is None or not end:
             return None
         value = float(values[end - 1])
-        if (
-            math.isfinite(value)
-            or column not in self.bad
-            or column in SIGNALS
-            or self.bad[column][end - 1]
-        ):
+        has_gaps = column in self.bad and column not in SIGNALS
+        if math.isfinite(value) or not has_gaps or self.bad[column][end - 1]:
             return value
         while end:
-            first = max(0, end - _FAR)
+            first = max(0, end - _SEARCHED)
             known = np.flatnonzero(np.isfinite(values[first:end]))
             if len(known):
                 return float(values[first + known[-1]])
             end = first
         return None
 
-    # -- making others of it
+    # -- other series made of it
 
     def copy(self) -> Series:
-        """The same in memory of its own, without ghosts, details and pyramids."""
+        """Return a copy without abandoned timelines, details and pyramids."""
         return Series(
             self.step.copy(),
             _copied(self.values),
@@ -249,8 +244,9 @@ class Series:
         )
 
     def summed_up(self, starts: np.ndarray) -> Series:
-        """A point for all points from one of `starts` to the next, the last one's to the end; none
-        of it is rows.
+        """Return a series with one point for all points from one of `starts` to the next.
+
+        The last point goes to the end.
         """
         last = np.append(starts[1:], len(self)) - 1
         values, low, high, bad = {}, {}, {}, {}
@@ -289,8 +285,9 @@ def _copied(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def choosable_signals(columns: Sequence[str]) -> tuple[str, ...]:
-    """Which signals rows with these columns have."""
+    """Return the signals that rows with these columns have."""
     bands = ("_baseline", "_threshold")
     found = [name for name in columns if name not in _NO_SIGNALS and not name.endswith(bands)]
-    made = [THROUGHPUT] if {"tokens", "step_time"} <= set(columns) else []
-    return (*found, *made)
+    if {"tokens", "step_time"} <= set(columns):
+        found.append(THROUGHPUT)
+    return tuple(found)
