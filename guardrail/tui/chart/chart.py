@@ -1,6 +1,4 @@
-"""A chart as rows: title, plot with marks, and for the enlarged one an axis. The drawing is
-raster's and overlay's.
-"""
+"""A chart as rows: title, plot with marks, and for the enlarged chart an axis."""
 
 from __future__ import annotations
 
@@ -40,8 +38,9 @@ _TONES = {
 
 
 class Chart(Lines):
-    """One signal, which may change. A frame of the same rows at the same size is not computed
-    again.
+    """The chart of one signal, which may change.
+
+    The same rows at the same size are not drawn again.
     """
 
     def __init__(self, slot: int) -> None:
@@ -77,13 +76,12 @@ class Chart(Lines):
 def draw_chart(
     view: View, signal: str, width: int, height: int, memory: PlotCache | None = None
 ) -> list[Row]:
-    """Title and plot in `width` x `height` cells; the enlarged chart has an axis with labels below.
+    """Return title and plot in `width` x `height` cells; the enlarged chart has an axis below.
 
     Args:
-        memory: of the chart that is drawn again and again.
+        memory: the last plot of a chart that is drawn again and again.
     """
-    big = view.big == signal
-    below = 2 if big and height >= 8 else 1 if big and height >= 5 else 0
+    below = _rows_below(height) if view.big == signal else 0
     head = _title(view, signal, width)
     rows = height - 1 - below
     cells = width - GUTTER
@@ -92,18 +90,27 @@ def draw_chart(
     scale = axis.make_x_scale(view, cells)
     nothing = not len(view.snapshot.series) and not view.snapshot.series.abandoned
     memory = memory or PlotCache()
-    given = memory.eye.look(view, signal, scale, rows)
+    given = memory.columns.look(view, signal, scale, rows)
     plot = list(memory.rows(given, _tones(view, signal), ticks=not nothing))
     if nothing:
         text = "no steps yet" if view.snapshot.loaded else "reading the metrics"
         plot[rows // 2] = (_gutter(None), (text.center(cells), "dim"))
     elif signal not in view.snapshot.series.values:
         plot[rows // 2] = (_gutter(None), ("not in the rows of this run".center(cells), "dim"))
-    return [head, *plot, *(axis.axis_rows(view, scale, cells)[:below] if below else ())]
+    if not below:
+        return [head, *plot]
+    return [head, *plot, *axis.axis_rows(view, scale, cells)[:below]]
+
+
+def _rows_below(height: int) -> int:
+    """Return the rows of the x-axis: a low chart has no labels, a very low one no axis."""
+    if height >= 8:
+        return 2
+    return 1 if height >= 5 else 0
 
 
 class Sparklines(Lines):
-    """The first signals whose charts are hidden, a row each."""
+    """The first signals whose charts are not shown, a row each."""
 
     def __init__(self) -> None:
         super().__init__(self._sparks, id="sparks")
@@ -116,7 +123,7 @@ class Sparklines(Lines):
 
 
 def draw_sparkline(view: View, signal: str, width: int, memory: PlotCache | None = None) -> Row:
-    """A signal in one row: name, last value, a curve of four dots' height."""
+    """Return a signal in one row: name, last value, and a curve four dots high."""
     value = _value(view, signal)
     name = fit_row((((signal_label(signal)), "dim"),), 24)
     head: Row = (
@@ -130,19 +137,16 @@ def draw_sparkline(view: View, signal: str, width: int, memory: PlotCache | None
         return fit_row(head, width)
     scale = axis.make_x_scale(view, cells)
     memory = memory or PlotCache()
-    return (
-        *head,
-        *memory.rows(memory.eye.look(view, signal, scale, 1), _tones(view, signal), gutter=False)[
-            0
-        ],
-    )
+    given = memory.columns.look(view, signal, scale, 1)
+    (curve,) = memory.rows(given, _tones(view, signal), gutter=False)
+    return (*head, *curve)
 
 
 class PlotCache:
     """The last plot of a chart, in rows."""
 
     def __init__(self) -> None:
-        self.eye = ColumnCache()
+        self.columns = ColumnCache()
         self._key: tuple[object, ...] = ()
         self._rows: list[Row] = []
 
@@ -154,16 +158,15 @@ class PlotCache:
         ticks: bool = False,
         gutter: bool = True,
     ) -> list[Row]:
-        """Drawn anew only if something else is given."""
+        """Return the rows of a plot; they are drawn again only where the input differs."""
         key = (*given.key(), tones, ticks)
         if key != self._key:
             drawn = _draw(given)
             labels = dict(drawn.ticks) if ticks else {}
-            self._key = key
-            self._rows = [
-                (*([_gutter(labels.get(y))] if gutter else ()), *_pieces(drawn, y, tones))
-                for y in range(given.rows)
-            ]
+            rows = [_pieces(drawn, y, tones) for y in range(given.rows)]
+            if gutter:
+                rows = [(_gutter(labels.get(y)), *line) for y, line in enumerate(rows)]
+            self._key, self._rows = key, rows
         return self._rows
 
 
@@ -196,39 +199,54 @@ def _value(view: View, signal: str) -> Piece:
 
 
 def _title(view: View, signal: str, width: int) -> Row:
-    right: list[Piece] = [("reading the file   ", "accent")] if view.waits else []
+    ways = []
+    if signal in view.logarithmic:
+        ways.append("log")
+    if view.smooth > 0:
+        ways.append("smoothed")
+    name = signal_label(signal)
+    if ways:
+        name += f" ({', '.join(ways)})"
+    tone = "strong" if view.big == signal else "dim"
+    return title_row(name, width, right=_values(view, signal, width), tone=tone)
+
+
+def _values(view: View, signal: str, width: int) -> Row:
+    """Return what stands right in the title: threshold, marks and step at the cursor, value."""
+    right: list[Piece] = []
+    if view.waits:
+        right.append(("reading the file   ", "accent"))
     series, name = view.snapshot.series, f"{signal}_threshold"
     threshold = series.last(name) if view.at is None else series.at(name, view.at)
     if threshold is not None and math.isfinite(threshold) and width >= 56:
         right.append((f"threshold {format_short(threshold)}   ", "threshold"))
     if view.at is not None:
-        there = axis.describe_marks_at(view, view.at)
-        right.append((f"{there}  " if there and width >= 40 else "", "warn"))
+        marks = axis.describe_marks_at(view, view.at)
+        right.append((f"{marks}  " if marks and width >= 40 else "", "warn"))
         right.append((f"step {format_count(view.at)}  ", "accent"))
     right.append(_value(view, signal))
-    ways = [
-        name
-        for name, on in (("log", signal in view.logarithmic), ("smoothed", view.smooth > 0))
-        if on
-    ]
-    name = signal_label(signal) + (f" ({', '.join(ways)})" if ways else "")
-    return title_row(
-        name, width, right=tuple(right), tone="strong" if view.big == signal else "dim"
-    )
+    return tuple(right)
 
 
 def _tones(view: View, signal: str) -> dict[Ink, str]:
-    """The curve has its signal's colour; under a smoothed one the raw one is pale."""
+    """Return the tones of a plot: the curve has the colour of its signal.
+
+    A raw curve under a smoothed one is pale.
+    """
     curve = palette.curve_tone(signal, view.charts)
-    return _TONES | ({Ink.LINE: "raw", Ink.SMOOTH: curve} if view.smooth else {Ink.LINE: curve})
+    if view.smooth:
+        return _TONES | {Ink.LINE: "raw", Ink.SMOOTH: curve}
+    return _TONES | {Ink.LINE: curve}
 
 
 def _gutter(label: str | None) -> Piece:
-    return (f"{label[: GUTTER - 1]:>{GUTTER - 1}}┤" if label else " " * (GUTTER - 1) + "│", "dim")
+    if not label:
+        return (" " * (GUTTER - 1) + "│", "dim")
+    return (f"{label[: GUTTER - 1]:>{GUTTER - 1}}┤", "dim")
 
 
 def _pieces(drawn: raster.Plot, y: int, tones: Mapping[Ink, str]) -> Row:
-    """A row of cells as runs of one tone."""
+    """Return a row of cells as pieces of one tone each."""
     inks, band = drawn.inks[y].astype(np.int64), drawn.band[y]
     text = drawn.text(y)
     kinds = inks * 2 + band

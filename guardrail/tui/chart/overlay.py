@@ -1,8 +1,7 @@
-"""What lies on a finished plot: a smoothed line, and the marks of what happened, at the curve's
-point of their step.
+"""What is drawn over a finished plot: a smoothed line, and the marks of events on the curve.
 
-Shapes as in raster: C dot columns, H x W cells. Costs by columns alone, however many points there
-are.
+Shapes as in raster: C dot columns, H x W cells. The cost depends on the columns only, not on
+the points.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from guardrail.tui.numerics import raster
 from guardrail.tui.numerics.raster import BRAILLE, Columns, Curve, Ink, Plot
 from guardrail.tui.numerics.scales import XScale, YScale
 
-_PICKED = 16  # points of a column that its median is taken of
-_STEEP = 4  # rows of a column of the curve from which on it is a spike
-# What a mark may stand on without hiding the curve, the curve, and what no mark may touch.
+_PICKED = 16  # points of a column that its median is computed from
+_STEEP = 4  # rows of the curve in one column from which on it is a spike
+# What a mark may cover without hiding the curve; the curve; and what no mark may touch.
 _UNDER = frozenset(map(int, (Ink.EMPTY, Ink.RULE, Ink.THRESHOLD, Ink.ABANDONED)))
 _CURVE = frozenset(map(int, (Ink.LINE, Ink.SMOOTH)))
 _ALONE = frozenset(map(int, (Ink.WARN, Ink.NEWS, Ink.GOOD, Ink.CLIP, Ink.ABANDONED_CLIP)))
@@ -34,14 +33,12 @@ class Mark(NamedTuple):
 
 
 def smooth_curve(curves: Iterable[Curve], scale: XScale, log: bool, half_life: float) -> np.ndarray:
-    """A curve as a line that follows it slowly, in places of the y-axis: float64 [C], NaN where
-    nothing is.
-    """
+    """Return a smoothed curve in places of the y-axis: float64 [C], NaN where there is no value."""
     return moving_average(column_medians(curves, scale, log), half_life)
 
 
 def moving_average(values: np.ndarray, half_life: float) -> np.ndarray:
-    """An exponential moving average over dot columns, float64 [C].
+    """Return an exponential moving average over dot columns, float64 [C].
 
     It is divided by the sum of its weights, as Adam corrects its moments (Kingma and Ba 2015,
     section 3): it begins at the curve and not at zero.
@@ -59,11 +56,12 @@ def moving_average(values: np.ndarray, half_life: float) -> np.ndarray:
 
 
 def column_medians(curves: Iterable[Curve], scale: XScale, log: bool, first: int = 0) -> np.ndarray:
-    """The median of up to 16 points of each dot column from `first` on, in places of the y-axis:
-    one spike does not drag it along. float64 [C - first]
+    """Return the median of up to 16 points of each dot column from `first` on: float64 [C - first].
+
+    The values are places of the y-axis. A single spike does not change a median.
 
     Args:
-        curves: one behind the other.
+        curves: they follow each other.
     """
     found = np.full(scale.dots - first, np.nan)
     for curve in curves:
@@ -81,7 +79,7 @@ def column_medians(curves: Iterable[Curve], scale: XScale, log: bool, first: int
 
 
 def draw_smoothed(plot: Plot, places: np.ndarray) -> None:
-    """Draw a line through places of the y-axis; in its cells the raw curve gives way."""
+    """Draw a line through places of the y-axis; it replaces the raw curve in its cells."""
     values = 10.0**places if plot.scale.log else places
     bits = raster.draw_line(
         Columns(values, values, np.zeros(len(values), dtype=bool)), plot.scale, plot.body
@@ -92,11 +90,10 @@ def draw_smoothed(plot: Plot, places: np.ndarray) -> None:
 
 
 def put_marks(plot: Plot, scale: XScale, marks: Sequence[Mark]) -> None:
-    """Write each mark just above the curve's point, else below it, else on it; the first of the
-    list come first.
+    """Write each mark just above the curve's point, else below it, else on it.
 
-    A mark where there is no curve stands at the bottom. One that finds no room but on another mark
-    is left out.
+    The first marks of the list choose first. A mark without a curve stands at the bottom. A mark
+    that has room only on another mark is not drawn.
     """
     height, width = plot.codes.shape
     if height < 2:
@@ -105,7 +102,7 @@ def put_marks(plot: Plot, scale: XScale, marks: Sequence[Mark]) -> None:
     some = drawn.any(axis=0)
     uppers = np.where(some, drawn.argmax(axis=0), height - 1).tolist()
     lowers = np.where(some, height - 1 - drawn[::-1].argmax(axis=0), height - 1).tolist()
-    inks = plot.inks.tolist()  # cells are asked one by one, for which lists are many times as fast
+    inks = plot.inks.tolist()  # single cells are read, which is many times as fast in lists
     for mark in marks:
         cell = scale.cell(mark.x)
         if 0 <= cell < width:
@@ -115,11 +112,13 @@ def put_marks(plot: Plot, scale: XScale, marks: Sequence[Mark]) -> None:
 def _put_mark(
     plot: Plot, inks: list[list[int]], mark: Mark, cell: int, upper: int, lower: int
 ) -> bool:
-    """Whether it found a place; `upper` and `lower` are the rows between which the curve is in its
-    column.
+    """Draw a mark; return whether it found a place.
+
+    Args:
+        upper, lower: rows between which the curve lies in its column.
     """
     beside = [*range(upper - 1, max(-1, upper - 4), -1)]
-    if lower - upper < _STEEP:  # below a spike a mark would not be seen to belong to its top
+    if lower - upper < _STEEP:  # a mark below a spike would be far from its top
         beside += range(lower + 1, min(len(inks), lower + 3))
     tries = [(row, mark.letter + mark.label, _UNDER) for row in beside]
     tries += [(row, mark.letter, _UNDER) for row in beside]
@@ -136,9 +135,7 @@ def _write(
     ink: Ink,
     under: frozenset[int],
 ) -> bool:
-    """Write where all cells are free, and the cells beside hold no other mark that it would be read
-    with.
-    """
+    """Write a text where all its cells may be covered and no mark stands beside it."""
     line, end = inks[row], cell + len(text)
     if end > len(line) or not under.issuperset(line[cell:end]):
         return False
