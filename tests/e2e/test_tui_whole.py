@@ -113,7 +113,7 @@ def test_a_run_from_launch_to_stop(at_home: Lab) -> None:
         control(seat, run)
         seat.terminal.press("q")
         assert seat.terminal.ends(30.0) == 0
-        assert "training goes on" in "\n".join(seat.terminal.display())
+        assert "training continues" in "\n".join(seat.terminal.display())
         left = step(run)
         wait_for(lambda: step(run) > left, what="the run goes on when the screen is left")
     finally:
