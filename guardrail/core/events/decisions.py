@@ -9,9 +9,9 @@ import msgspec
 from guardrail.core.cause_evidence import CauseEvidence
 from guardrail.core.events.event import Event, Positions, Whole
 from guardrail.core.format import format_plural
-from guardrail.core.records import Action, Finding, LossTrend, Remedy, Span
+from guardrail.core.records import Action, Finding, LossTrend, Remedy, Span, field_of
 
-Documents = tuple[dict[str, Any], ...]
+Documents = tuple[Any, ...]  # `DocumentRef` fields; older versions wrote names
 OPEN, REPEATED = "open", "repeated"
 RECOVERED, HIGHER_LOSS, ACCEPTED = "recovered", "recovered with higher loss", "accepted"
 CLOSED = (RECOVERED, HIGHER_LOSS, ACCEPTED)
@@ -101,7 +101,7 @@ class SamplesTaken(Event, frozen=True, kw_only=True):
         samples = format_plural(self.count, "sample")
         if not self.documents_total:
             return samples
-        paths = [str(document.get("path", "")) for document in self.documents]
+        paths = [str(field_of(document, "path") or "") for document in self.documents]
         names = list(dict.fromkeys(path.rsplit("/", 1)[-1] for path in paths))
         more = ""
         if len(names) > 3 or self.documents_total > len(self.documents):

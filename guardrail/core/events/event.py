@@ -49,6 +49,11 @@ class Event(Record, frozen=True, kw_only=True):
     unreadable: tuple[str, ...] = ()
 
     @property
+    def mark(self) -> str:
+        """The symbol of this line."""
+        return self.symbol
+
+    @property
     def tone(self) -> str:
         """How the line is meant on the screen: "plain", "good", "warn" or "bad"."""
         return "plain"

@@ -77,6 +77,10 @@ class DiskChanged(Event, frozen=True, kw_only=True):
     reason: str = ""
 
     @property
+    def mark(self) -> str:
+        return "●" if self.is_ok else self.symbol
+
+    @property
     def is_ok(self) -> bool:
         return self.state == "ok"
 

@@ -212,7 +212,7 @@ class CommandAnswered(Event, frozen=True, kw_only=True):
     id: str = ""
     command: str = ""
     value: float | None = None
-    who: str = ""
+    who: str | None = ""
     question: Whole | None = None
     effect: str = ""
     reason: str = ""

@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import msgspec
-
-from guardrail.core.events.event import Event
+from guardrail.core.events.decisions import RolledBack, Skipped, Undone
+from guardrail.core.events.event import SENSELESS, Event
+from guardrail.core.events.run_state import CommandAnswered
 from guardrail.core.format import clean_and_shorten, format_count
 from guardrail.core.records import Remedy
 from guardrail.decide.control_commands.registry import find_command
@@ -60,16 +60,15 @@ class FactorTracker:
 
     def add(self, event: Event) -> bool:
         """Take an event; return whether the factors may have changed."""
-        if event.kind not in ("skipped", "rollback", "undo", "command"):
-            return False
-        data = event.data
-        if event.kind == "command":
-            command, value = find_command(data.get("command")), data.get("value")
-            if command is None or not command.factor or not isinstance(value, int | float):
+        if isinstance(event, CommandAnswered):
+            command = find_command(event.command)
+            if command is None or not command.factor or event.value is None:
                 return False
-            self._by[command.factor, float(value)] = clean_and_shorten(data.get("who") or "", 60)
+            self._by[command.factor, event.value] = clean_and_shorten(event.who or "", 60)
+        elif not isinstance(event, Skipped | RolledBack | Undone):
+            return False
         # A line of another version, or a broken one, sets nothing.
-        with contextlib.suppress(KeyError, TypeError, ValueError, msgspec.ValidationError):
+        with contextlib.suppress(*SENSELESS):
             self._history.add(event)
         return True
 

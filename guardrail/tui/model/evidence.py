@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from guardrail.core.events.decisions import (
+    Diagnosed,
+    IncidentChanged,
+    RemedyUsed,
+    SamplesTaken,
+    StepJudged,
+    Undone,
+)
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import Started
 from guardrail.core.files import as_int
 from guardrail.core.format import clean_and_shorten
 from guardrail.core.records import Span
-from guardrail.decide.undo import joined, split_span, undone_spans
+from guardrail.decide.undo import joined, split_span
 from guardrail.report.incident import Incident
 from guardrail.report.incident_builder import IncidentBuilder
-from guardrail.rundir.run_directory import span_of
 
 KEPT_INCIDENTS, KEPT_SPANS = 200, 5000
-_USED = (
-    "started",
-    "verdict",
-    "finding",
-    "skipped",
-    "rollback",
-    "incident",
-    "diagnosis",
-    "remedy",
-    "undo",
-)
+_USED = (Started, StepJudged, SamplesTaken, IncidentChanged, Diagnosed, RemedyUsed, Undone)
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class EvidenceBuilder:
         self._samples = 0
 
     def add(self, events: Iterable[Event]) -> None:
-        used = [event for event in events if event.kind in _USED]
+        used = [event for event in events if isinstance(event, _USED)]
         for event in used:
             self._add_span(event)
         del self._skipped[:-KEPT_SPANS]
@@ -83,14 +81,14 @@ class EvidenceBuilder:
             self._incidents = {one.number: one for one in incidents if one.number > 0}
 
     def _add_span(self, event: Event) -> None:
-        if event.kind == "started":
-            self._samples = max(0, as_int(event.data.get("samples"))) or self._samples
-        elif event.kind == "undo":
-            undone = undone_spans(event)
-            self._skipped = [one for one in self._skipped if one.span not in undone]
-        elif (span := span_of(event)) is not None:
-            names = tuple(_document_names(event.data.get("documents")))
-            self._skipped.append(SkippedSpan(span, as_int(event.data.get("incident")), names))
+        match event:
+            case Started():
+                self._samples = max(0, event.samples or 0) or self._samples
+            case Undone():
+                self._skipped = [one for one in self._skipped if one.span not in event.spans]
+            case SamplesTaken(span=Span() as span):
+                names = tuple(map(_document_name, event.documents))
+                self._skipped.append(SkippedSpan(span, event.incident or 0, names))
 
     def known(self) -> JournalEvidence:
         pieces = [piece for one in self._skipped for piece in split_span(one.span)]
@@ -102,12 +100,9 @@ class EvidenceBuilder:
         )
 
 
-def _document_names(raw: object) -> Iterator[str]:
-    if not isinstance(raw, list):
-        return
-    for item in raw:
-        path, record = item, 0
-        if isinstance(item, dict):
-            path, record = item.get("path"), as_int(item.get("record"))
-        name = clean_and_shorten(str(path or ""), 400)
-        yield f"{name}:{record}" if record else name
+def _document_name(document: object) -> str:
+    path, record = document, 0
+    if isinstance(document, Mapping):
+        path, record = document.get("path"), as_int(document.get("record"))
+    name = clean_and_shorten(str(path or ""), 400)
+    return f"{name}:{record}" if record else name

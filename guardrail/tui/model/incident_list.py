@@ -11,11 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from guardrail.core.events.event import Event
+from guardrail.core.events.decisions import SamplesTaken
 from guardrail.core.files import as_int
 from guardrail.core.format import clean_and_shorten, format_plural
 from guardrail.core.records import Finding, FindingKind
-from guardrail.rundir.run_directory import span_of
 
 _MAX_INCIDENTS = 200
 _MAX_DOCUMENTS = 16
@@ -102,15 +101,14 @@ class IncidentList:
         if number in self._numbered:
             self._numbered[number] = replace(self._numbered[number], answered=text)
 
-    def merge(self, event: Event, at: int, news: IncidentNews) -> IncidentSummary:
-        """Merge `news` into the incident that the event belongs to, and return it.
-
-        That is the incident whose number the event names, else the open one, else a new one.
+    def merge(self, number: int | None, at: int, news: IncidentNews) -> IncidentSummary:
+        """Merge `news` into an incident, and return it.
 
         Args:
+            number: of the incident; None or 0: the open one, else a new one.
             at: the step where a new incident begins.
         """
-        number = incident_number(event) or self._open_number()
+        number = number or self._open_number()
         if not number:
             return self._merge_loose(at, news)
         known = self._numbered.get(number)
@@ -144,21 +142,13 @@ class IncidentList:
         return IncidentSummary(number, at)
 
 
-def incident_number(event: Event) -> int:
-    """Return the number of the incident that an event belongs to; 0: none."""
-    return as_int(event.data.get("incident", event.data.get("number")))
-
-
-def skipped_data(event: Event) -> IncidentNews:
+def skipped_data(event: SamplesTaken) -> IncidentNews:
     """Return what an event says about skipped samples and their documents."""
-    span, documents = span_of(event), event.data.get("documents")
-    named: tuple[str, ...] = ()
-    if isinstance(documents, list):
-        named = tuple(filter(None, map(_document_name, documents)))
+    named = tuple(filter(None, map(_document_name, event.documents)))
     spans: tuple[tuple[int, int], ...] = ()
-    if span is not None:
-        spans = ((span.first, span.last),)
-    total = as_int(event.data.get("documents_total"), len(named))
+    if event.span is not None:
+        spans = ((event.span.first, event.span.last),)
+    total = event.documents_total or len(named)
     return IncidentNews(spans=spans, documents=named, documents_total=total)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import CommandAnswered
 from guardrail.core.format import clean_and_shorten
 
 # The same letters mark the event on a chart.
@@ -27,63 +28,12 @@ class LogLine:
     text: str
 
 
-_MARKS = {
-    "verdict": "▲",
-    "finding": "▲",
-    "skipped": SKIP,
-    "rollback": ROLLBACK,
-    "undo": ROLLBACK,
-    "command": COMMAND,
-    "checkpoint": CHECKPOINT,
-    "incident": INCIDENT,
-    "disk": "▲",
-    "paused": "‖",
-    "rank_hung": "✗",
-    "rank_failed": "✗",
-    "ended": "■",
-    "started": "●",
-    "restarted": "●",
-}
-_TONES = {
-    "verdict": "warn",
-    "skipped": "warn",
-    "rollback": "warn",
-    "undo": "warn",
-    "paused": "warn",
-    "rank_hung": "bad",
-    "rank_failed": "bad",
-}
-_GOOD_ENDS = ("recovered", "recovered with higher loss", "accepted")  # states of an incident
-_PHASE_TONES = {"finished": "good", "failed": "bad"}  # of the end of a run; others warn
-
-
 def make_log_line(event: Event) -> LogLine:
     """Return the line of one event; an event without a message shows its data."""
-    tone = _tone_of(event)
     text = clean_and_shorten(event.message, 400) or _describe_data(event)
-    who = event.data.get("who")
-    if event.kind == "command" and isinstance(who, str) and who:
-        text = f"{text} (by {clean_and_shorten(who, 60)})"
-    mark = _MARKS.get(event.kind, "·")
-    if event.kind == "disk" and tone == "good":
-        mark = "●"
-    return LogLine(event.time, event.step, mark, tone, text)
-
-
-def _tone_of(event: Event) -> str:
-    state = event.data.get("state")
-    match event.kind:
-        case "command" if event.data.get("effect") != "applied":
-            return "warn"
-        case "checkpoint" if state in ("failed", "invalid"):
-            return "bad"
-        case "disk":
-            return "good" if state == "ok" else "bad"
-        case "incident" if state in _GOOD_ENDS:
-            return "good"
-        case "ended":
-            return _PHASE_TONES.get(str(event.data.get("phase")), "warn")
-    return _TONES.get(event.kind, "plain")
+    if isinstance(event, CommandAnswered) and event.who:
+        text = f"{text} (by {clean_and_shorten(event.who, 60)})"
+    return LogLine(event.time, event.step, event.mark, event.tone, text)
 
 
 def _describe_data(event: Event) -> str:

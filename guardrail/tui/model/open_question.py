@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import CommandAnswered, Paused, Restarted
 from guardrail.core.files import as_int
 from guardrail.core.format import clean_and_shorten
 from guardrail.core.records import Shown
@@ -35,22 +36,20 @@ class OpenQuestion:
         self.shown: tuple[Shown | None, ...] = ()
         self._answer, self._answered_by = "", ""
 
-    def ask(self, event: Event) -> None:
+    def ask(self, event: Paused) -> None:
         """Take a `paused` event that asks a question."""
         self._clear()
         self.number, self.text = event.seq, clean_and_shorten(event.message)
-        self.incident = as_int(event.data.get("incident"))
-        proposals = event.data.get("proposals")
-        if isinstance(proposals, list):
-            self.proposals = tuple(map(_proposed_action, proposals))
-            self.costs = tuple(map(_proposal_cost, proposals))
-            self.shown = tuple(map(_restore_target, proposals))
+        self.incident = event.incident or 0
+        self.proposals = tuple(map(_proposed_action, event.proposals))
+        self.costs = tuple(map(_proposal_cost, event.proposals))
+        self.shown = tuple(map(_restore_target, event.proposals))
 
-    def take_command(self, event: Event) -> None:
+    def take_command(self, event: CommandAnswered) -> None:
         """Remember a command that was applied while the question is open: it may be the answer."""
         if self.number:
             self._answer = _answer_word(event)
-            self._answered_by = clean_and_shorten(event.data.get("who") or "", 100)
+            self._answered_by = clean_and_shorten(event.who or "", 100)
 
     def end(self, event: Event) -> str:
         """Close the question; return how it ended: "accepted by ann@vm"."""
@@ -59,18 +58,17 @@ class OpenQuestion:
             how = f"{self._answer} by default, no answer"
         elif self._answer:
             how = f"{self._answer} by {self._answered_by or 'a command'}"
-        elif event.kind == "restarted":
+        elif isinstance(event, Restarted):
             how = "asked, no answer before a restart"
         self._clear()
         return how
 
 
-def _answer_word(event: Event) -> str:
+def _answer_word(event: CommandAnswered) -> str:
     """Return what a command that ended a question did to it."""
-    command, value = event.data.get("command"), event.data.get("value")
-    if command == "answer" and value in (0, 1, 2):
-        return _ANSWERS[int(value)]
-    return clean_and_shorten(f"answered with {command}", 40)
+    if event.command == "answer" and event.value in (0, 1, 2):
+        return _ANSWERS[int(event.value)]
+    return clean_and_shorten(f"answered with {event.command}", 40)
 
 
 def _proposed_action(raw: Any) -> str:

@@ -15,22 +15,27 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from guardrail.core.events.decisions import (
+    OPEN,
+    IncidentChanged,
+    RolledBack,
+    Skipped,
+    Undone,
+    VerdictGiven,
+)
 from guardrail.core.events.event import Event
-from guardrail.core.files import as_int
+from guardrail.core.events.run_state import CommandAnswered, Ended, Paused, Restarted, Resumed
 from guardrail.core.format import clean_and_shorten, format_count
 from guardrail.core.records import Action, Shown
 from guardrail.decide.advised_incidents import AdvisedIncidents
 from guardrail.decide.control_commands.pause import Pause
 from guardrail.decide.control_commands.registry import find_command
-from guardrail.decide.questions import asks
-from guardrail.rundir.run_directory import findings_of, span_of
 from guardrail.tui.model.active_factors import ActiveFactor, FactorTracker
 from guardrail.tui.model.evidence import EvidenceBuilder, JournalEvidence
 from guardrail.tui.model.incident_list import (
     IncidentList,
     IncidentNews,
     IncidentSummary,
-    incident_number,
     skipped_data,
 )
 from guardrail.tui.model.log_lines import COMMAND, INCIDENT, ROLLBACK, SKIP, LogLine, make_log_line
@@ -149,68 +154,68 @@ class StoryBuilder:
         )
 
     def _take(self, event: Event) -> None:
-        match event.kind:
-            case "verdict":
+        match event:
+            case VerdictGiven():
                 self._verdict(event)
-            case "skipped":
+            case Skipped():
                 self._skipped(event)
-            case "rollback":
+            case RolledBack():
                 self._rollback(event)
-            case "incident":
+            case IncidentChanged():
                 self._incident(event)
-            case "command":
+            case CommandAnswered():
                 self._command(event)
-            case "paused" if asks(event):
+            case Paused(is_question=True):
                 self._ask(event)
-            case "resumed":
+            case Resumed():
                 self._end_question(event)
                 self._paused_by = ""
-            case "ended":
+            case Ended():
                 self._end_question(event)
-            case "restarted":
+            case Restarted():
                 self._end_question(event)
                 self._paused_by = ""
                 self._forget_skips_after(event.step)
-            case "undo":
-                self._forget_skips_after(as_int(event.data.get("to_step"), event.step))
+            case Undone():
+                self._forget_skips_after(event.step if event.to_step is None else event.to_step)
 
     # -- incidents
 
-    def _verdict(self, event: Event) -> None:
-        action, would = _action(event.data.get("action")), _action(event.data.get("would"))
+    def _verdict(self, event: VerdictGiven) -> None:
+        action, would = _action(event.action), _action(event.would)
         advised = action in (Action.APPLY, Action.FP16_OVERFLOW)
         if action is None or (advised and would in (None, Action.APPLY)):
             return
-        at = as_int(event.data.get("at_step"), event.step)
+        at = event.step if event.at_step is None else event.at_step
         words = _ADVISED_ACTIONS.get(would, "") if advised else _ACTIONS.get(action, "")
-        news = IncidentNews(action=words, findings=findings_of(event))
-        label = self._incidents.merge(event, at, news).label
+        news = IncidentNews(action=words, findings=event.findings)
+        label = self._incidents.merge(event.incident, at, news).label
         if action is Action.SKIP:
             self._marks[SKIP][at] = label
         elif advised and label not in self._marks[INCIDENT].values():
             # nothing was done: where it would have begun
             self._marks[INCIDENT][at] = label
 
-    def _skipped(self, event: Event) -> None:
-        span = span_of(event)
-        if span is not None and span.origin == "user":
+    def _skipped(self, event: Skipped) -> None:
+        span = event.span
+        if span is not None and event.is_by_user:
             self._marks[SKIP][span.step] = ""
             return  # no incident: a user asked for it
-        if span is None and not incident_number(event):
+        if span is None and not event.incident:
             return  # neither samples nor an incident: the line of another version, or a broken one
-        self._incidents.merge(event, event.step, skipped_data(event))
+        self._incidents.merge(event.incident, event.step, skipped_data(event))
         if span is not None and span.origin == "rejected":
             self._marks[SKIP].setdefault(span.step, "")
 
-    def _rollback(self, event: Event) -> None:
-        to_step, span = as_int(event.data.get("to_step"), event.step), span_of(event)
-        if span is None and not incident_number(event) and "to_step" not in event.data:
+    def _rollback(self, event: RolledBack) -> None:
+        if event.span is None and not event.incident and event.to_step is None:
             return  # the line of another version, or a broken one
+        to_step = event.step if event.to_step is None else event.to_step
         label = ""
-        if span is None or span.origin != "user":
-            onset = as_int(event.data.get("onset"), event.step)
+        if not event.is_by_user:
+            onset = event.step if event.onset is None else event.onset
             news = replace(skipped_data(event), action=f"rolled back to {format_count(to_step)}")
-            label = self._incidents.merge(event, onset, news).label
+            label = self._incidents.merge(event.incident, onset, news).label
         self._forget_skips_after(to_step)
         self._marks[ROLLBACK][to_step] = label
 
@@ -218,23 +223,22 @@ class StoryBuilder:
         """Skips of an abandoned timeline would point at steps of the present one."""
         self._marks[SKIP] = {at: label for at, label in self._marks[SKIP].items() if at <= step}
 
-    def _incident(self, event: Event) -> None:
-        if not incident_number(event):
+    def _incident(self, event: IncidentChanged) -> None:
+        if not event.number:
             return
-        onset, state = as_int(event.data.get("onset")), event.data.get("state")
         # one that repeats keeps the step where it began at first
-        begins = onset if onset and state == "open" else None
-        is_open = state not in ("recovered", "recovered with higher loss", "accepted")
-        self._incidents.merge(event, onset or event.step, IncidentNews(step=begins, open=is_open))
+        begins = event.onset if event.onset and event.state == OPEN else None
+        news = IncidentNews(step=begins, open=not event.is_closed)
+        self._incidents.merge(event.number, event.onset or event.step, news)
 
     # -- questions and commands
 
-    def _ask(self, event: Event) -> None:
+    def _ask(self, event: Paused) -> None:
         self._question.ask(event)
         if self._incidents.find(self._question.incident) is None:
             self._question.incident = 0  # not an incident that the screen lists
         else:
-            self._incidents.merge(event, event.step, IncidentNews(answered=""))
+            self._incidents.merge(event.incident, event.step, IncidentNews(answered=""))
 
     def _end_question(self, event: Event) -> None:
         """Close the open question, if there is one: this event ends it."""
@@ -242,33 +246,30 @@ class StoryBuilder:
             incident = self._question.incident
             self._incidents.set_answer(incident, self._question.end(event))
 
-    def _command(self, event: Event) -> None:
-        applied = event.data.get("effect") == "applied"
-        identity = event.data.get("id")
-        if isinstance(identity, str):
-            self._keep_answer(identity, event, applied=applied)
-        if not applied:
+    def _command(self, event: CommandAnswered) -> None:
+        if isinstance(event.data.get("id"), str):
+            self._keep_answer(event)
+        if not event.is_applied:
             return
         self._question.take_command(event)
         self._marks[COMMAND][event.step] = _factor_label(event)
-        if event.data.get("command") == Pause.name:
-            self._paused_by = clean_and_shorten(event.data.get("who") or "", 60).partition("@")[0]
+        if event.command == Pause.name:
+            self._paused_by = clean_and_shorten(event.who or "", 60).partition("@")[0]
 
-    def _keep_answer(self, identity: str, event: Event, *, applied: bool) -> None:
-        reason = clean_and_shorten(event.data.get("reason") or "", 200)
-        self._answers.pop(identity, None)  # the newest answer stands last
-        self._answers[identity] = CommandAnswer(applied, event.step, reason)
+    def _keep_answer(self, event: CommandAnswered) -> None:
+        reason = clean_and_shorten(event.reason, 200)
+        self._answers.pop(event.id, None)  # the newest answer stands last
+        self._answers[event.id] = CommandAnswer(event.is_applied, event.step, reason)
         while len(self._answers) > _MAX_LINES:
             del self._answers[next(iter(self._answers))]
 
 
-def _factor_label(event: Event) -> str:
+def _factor_label(event: CommandAnswered) -> str:
     """Return the factor that a command set, in a few characters: "×0.5"."""
-    value = event.data.get("value")
-    command = find_command(event.data.get("command"))
-    if command is None or not command.factor or not isinstance(value, int | float):
+    command = find_command(event.command)
+    if command is None or not command.factor or event.value is None:
         return ""
-    return f"×{value:.3g}" if math.isfinite(value) else ""
+    return f"×{event.value:.3g}" if math.isfinite(event.value) else ""
 
 
 def _action(value: Any) -> Action | None:
