@@ -1,6 +1,4 @@
-"""Byte-level BPE trained once on a bounded share of the sources, cached by the content that it was
-trained on.
-"""
+"""Byte-level BPE: trained once on a part of the sources, cached by the text that it was trained on."""
 
 from __future__ import annotations
 
@@ -14,17 +12,21 @@ from guardrail.core.files import replace_file
 from trainer.data.document_reader import DocumentReader
 from trainer.data.progress import Progress
 from trainer.data.tokenizer import JsonTokenizer, load_tokenizer, split_text
+from trainer.sources.source_file import SourceFile
 
-TRAINING_BYTES = 16 << 20  # of text; more changes a vocabulary of this kind very little
-_UNFOLDS = 5  # bytes of text in a byte of a compressed file, roughly
+TRAINING_BYTES = 16 << 20  # of text; more text changes such a vocabulary very little
+_COMPRESSION = 5  # bytes of text per byte of a compressed file, roughly
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 
 
 def train_or_load(
     reader: DocumentReader, *, vocabulary: int, cache: Path, pulse: Progress
 ) -> JsonTokenizer:
-    """The tokenizer of the text that `reader` gives; trained when `cache` has none of the same text
-    and size.
+    """Return the tokenizer of the text of `reader`, from the cache if it is there.
+
+    Args:
+        vocabulary: number of token ids.
+        cache: folder; the tokenizer is found by its text and size.
     """
     pulse.begin("reading text for the tokenizer")
     texts, digest = [], hashlib.sha256(f"byte-level BPE 1, {vocabulary}".encode())
@@ -43,32 +45,43 @@ def train_or_load(
 
 
 def read_sample(reader: DocumentReader, limit: int) -> Iterator[str]:
-    """About `limit` characters, of each file in proportion to its size, from its beginning.
+    """Yield about `limit` characters: the beginning of each file, in proportion to its size.
 
-    A file earns its share and pays with its text; files that come while nothing is left are not
-    opened.
+    Each file adds its share to a budget, and each text that is read is subtracted. A file is not
+    opened while the budget is used up.
     """
-    sizes = [file.size * (_UNFOLDS if file.compression else 1) for file in reader.files]
+    sizes = [_text_bytes(file) for file in reader.files]
     share = min(1.0, limit / max(1, sum(sizes)))
-    credit = 0.0
+    budget = 0.0
     for index, size in enumerate(sizes):
-        credit += size * share
-        if credit > 0:
-            for document in reader.read_file(index):
-                for text in split_text(document.text):
-                    yield text
-                    credit -= len(text)
-                    if credit <= 0:
-                        break
-                if credit <= 0:
-                    break
+        budget += size * share
+        if budget <= 0:
+            continue
+        for text in _texts_of_file(reader, index):
+            yield text
+            budget -= len(text)
+            if budget <= 0:
+                break
+
+
+def _text_bytes(file: SourceFile) -> int:
+    """Return the size of a file, decompressed, roughly."""
+    if file.compression:
+        return file.size * _COMPRESSION
+    return file.size
+
+
+def _texts_of_file(reader: DocumentReader, index: int) -> Iterator[str]:
+    for document in reader.read_file(index):
+        yield from split_text(document.text)
 
 
 def _train(texts: list[str], vocabulary: int, pulse: Progress) -> str:
-    """The content of a tokenizer.json. Trains in a thread, so that a stop does not wait for the end
-    of it.
+    """Train a tokenizer and return the content of its tokenizer.json.
+
+    The training runs in a thread, so that a stop request need not wait for its end.
     """
-    fed = 0
+    fed = 0  # texts that the training has read
     stopped = threading.Event()
     outcome: list[str | BaseException] = []
 
@@ -90,7 +103,7 @@ def _train(texts: list[str], vocabulary: int, pulse: Progress) -> str:
     thread.start()
     try:
         while thread.is_alive():
-            # the merges come after the words: no share is known
+            # Reading the words counts as half. The share of the merges that follow is not known.
             pulse.share = 0.5 * fed / max(1, len(texts))
             pulse()
             thread.join(0.02)

@@ -1,4 +1,4 @@
-"""Builds a corpus: documents -> tokens -> samples in shards, and the index of it."""
+"""Builds a corpus: documents -> tokens -> samples in shards, and their index."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from trainer.sources.bad_records import FIELD, NO_TEXT, BadRecords
 from trainer.sources.base import ResolvedSources
 from trainer.sources.source_file import SourceFile
 
-_BATCH_CHARACTERS = 1 << 17  # encoded at once: about 0.1 s of a BPE on one core
+_BATCH_CHARACTERS = 1 << 17  # that are encoded at once: about 0.1 s of BPE on one core
 
 
 class Builder:
-    """Tokenises and packs the documents of `found` into `folder`, which exists and is empty.
+    """Tokenises the documents of `found` and packs them into `folder`, which exists and is empty.
 
     Args:
-        cache: where trained vocabularies are kept.
+        cache: folder of the trained vocabularies.
         shard_bytes: largest size of a file of tokens.
     """
 
@@ -50,10 +50,18 @@ class Builder:
         self.bad = BadRecords()
 
     def build(self, *, rebuilt: str) -> None:
-        """Raises DataError when nothing usable is left, Interrupted when asked to stop."""
+        """Build the corpus.
+
+        Args:
+            rebuilt: why the copy in the cache was not used; "": there was none.
+
+        Raises:
+            DataError: no usable document.
+            Interrupted: asked to stop.
+        """
         data = self.data
         if not self.found.files:
-            raise DataError(_nothing(data, self.found, self.found.bad))
+            raise DataError(_nothing_usable(data, self.found, self.found.bad))
         self.tokenizer = self._tokenizer()
         limit = holdout.hash_threshold(data.eval_fraction)
         self.pulse.begin("tokenizing")
@@ -88,11 +96,11 @@ class Builder:
         )
 
     def _pack(self, limit: int) -> dict[str, SplitIndex]:
-        """Tokenise everything; documents whose hash is below `limit` are held out."""
+        """Tokenise all documents; those whose hash is below `limit` are held out."""
         reader = self._reader()
         writers = {name: self._writer(name) for name in ("train", "eval")}
         self.bytes = self.tokens = 0
-        self._used = np.zeros(len(self.found.files), dtype=bool)  # files that gave a document
+        self._used = np.zeros(len(self.found.files), dtype=bool)  # files with a usable document
         try:
             for batch in _batches(reader):
                 self.pulse()
@@ -104,7 +112,7 @@ class Builder:
                 if not self._used[first:last].any():
                     self.bad.add(NO_TEXT, source, reason=f"{last - first:,} files")
             if not any(writer.documents for writer in writers.values()):
-                raise DataError(_nothing(self.data, self.found, self.bad))
+                raise DataError(_nothing_usable(self.data, self.found, self.bad))
             return {name: writer.close() for name, writer in writers.items()}
         except BaseException:
             for writer in writers.values():
@@ -129,19 +137,20 @@ class Builder:
             key = self.found.files[document.file].key
             if offset == 0:
                 origin = holdout.origin_hash(key, document.record)
-                self._into = writers["eval" if origin < limit else "train"]
+                self._into = writers["train"]
+                if origin < limit:
+                    self._into = writers["eval"]
                 self._into.begin(file=document.file, record=document.record, origin=origin)
                 self.bytes += document.bytes
                 self._used[document.file] = True
-            size = len(text) if text.isascii() else len(text.encode("utf-8"))
-            self._into.add(piece, size)
+            self._into.add(piece, _utf8_size(text))
             self.tokens += len(piece.ids)
             if offset + len(text) == len(document.text):
                 self._into.end()
                 self.tokens += 1
 
     def _better_limit(self, limit: int, splits: dict[str, SplitIndex]) -> int:
-        """Another threshold when one split is empty and need not be."""
+        """Return another threshold if a split is empty and need not be."""
         if not self.data.eval_fraction or all(split.samples for split in splits.values()):
             return limit
         hashes, tokens = [], []
@@ -165,8 +174,9 @@ class Builder:
     def _too_short(self) -> str:
         need = self.data.sequence_length + 1
         return (
-            f"the usable text in {_places(self.data)} has {self.tokens:,} tokens: not one training sample of "
-            f"data.sequence_length + 1 = {need:,} tokens\n  hint: give more text, or a shorter data.sequence_length"
+            f"the usable text in {_sources(self.data)} has {self.tokens:,} tokens: not one training "
+            f"sample of data.sequence_length + 1 = {need:,} tokens\n"
+            "  hint: give more text, or a shorter data.sequence_length"
         )
 
     def _write_index(self, splits: dict[str, SplitIndex], rebuilt: str) -> None:
@@ -199,7 +209,7 @@ class Builder:
         replace_file(self.folder / INDEX, msgspec.json.format(msgspec.json.encode(index)))
 
     def _write_names(self) -> dict[str, FileEntry]:
-        names = [_shown(file) for file in self.found.files]
+        names = [_encode_path(file) for file in self.found.files]
         replace_file(self.folder / "files.txt", b"".join(names))
         ends = np.cumsum([len(name) for name in names], dtype="<i8")
         replace_file(self.folder / "files.idx", ends.tobytes())
@@ -209,7 +219,7 @@ class Builder:
         }
 
     def _fingerprint(self, splits: dict[str, SplitIndex]) -> str:
-        """Over the tokens and what gives them their meaning: no path, no time."""
+        """Return a hash of the tokens and of what gives them their meaning; no path, no time."""
         content = {
             "format": FORMAT,
             "tokenizer": self.tokenizer.identity,
@@ -224,8 +234,9 @@ class Builder:
 
 
 def _batches(reader: DocumentReader) -> Iterator[list[tuple[Document, str, int]]]:
-    """(document, piece of its text, offset of the piece in characters), many small or a few large
-    ones at once.
+    """Yield batches of (document, piece of its text, offset of the piece in characters).
+
+    A batch has about `_BATCH_CHARACTERS` characters.
     """
     batch: list[tuple[Document, str, int]] = []
     held = 0
@@ -241,33 +252,35 @@ def _batches(reader: DocumentReader) -> Iterator[list[tuple[Document, str, int]]
         yield batch
 
 
+def _utf8_size(text: str) -> int:
+    """Return the length of a text in UTF-8, without encoding one that is ASCII."""
+    if text.isascii():
+        return len(text)
+    return len(text.encode("utf-8"))
+
+
 def _entry(path: Path) -> FileEntry:
     return FileEntry(path.name, path.stat().st_size)
 
 
-def _shown(file: SourceFile) -> bytes:
-    """A path as UTF-8; bytes that are none become backslash escapes, so that a record can carry
-    it.
-    """
-    return (
-        file.path.encode("utf-8", "surrogateescape")
-        .decode("utf-8", "backslashreplace")
-        .encode("utf-8")
-    )
+def _encode_path(file: SourceFile) -> bytes:
+    """Return a path in UTF-8; bytes that are not UTF-8 become backslash escapes."""
+    raw = file.path.encode("utf-8", "surrogateescape")
+    return raw.decode("utf-8", "backslashreplace").encode("utf-8")
 
 
-def _places(data: DataSection) -> str:
+def _sources(data: DataSection) -> str:
     return clean_text(", ".join(data.sources), 300)
 
 
-def _nothing(data: DataSection, found: ResolvedSources, bad: BadRecords) -> str:
-    """What was found, when none of it can be used."""
-    message = [f"no usable document in {_places(data)}, files read: {len(found.files):,}"]
+def _nothing_usable(data: DataSection, found: ResolvedSources, bad: BadRecords) -> str:
+    """Return the error for sources without a usable document: what was found in them."""
+    message = [f"no usable document in {_sources(data)}, files read: {len(found.files):,}"]
     message += [f"  {line}" for line in bad.lines()]
     if FIELD in bad.counts:
         message.append("  hint: data.text_field names the field of a record that holds the text")
     if found.ignored:
         kinds = ", ".join(f"{count:,} x {suffix}" for suffix, count in found.ignored.most_common(8))
-        message.append(f"  files that are no text by their suffix: {kinds}")
-        message.append("  hint: a glob takes files whatever their suffix")
+        message.append(f"  files without a suffix of text: {kinds}")
+        message.append("  hint: a glob reads files whatever their suffix")
     return "\n".join(message)

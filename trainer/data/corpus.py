@@ -1,6 +1,6 @@
 """A prepared corpus, memory-mapped: samples by id, and the documents that a sample was cut from.
 
-Opening costs the same for a thousand samples and for a billion.
+The time to open it does not depend on the number of samples.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class CorpusReport(msgspec.Struct, frozen=True, kw_only=True):
     """What was made of the sources.
 
     Attributes:
-        documents, bytes, tokens: of all usable documents, both splits, EOS included.
-        bad: kind of bad record -> how many; named: kind -> the first few, "PATH:LINE (what is
-        wrong)".
-        rebuilt: why an older copy in the cache was not used, "" if there was none.
+        documents, bytes, tokens: of all usable documents in both splits; EOS tokens count.
+        bad: kind of bad record -> how many.
+        named: kind of bad record -> the first ones, "PATH:LINE (what is wrong)".
+        rebuilt: why the copy in the cache was not used; "": there was none.
     """
 
     documents: int
@@ -40,14 +40,16 @@ class CorpusReport(msgspec.Struct, frozen=True, kw_only=True):
     rebuilt: str = ""
 
     def lines(self) -> list[str]:
-        """One line a fact, for a person."""
+        """Return one line per fact, for the user."""
         lines = [f"{self.documents:,} documents, {self.bytes:,} bytes, {self.tokens:,} tokens"]
-        lines += [f"passed over {line}" for line in BadRecords(self.bad, self.named).lines()]
-        return lines + ([f"tokenised again: {self.rebuilt}"] if self.rebuilt else [])
+        lines += [f"skipped {line}" for line in BadRecords(self.bad, self.named).lines()]
+        if self.rebuilt:
+            lines.append(f"tokenised again: {self.rebuilt}")
+        return lines
 
 
 class CorpusIndex(msgspec.Struct, frozen=True, kw_only=True):
-    """corpus.json; written last."""
+    """The content of corpus.json, which is written last."""
 
     format: int
     fingerprint: str
@@ -59,17 +61,23 @@ class CorpusIndex(msgspec.Struct, frozen=True, kw_only=True):
     sequence_length: int
     eval_fraction: float
     splits: dict[str, SplitIndex]
-    # "names": the paths, one after another; "ends": int64 end of each; the tokenizer
+    # "names": the paths, one after another; "ends": int64 end of each path; "tokenizer".
     files: dict[str, FileEntry]
     report: CorpusReport
 
 
 class Corpus:
-    """Attributes:
-    path: its folder. fingerprint: SHA-256 of the tokens in their shards and of the settings that
-    made them; the same on every machine. vocabulary: size of the embedding that the ids need.
-    `eos`, `pad`: special ids; `pad` may be None. sequence_length: tokens that a model sees of a
-    sample. train, eval: the splits; `eval` may be empty. report: documents, tokens and bad records.
+    """Samples of a training and an evaluation split, in shards on disk.
+
+    Attributes:
+        path: its folder.
+        fingerprint: SHA-256 of the tokens and of the settings that made them; the same on every
+            machine.
+        vocabulary: size of the embedding that the ids need.
+        eos, pad: special ids; `pad` may be None.
+        sequence_length: tokens of a sample.
+        train, eval: the splits; `eval` may be empty.
+        report: documents, tokens and bad records.
     """
 
     def __init__(self, path: Path, index: CorpusIndex) -> None:
@@ -81,10 +89,12 @@ class Corpus:
 
     @classmethod
     def open(cls, path: str | Path) -> Corpus:
-        """Raises DataError when something is missing or has another size than its index says."""
+        """Return the corpus of a folder. Raises DataError if a file is missing or has a wrong size."""
         index, damage = inspect_corpus(Path(path))
         if index is None:
-            raise DataError(f"{path}: not a usable corpus ({damage})")
+            raise DataError(
+                f"{path}: not a usable corpus ({damage})\n  hint: delete the folder; it is built again"
+            )
         return cls(Path(path), index)
 
     @cached_property
@@ -96,15 +106,19 @@ class Corpus:
         return id_dtype(self.vocabulary)
 
     def split_index(self, name: str) -> SplitIndex:
+        """Return the index of the split "train" or "eval"."""
         return self._index.splits[name]
 
     def file_name(self, number: int) -> str:
+        """Return the path of a source file."""
         ends, names = self._file_names
-        first = int(ends[number - 1]) if number else 0
+        first = 0
+        if number:
+            first = int(ends[number - 1])
         return bytes(names[first : int(ends[number])]).decode("utf-8")
 
     def file_number(self, name: str) -> int:
-        """Raises KeyError."""
+        """Return the number of the source file with this path. Raises KeyError."""
         ends, names = self._file_names
         wanted = name.encode("utf-8", "backslashreplace")
         lengths = np.diff(ends, prepend=0)
@@ -138,11 +152,14 @@ class Split:
 
     @property
     def token_count(self) -> int:
-        """Tokens of the split that stand in samples."""
+        """Tokens of the split that belong to samples."""
         return self._index.tokens
 
     def tokens(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Sample ids [B] -> tokens [B, sequence_length + 1], int64. Raises IndexError."""
+        """Return the tokens of samples: ids [B] -> int64 [B, sequence_length + 1].
+
+        Raises IndexError for an id that does not exist.
+        """
         ids = np.asarray(samples, dtype=np.int64).reshape(-1)
         if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
             raise IndexError(f"sample ids {ids.min()}..{ids.max()} of a split of {len(self)}")
@@ -154,71 +171,67 @@ class Split:
         return rows
 
     def documents(self, sample: int) -> list[DocumentRef]:
-        """The documents of one sample in their order, each with the bytes that the sample holds of
-        it.
+        """Return the documents of a sample in order, each with its bytes that the sample holds.
 
-        The span of a token that is a part of a character is that of the whole character.
+        A token that is part of a character has the byte span of that character.
         """
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of a split of {len(self)}")
         # stream positions, `last` included
         first, last = sample * self._length, (sample + 1) * self._length
-        begin, end = (
-            int(np.searchsorted(self._column("start"), at, "right")) - 1 for at in (first, last)
-        )
+        begin, end = self._document_at(first), self._document_at(last)
         cut = self._column("cut")
         refs = []
         for document in range(begin, end + 1):
-            first_byte = int(cut[2 * sample]) if document == begin else 0
-            last_byte = (
-                int(cut[2 * sample + 3])
-                if document == end
-                else int(self._column("bytes")[document])
-            )
-            if first_byte < last_byte:  # else the sample has nothing but its EOS
+            first_byte, last_byte = 0, int(self._column("bytes")[document])
+            if document == begin:
+                first_byte = int(cut[2 * sample])
+            if document == end:
+                last_byte = int(cut[2 * sample + 3])
+            if first_byte < last_byte:  # else the sample holds only its EOS
                 refs.append(self._ref(document, first_byte, last_byte))
         return refs
+
+    def _document_at(self, position: int) -> int:
+        """Return the document that holds a position of the stream."""
+        return int(np.searchsorted(self._column("start"), position, "right")) - 1
 
     def documents_of(
         self, samples: Iterable[int], *, limit: int | None = MAX_NAMED
     ) -> tuple[list[DocumentRef], int]:
-        """The documents of many samples, stretches that touch joined; the first `limit`, and how
-        many there are.
+        """Return the documents of samples, adjacent ranges of one document joined.
+
+        Returns:
+            The first `limit` of them, and how many there are.
         """
         refs: list[DocumentRef] = []
         for sample in sorted(set(samples)):
             for ref in self.documents(sample):
-                last = refs[-1] if refs else None
-                same = last is not None and (last.path, last.record) == (ref.path, ref.record)
-                if (
-                    last is not None
-                    and same
-                    and last.first_byte <= ref.first_byte <= last.last_byte
-                ):
-                    refs[-1] = msgspec.structs.replace(
-                        last, last_byte=max(last.last_byte, ref.last_byte)
-                    )
+                if refs and _touch(refs[-1], ref):
+                    last_byte = max(refs[-1].last_byte, ref.last_byte)
+                    refs[-1] = msgspec.structs.replace(refs[-1], last_byte=last_byte)
                 else:
                     refs.append(ref)
         return refs[:limit], len(refs)
 
     def excerpt(self, what: int | DocumentRef, limit: int = 200) -> str:
-        """The beginning of a sample, or of a stretch of a document, as the model met it: one clean
-        line.
+        """Return the beginning of a sample, or of a range of a document, as one clean line.
 
-        Comes from the shards, so it needs no source file. Raises KeyError for a document that is
-        not of this split.
+        The text comes from the shards, so no source file is needed.
+
+        Raises:
+            KeyError: the document is not of this split.
         """
         from guardrail.core.text import clean_text
 
-        # clean() takes characters out, and a character may take four tokens
+        # clean_text removes characters, and a character may take four tokens.
         wanted = 4 * limit + 16
         if isinstance(what, int):
-            return clean_text(self._corpus.tokenizer.decode(self.tokens([what])[0][:wanted]), limit)
-        first, last = self._positions(what)
-        return clean_text(
-            self._corpus.tokenizer.decode(self._stream(first, min(last, first + wanted))), limit
-        )
+            tokens = self.tokens([what])[0][:wanted]
+        else:
+            first, last = self._positions(what)
+            tokens = self._stream(first, min(last, first + wanted))
+        return clean_text(self._corpus.tokenizer.decode(tokens), limit)
 
     def _ref(self, document: int, first_byte: int, last_byte: int) -> DocumentRef:
         path = self._corpus.file_name(int(self._column("file")[document]))
@@ -226,57 +239,66 @@ class Split:
         return DocumentRef(path=path, record=record, first_byte=first_byte, last_byte=last_byte)
 
     def _find(self, ref: DocumentRef) -> int:
-        """Documents stand in the order of their files, and in that of their lines within one."""
-        file = self._corpus.file_number(ref.path)
-        first, last = (
-            int(np.searchsorted(self._column("file"), file, side)) for side in ("left", "right")
-        )
+        """Return the number of a document.
+
+        Documents are in the order of their files, and of their lines within a file.
+        """
+        file, files = self._corpus.file_number(ref.path), self._column("file")
+        first = int(np.searchsorted(files, file, "left"))
+        last = int(np.searchsorted(files, file, "right"))
         document = first + int(np.searchsorted(self._column("record")[first:last], ref.record))
         if document >= last or self._column("record")[document] != ref.record:
             raise KeyError(str(ref))
         return document
 
     def _positions(self, ref: DocumentRef) -> tuple[int, int]:
-        """The stretch of the stream that `documents` gave `ref` for: it ends at a sample's boundary
-        or its EOS.
+        """Return the stream positions [first, last) for which `documents` returned `ref`.
+
+        They end at the boundary of a sample or at the document's EOS.
         """
         document = self._find(ref)
-        first, last = (
-            self._position(document, byte) for byte in (ref.first_byte, ref.last_byte - 1)
-        )
+        first = self._position(document, ref.first_byte)
+        last = self._position(document, ref.last_byte - 1)
         boundary, inside = divmod(last, self._length)
         if not inside and self._column("cut")[2 * boundary + 1] == ref.last_byte:
             return first, last + 1
         return first, self._end(document) - 1
 
     def _position(self, document: int, byte: int) -> int:
-        """The last known stream position at or before a byte of a document: its start, or a
-        sample's boundary.
+        """Return the last known stream position at or before a byte of a document.
+
+        Known are the start of the document and the boundaries of samples.
         """
         start = int(self._column("start")[document])
         first = -(-start // self._length)  # the first boundary inside
         last = min((self._end(document) - 1) // self._length, len(self))
         starts = self._column("cut")[2 * first : 2 * last + 2 : 2]
         before = int(np.searchsorted(starts, byte, "right"))
-        return (first + before - 1) * self._length if before else start
+        if not before:
+            return start
+        return (first + before - 1) * self._length
 
     def _end(self, document: int) -> int:
+        """Return the stream position after a document."""
         starts = self._column("start")
-        return int(starts[document + 1]) if document + 1 < len(starts) else self.token_count
+        if document + 1 < len(starts):
+            return int(starts[document + 1])
+        return self.token_count
 
     def _stream(self, first: int, last: int) -> np.ndarray:
-        """Tokens [first, last) of the stream; what has been dropped at its end is missing."""
+        """Return the tokens [first, last) of the stream, without those that fill no sample."""
         last = min(last, self.token_count)
         if first >= last:
             return np.empty(0, dtype=np.int64)
-        # The very last token is a label of the last sample and no sample's first.
-        begin, end = (min(len(self) - 1, at // self._length) for at in (first, last - 1))
+        # The very last token is a label of the last sample, and the first of none.
+        begin = min(len(self) - 1, first // self._length)
+        end = min(len(self) - 1, (last - 1) // self._length)
         rows = self.tokens(range(begin, end + 1))
         flat = np.concatenate([rows[:, :-1].reshape(-1), rows[-1, -1:]])
         return flat[first - begin * self._length : last - begin * self._length]
 
     def _shard(self, number: int) -> np.ndarray:
-        """A shard as [samples, sequence_length + 1], without a copy: rows overlap by one token."""
+        """Return a shard as [samples, sequence_length + 1]: a view whose rows share one token."""
         if number not in self._shards:
             flat = _mapped(self._corpus.path, self._index.shards[number], self._corpus.dtype.str)
             windows = np.lib.stride_tricks.sliding_window_view(flat, self._length + 1)
@@ -289,9 +311,17 @@ class Split:
         return self._columns[name]
 
 
+def _touch(one: DocumentRef, following: DocumentRef) -> bool:
+    """Return whether two ranges of bytes are of one document and touch or overlap."""
+    if (one.path, one.record) != (following.path, following.record):
+        return False
+    return one.first_byte <= following.first_byte <= one.last_byte
+
+
 def _mapped(folder: Path, entry: FileEntry, dtype: str) -> np.ndarray:
-    """A plain array over the memory map: every access to a np.memmap would build a Python
-    object.
+    """Return an array over a memory-mapped file.
+
+    It is no np.memmap, since every access to one builds a Python object.
     """
     if not entry.bytes:
         return np.empty(0, dtype=dtype)
@@ -299,19 +329,21 @@ def _mapped(folder: Path, entry: FileEntry, dtype: str) -> np.ndarray:
 
 
 def inspect_corpus(path: Path) -> tuple[CorpusIndex | None, str]:
-    """(index, "") of a usable corpus, else (None, what is wrong with it). Reads no tokens."""
+    """Return (index, "") of a usable corpus, else (None, what is wrong). Reads no tokens."""
     try:
         index = msgspec.json.decode((path / INDEX).read_bytes(), type=CorpusIndex)
     except FileNotFoundError:
-        return None, f"no {INDEX}" if path.exists() else "no such folder"
+        if not path.exists():
+            return None, "no such folder"
+        return None, f"no {INDEX}"
     except (OSError, msgspec.DecodeError) as error:
         return None, f"{INDEX}: {error}"
     if index.format != FORMAT:
         return None, f"format {index.format} instead of {FORMAT}"
-    for entry in [
-        *index.files.values(),
-        *(entry for split in index.splits.values() for entry in split.files),
-    ]:
+    entries = list(index.files.values())
+    for split in index.splits.values():
+        entries += split.files
+    for entry in entries:
         try:
             size = (path / entry.name).stat().st_size
         except OSError as error:

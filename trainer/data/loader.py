@@ -1,12 +1,11 @@
-"""The rows of a batch that belong to this rank, as micro-batches of a constant shape, read ahead by
-one thread.
+"""The rows of a batch that belong to this rank, as micro-batches of a constant shape.
 
-Which row goes where: with M = `micro_batch_size` and W ranks, row g of the global batch belongs to
-micro-batch m = g // (M W) of rank r = (g // M) % W. So the ranks' m-th micro-batches stand side by
-side in the order, and the global batch is the same set of samples whatever W is.
+With M = `micro_batch_size` and W ranks, row g of the global batch belongs to micro-batch
+m = g // (M W) of rank r = (g // M) % W. The m-th micro-batches of the ranks are therefore
+consecutive in the sample order, and the global batch has the same samples for every W.
 
-A batch that is shorter than the others (the end of the data) is filled up with rows whose labels
-are all ignored.
+A shorter batch, at the end of the data, is filled up with rows whose labels are all ignored. One
+thread reads the next batch ahead.
 """
 
 from __future__ import annotations
@@ -27,10 +26,9 @@ class MicroBatch:
 
     Attributes:
         tokens: int64 [micro_batch_size, sequence_length].
-        labels: int64 [micro_batch_size, sequence_length]; labels[b, t] is the token behind
-            tokens[b, t], or `IGNORED` for padding and in rows that only fill up.
-        position: of its first sample in the order; the end of the batch if it holds no sample at
-        all.
+        labels: int64 [micro_batch_size, sequence_length]; labels[b, t] is the token after
+            tokens[b, t], or `IGNORED` for padding and in rows that fill up the batch.
+        position: of its first sample in the order; the end of the batch if it has no sample.
         sample_ids: of its real rows; fewer than micro_batch_size only in a short batch.
         extra: further arguments of the model by name, int64; see trainer.objectives.examples.
     """
@@ -43,18 +41,21 @@ class MicroBatch:
 
     @property
     def label_count(self) -> int:
-        """Labels that count."""
+        """Number of labels that count."""
         return int(np.count_nonzero(self.labels != IGNORED))
 
 
 class Loader:
-    """Args:
-    split: the samples.
-    pad: token id that is ignored as a label, None: none.
-    world, rank: of the data-parallel group.
-    micro_batches: of one rank in one batch; micro_batch_size: rows of each.
-    objective: what is made of a sample; None: each next token.
-    growing: smaller batches have fewer micro-batches, instead of filled up ones.
+    """Reads the micro-batches of one rank.
+
+    Args:
+        split: the samples.
+        pad: token id that is ignored as a label; None: none.
+        world, rank: of the data-parallel group.
+        micro_batches: of one rank in one batch.
+        micro_batch_size: rows of a micro-batch.
+        objective: makes inputs and labels of a sample; None: the label is the next token.
+        growing: whether a smaller batch has fewer micro-batches; else it is filled up.
     """
 
     def __init__(
@@ -82,9 +83,7 @@ class Loader:
         return self.world * self.micro_batches * self.micro_batch_size
 
     def load(self, batch: Batch) -> list[MicroBatch]:
-        """This rank's micro-batches of `batch`: read ahead if `prefetch` was told so, else read
-        now.
-        """
+        """Return this rank's micro-batches of `batch`, from `prefetch` if it has read this one."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             key, future = ahead
@@ -94,18 +93,16 @@ class Loader:
         return self._read(batch)
 
     def read(self, batch: Batch) -> list[MicroBatch]:
-        """This rank's micro-batches of any batch; what is being read ahead stays what it is."""
+        """Return this rank's micro-batches of any batch; `prefetch` is not affected."""
         return self._read(batch)
 
     def row_positions(self, batch: Batch, number: int) -> tuple[int, ...]:
-        """Positions of the real rows of this rank's micro-batch `number`."""
+        """Return the positions of the real rows of this rank's micro-batch `number`."""
         first = (number * self.world + self.rank) * self.micro_batch_size
         return batch.positions[first : first + self.micro_batch_size]
 
     def prefetch(self, batch: Batch) -> None:
-        """Begin to read the batch that will probably be next. A wrong guess costs nothing but the
-        reading.
-        """
+        """Begin to read the batch that will probably be next. `load` works with any other too."""
         if self._ahead is not None:
             key, future = self._ahead
             if key == _key(batch):
@@ -116,7 +113,7 @@ class Loader:
         self._ahead = _key(batch), self._thread.submit(self._read, batch)
 
     def close(self) -> None:
-        """End the thread. The loader can still be used; it starts another one then."""
+        """End the thread. A later `prefetch` starts another one."""
         self._ahead = None
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
@@ -125,10 +122,12 @@ class Loader:
     def _read(self, batch: Batch) -> list[MicroBatch]:
         if len(batch.samples) > self.batch_size:
             raise ValueError(
-                f"a batch of {len(batch.samples)} samples for a loader of {self.batch_size}"
+                f"a batch has {len(batch.samples)} samples: this loader reads at most {self.batch_size}"
             )
         needed = -(-len(batch.samples) // (self.world * self.micro_batch_size))
-        count = needed if self.growing else self.micro_batches
+        count = self.micro_batches
+        if self.growing:
+            count = needed
         return [self._micro_batch(batch, number) for number in range(count)]
 
     def _micro_batch(self, batch: Batch, number: int) -> MicroBatch:
@@ -141,16 +140,18 @@ class Loader:
         labels = _filled(made.labels, missing, IGNORED)
         if self.pad is not None:
             labels[labels == self.pad] = IGNORED
-        position = positions[0] if ids else batch.last
+        position = batch.last
+        if ids:
+            position = positions[0]
         extra = {name: _filled(array, missing, 0) for name, array in made.extra.items()}
         return MicroBatch(tokens, labels, position, tuple(ids), extra)
 
 
 def _filled(array: np.ndarray, missing: int, value: int) -> np.ndarray:
-    """A copy with `missing` more rows of one value."""
+    """Return a copy with `missing` more rows of one value."""
     return np.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)], constant_values=value)
 
 
 def _key(batch: Batch) -> object:
-    """What the rows and their positions depend on: a predicted batch may be wrong in the rest."""
+    """Return what the rows depend on; other fields of a predicted batch may be wrong."""
     return batch.samples, batch.positions, batch.last

@@ -1,9 +1,8 @@
-"""How nodes wait for each other's corpus before their ranks meet.
+"""How nodes wait for each other's corpus before their ranks join a process group.
 
 Each node prepares its own text, and one may need hours longer than another. A process group cannot
-be waited in for so long: its timeout is that of a step. So the first rank of each node writes a
-small file into the run directory, and all ranks wait until those of all nodes say that the corpus
-is ready.
+wait that long: its timeout is that of a step. So the first rank of each node writes a small file
+into the run directory. All ranks wait until the files of all nodes report a corpus.
 """
 
 from __future__ import annotations
@@ -23,17 +22,18 @@ from guardrail.rundir.heartbeat import this_start
 from guardrail.rundir.run_directory import RunDirectory
 
 POLL_SECONDS = 0.2
-# between two reports of the progress of a node: each is a file that all nodes read
+# Between two progress reports of a node. Each is a file that all nodes read.
 REPORT_SECONDS = 5.0
 
 
 class NodeReport(Record, frozen=True, kw_only=True):
-    """What a node says of its set-up.
+    """The state of a node's set-up.
 
     Attributes:
-        ready: its corpus is there.
-        text: what it does; changes as long as it gets ahead.
-        stopped, failed: there will be no corpus: asked to stop; why it cannot be made.
+        ready: whether its corpus exists.
+        text: what it does; changes as long as there is progress.
+        stopped: whether it was asked to stop; there will be no corpus.
+        failed: why there will be no corpus; "": nothing has failed.
     """
 
     ready: bool = False
@@ -43,12 +43,12 @@ class NodeReport(Record, frozen=True, kw_only=True):
 
 
 class NodesReady:
-    """The meeting of one start of the ranks.
+    """Waits for the corpus of all nodes, once for each start of the ranks.
 
     Args:
         run: the run directory, on a file system that all nodes share.
-        nodes: how many there are.
-        node: which one this is, from 0.
+        nodes: number of nodes.
+        node: number of this one, from 0.
     """
 
     def __init__(self, run: RunDirectory, *, nodes: int, node: int) -> None:
@@ -58,17 +58,17 @@ class NodesReady:
         self._reported = 0.0
 
     def report_progress(self, text: str) -> None:
-        """Say how far this node is; for its first rank, as often as it likes."""
+        """Report the progress of this node. For its first rank; written every 5 s at most."""
         if time.monotonic() - self._reported >= REPORT_SECONDS:
             self._reported = time.monotonic()
             self._write(NodeReport(text=text))
 
     def read_progress(self) -> str:
-        """What the first rank of this node has reported last; for its other ranks."""
+        """Return the last report of this node's first rank; for its other ranks."""
         return self._read(self._node).text
 
     def set_ready(self) -> None:
-        """Say that the corpus of this node is there; for its first rank."""
+        """Report that the corpus of this node exists; for its first rank."""
         self._write(NodeReport(ready=True))
         if self._node == 0:
             for older in self._folder.parent.iterdir():
@@ -76,22 +76,24 @@ class NodesReady:
                     shutil.rmtree(older, ignore_errors=True)
 
     def set_failed(self, error: GuardrailError) -> None:
-        """Say that there will be no corpus on this node; for its first rank."""
-        stopped = isinstance(error, Interrupted)
-        self._write(NodeReport(stopped=stopped, failed="" if stopped else str(error)))
+        """Report that there will be no corpus on this node; for its first rank."""
+        if isinstance(error, Interrupted):
+            self._write(NodeReport(stopped=True))
+        else:
+            self._write(NodeReport(failed=str(error)))
 
     def wait_for_all(
         self, *, stop: Callable[[], bool], seconds: float, alive: Callable[[str], None]
     ) -> None:
-        """Until every node is ready.
+        """Wait until every node has its corpus.
 
         Args:
-            stop: true when a node will never be.
-            seconds: how long nothing may change.
-            alive: told what is waited for whenever something has changed.
+            stop: returns whether to stop waiting.
+            seconds: the longest time without any progress.
+            alive: called with what is waited for, after each change.
 
         Raises:
-            Interrupted: `stop` said so, or a node was stopped.
+            Interrupted: `stop` returned true, or a node was stopped.
             DataError: a node cannot make its corpus, or nothing has changed for `seconds`.
         """
         known: dict[int, NodeReport] = {}
@@ -109,11 +111,12 @@ class NodesReady:
                     raise DataError(f"node {node}: {report.failed}")
             if stop() or any(report.stopped for report in reports.values()):
                 raise Interrupted(
-                    "asked to stop while another node prepared its text; nothing was trained"
+                    "asked to stop while another node prepares its text; nothing was trained"
                 )
             if time.monotonic() - changed > seconds:
                 raise DataError(
-                    f"node {missing[0]} has not prepared its text: no progress for {seconds:.0f} s"
+                    f"node {missing[0]} has no corpus and made no progress for {seconds:.0f} s\n"
+                    "  hint: see the log of its first rank, or raise launch.setup_timeout"
                 )
             time.sleep(POLL_SECONDS)
 
@@ -131,5 +134,5 @@ class NodesReady:
 
 
 def node_of_this_rank() -> int:
-    """Which node this rank stands on, as torch elastic counts them."""
+    """Return the number of this rank's node, as torch elastic counts them."""
     return int(os.environ.get("GROUP_RANK", "0"))

@@ -1,8 +1,8 @@
-"""Sources -> a corpus in the cache: found again, waited for, or built and committed by one rename.
+"""Sources -> a corpus in the cache: found there, waited for, or built and committed by one rename.
 
-CACHE/NAME/          a corpus; NAME is a fingerprint of the sources as they lie on disk and of the settings
+CACHE/NAME/          a corpus; NAME is a hash of the settings and of the source files (no content)
 CACHE/NAME.lock      held by the process that builds it
-CACHE/NAME.tmp-PID/  half-built; nobody ever reads it
+CACHE/NAME.tmp-PID/  an unfinished corpus; it is never read
 CACHE/tokenizers/    trained BPE vocabularies
 """
 
@@ -34,7 +34,7 @@ _POLL_SECONDS = 0.05
 
 
 def cache_folder(data: DataSection) -> Path:
-    """`[data] cache`, else $XDG_CACHE_HOME/guardrail, else ~/.cache/guardrail."""
+    """Return data.cache, else $XDG_CACHE_HOME/guardrail, else ~/.cache/guardrail."""
     if data.cache:
         return Path(os.path.abspath(os.path.expanduser(data.cache)))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guardrail"
@@ -43,18 +43,18 @@ def cache_folder(data: DataSection) -> Path:
 def prepare_corpus(
     data: DataSection, *, progress: ReportProgress, stop: Stop, shard_bytes: int = SHARD_BYTES
 ) -> Path:
-    """The folder of the corpus that `data` describes; built when the cache does not have it.
+    """Return the folder of the corpus that `data` describes; build it if the cache does not have it.
 
     Any number of processes may call this at once: one builds, the others wait for it.
 
     Args:
-        progress: called with (what is being done, share done in [0, 1]) a few times a second.
-        stop: polled every few milliseconds; true ends the work at once.
+        progress: called with (what is done, share that is done) a few times per second.
+        stop: called every few milliseconds; true ends the work at once.
         shard_bytes: largest size of a file of tokens.
 
     Raises:
-        DataError: nothing usable in the sources, or a cache that cannot be written.
-        Interrupted: `stop` said so. Nothing half-built stays behind.
+        DataError: no usable document in the sources, or a cache that cannot be written.
+        Interrupted: `stop` returned true. No unfinished corpus is left.
     """
     pulse = Progress(progress, stop)
     found = discover(data.sources, pulse)
@@ -66,11 +66,13 @@ def prepare_corpus(
         with _locked(folder, pulse):
             index, damage = inspect_corpus(folder)
             if index is None:
-                _build(data, found, folder, damage if folder.exists() else "", pulse, shard_bytes)
+                if not folder.exists():
+                    damage = ""
+                _build(data, found, folder, damage, pulse, shard_bytes)
     except OSError as error:
         raise DataError(
             f"cannot write the cache {folder.parent}: {error.strerror or error}\n"
-            "  hint: name another folder in data.cache"
+            "  hint: set data.cache to another folder"
         ) from error
     return folder
 
@@ -81,13 +83,15 @@ prepare = prepare_corpus  # its old name
 def wait_for_corpus(
     data: DataSection, *, stop: Stop, seconds: float, builder: Callable[[], object] = lambda: None
 ) -> Path:
-    """The folder of the corpus that another process builds with `prepare`; for the ranks that do
-    not build.
+    """Wait for the corpus that another process builds with `prepare_corpus`; return its folder.
 
     Args:
-        builder: how far the other process is; as long as this changes, the wait begins anew.
+        seconds: the longest time without progress of the other process.
+        builder: returns its progress; any value that changes.
 
-    Raises DataError after `seconds`, Interrupted when `stop` says so.
+    Raises:
+        DataError: no corpus and no progress for `seconds`.
+        Interrupted: `stop` returned true.
     """
     pulse = Progress(lambda text, share: None, stop, "waiting for the corpus")
     folder = cache_folder(data) / _name(data, discover(data.sources, pulse))
@@ -100,14 +104,15 @@ def wait_for_corpus(
             reached, since = now, time.monotonic()
         if time.monotonic() - since >= seconds:
             raise DataError(
-                f"no corpus after {seconds:.0f} s of waiting for the process that builds it: {folder}: {damage}"
+                f"no corpus in {folder} ({damage}): the process that builds it made no progress for "
+                f"{seconds:.0f} s\n  hint: see the log of rank 0, or raise launch.setup_timeout"
             )
         pulse()
         time.sleep(_POLL_SECONDS)
 
 
 def _name(data: DataSection, found: ResolvedSources) -> str:
-    """32 hex digits over all that the corpus depends on."""
+    """Return the name of a corpus: 32 hex digits of a hash of everything that it depends on."""
     tokenizer = data.tokenizer
     if tokenizer == "bpe":
         tokenizer = f"bpe {data.vocabulary}"
@@ -136,9 +141,7 @@ def _name(data: DataSection, found: ResolvedSources) -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path, pulse: Progress) -> Iterator[None]:
-    """Holds the lock of a corpus. The file stays: deleting it would race with the next process to
-    take it.
-    """
+    """Hold the lock of a corpus. Its file is kept: another process may wait for it already."""
     descriptor = os.open(
         folder.with_name(folder.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
     )
@@ -164,10 +167,10 @@ def _build(
     pulse: Progress,
     shard_bytes: int,
 ) -> None:
-    """Build into a temporary folder and rename. Called with the lock held."""
+    """Build a corpus in a temporary folder and rename it. Called with the lock held."""
     if damage:
         print(
-            f"guardrail: the corpus in {folder} is damaged ({damage}): tokenising again",
+            f"guardrail: the corpus in {folder} is damaged ({damage}); it is tokenised again",
             file=sys.stderr,
         )
     for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):

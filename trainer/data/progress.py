@@ -1,4 +1,4 @@
-"""How long work stays interruptible and says how far it is."""
+"""Work that can be interrupted and reports its progress."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from guardrail.core.errors import Interrupted
 
-ReportProgress = Callable[[str, float], None]  # (what is being done, share done in [0, 1])
+ReportProgress = Callable[[str, float], None]  # (what is done, share that is done in [0, 1])
 Stop = Callable[[], bool]
 
 REPORT_SECONDS = 0.25
@@ -15,9 +15,13 @@ POLL_SECONDS = 0.002
 
 
 class Progress:
-    """Called from every inner loop: polls `stop`, and passes `share` on a few times a second.
+    """Called from every inner loop: polls `stop`, and reports `share` a few times per second.
 
     Raises Interrupted as soon as `stop()` is true.
+
+    Attributes:
+        text: what is done.
+        share: of it that is done, in [0, 1]; set by the work.
     """
 
     def __init__(
@@ -28,6 +32,7 @@ class Progress:
         self.text, self.share = text, 0.0
 
     def begin(self, text: str) -> None:
+        """Begin another part of the work, at share 0."""
         self.text, self.share, self._reported = text, 0.0, 0.0
         self()
 

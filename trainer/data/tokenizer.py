@@ -1,8 +1,8 @@
 """Text <-> token ids: raw bytes, a BPE trained on the sources, or a tokenizer.json.
 
-A long text is encoded in pieces cut at line ends, so that one huge document neither blocks a stop
-nor takes a multiple of its size in memory. A piece is the unit of meaning: `encode` gives the same
-ids on every way to them.
+A long text is cut at line ends and encoded in pieces. A huge document therefore does not delay a
+stop request, and does not take a multiple of its size in memory. The ids of a text are those of its
+pieces, whichever method encodes it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Encoded:
     Attributes:
         ids: token ids, one-dimensional.
         spans: positions in `ids` [k] -> byte spans [k, 2] (first, last) within the piece. A token
-            that is a part of a character has the span of the whole character.
+            that is part of a character has the span of that character.
     """
 
     ids: np.ndarray
@@ -54,13 +54,15 @@ class Encoded:
 
 
 class Tokenizer(ABC):
-    """Attributes:
-    name: what `[data] tokenizer` says.
-    identity: what the ids depend on, as a string; equal identities give equal ids.
-    vocabulary: number of ids, special ones and holes included.
-    eos: id that ends each document.
-    pad: id that is ignored as a label, None if there is none.
-    content: of the tokenizer.json, "" if there is none.
+    """Converts text to token ids and back.
+
+    Attributes:
+        name: value of `data.tokenizer`.
+        identity: what the ids depend on; equal identities give equal ids.
+        vocabulary: number of ids, with special ones and unused ones.
+        eos: id that ends each document.
+        pad: id that is ignored as a label; None: there is none.
+        content: of the tokenizer.json; "": there is none.
     """
 
     name: str
@@ -75,50 +77,60 @@ class Tokenizer(ABC):
         return id_dtype(self.vocabulary)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of `text`, without special tokens: one-dimensional, `dtype`."""
-        return np.concatenate(
-            [e.ids for e in self.encode_pieces(list(split_text(text)))] or [np.empty(0, self.dtype)]
-        )
+        """Return the ids of `text`, without special tokens: one-dimensional, of `dtype`."""
+        pieces = self.encode_pieces(list(split_text(text)))
+        if not pieces:
+            return np.empty(0, self.dtype)
+        return np.concatenate([piece.ids for piece in pieces])
 
     @abstractmethod
     def encode_pieces(self, texts: Sequence[str]) -> list[Encoded]:
-        """Each text of at most `PIECE` characters on its own."""
+        """Encode texts of at most `PIECE` characters, each by itself."""
 
     @abstractmethod
     def decode(self, ids: np.ndarray) -> str:
-        """The text of the ids; special tokens are left out, wrong UTF-8 becomes U+FFFD."""
+        """Return the text of ids, without special tokens; wrong UTF-8 becomes U+FFFD."""
 
     def spell_token(self, token: int) -> str:
-        """One token for a person: its text, else its name; a byte that is no text by itself as
-        <0xE2>. "": no token.
+        """Return a token as text for the user; "" for an id that is no token.
+
+        A special token is given by its name, a byte that is no complete character as <0xE2>.
         """
         text = self.decode(np.array([token]))
-        return text if text and "\ufffd" not in text else self._name(token)
+        if text and "\ufffd" not in text:
+            return text
+        return self._name(token)
 
     @abstractmethod
     def _name(self, token: int) -> str:
-        """Of a token that stands for no text of its own; "" for an id that is none."""
+        """Return the name of a token without a text; "" for an id that is no token."""
 
     def save(self, folder: Path) -> None:
-        """Write what `saved` needs, if anything."""
+        """Write what `load_saved` needs, if anything."""
         if self.content:
             (folder / "tokenizer.json").write_text(self.content, encoding="utf-8")
 
 
 def id_dtype(vocabulary: int) -> np.dtype:
-    """How ids of a vocabulary lie on disk."""
-    return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+    """Return the type in which ids of a vocabulary are stored."""
+    if vocabulary <= 1 << 16:
+        return np.dtype("<u2")
+    return np.dtype("<u4")
 
 
 def split_text(text: str) -> Iterator[str]:
-    """Cuts behind the last line end (else before the last space, else anywhere) of each `PIECE`
-    characters.
+    """Cut a text into pieces of at most `PIECE` characters.
+
+    The cut is after the last line end of a piece, else before its last space, else at its end.
     """
     start = 0
     while len(text) - start > PIECE:
-        window = start + PIECE
-        cut = text.rfind("\n", start, window) + 1 or text.rfind(" ", start + 1, window) or window
-        cut = cut if cut > start else window
+        limit = start + PIECE
+        cut = text.rfind("\n", start, limit) + 1
+        if not cut:
+            cut = text.rfind(" ", start + 1, limit)
+        if cut <= start:
+            cut = limit
         yield text[start:cut]
         start = cut
     if start < len(text):
@@ -143,7 +155,9 @@ class ByteTokenizer(Tokenizer):
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
     def _name(self, token: int) -> str:
-        return f"<0x{token:02X}>" if token < 256 else _BYTE_NAMES.get(token, "")
+        if token < 256:
+            return f"<0x{token:02X}>"
+        return _BYTE_NAMES.get(token, "")
 
 
 def _one_byte(positions: np.ndarray) -> np.ndarray:
@@ -151,15 +165,15 @@ def _one_byte(positions: np.ndarray) -> np.ndarray:
 
 
 class JsonTokenizer(Tokenizer):
-    """A Hugging Face tokenizer. Text that looks like a special token is encoded as the text that it
-    is.
+    """A Hugging Face tokenizer. Text that looks like a special token is encoded as plain text.
 
     Args:
         content: of a tokenizer.json.
-        name: what `[data] tokenizer` says.
+        name: value of `data.tokenizer`.
         source: names the file in errors.
 
-    Raises DataError when it is no tokenizer or has no end-of-text token.
+    Raises:
+        DataError: it is no tokenizer, or has no end-of-text token.
     """
 
     def __init__(self, content: str, *, name: str, source: str) -> None:
@@ -174,18 +188,19 @@ class JsonTokenizer(Tokenizer):
         backend.encode_special_tokens = True
         self._backend, self.content, self.name = backend, content, name
         self.identity = "tokenizer.json:" + hashlib.sha256(content.encode("utf-8")).hexdigest()
-        # Not get_vocab_size(): a few vocabularies have holes.
+        # Not get_vocab_size(): a few vocabularies have unused ids.
         self.vocabulary = max(backend.get_vocab(with_added_tokens=True).values(), default=0) + 1
-        eos = next((i for i in map(backend.token_to_id, _EOS_NAMES) if i is not None), None)
+        eos = _first_id(backend, _EOS_NAMES)
         if eos is None:
             raise DataError(
                 f"{source}: no end-of-text token; expected one of {', '.join(_EOS_NAMES)}"
             )
-        pad = next((i for i in map(backend.token_to_id, _PAD_NAMES) if i is not None), None)
-        self.eos, self.pad = eos, None if pad == eos else pad
+        self.eos, self.pad = eos, _first_id(backend, _PAD_NAMES)
+        if self.pad == eos:
+            self.pad = None
 
     def encode_pieces(self, texts: Sequence[str]) -> list[Encoded]:
-        # The batch runs on all cores and lets other threads of Python run.
+        # A batch runs on all cores, and other Python threads continue meanwhile.
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [
             Encoded(np.array(encoding.ids, dtype=self.dtype), _CharacterSpans(text, encoding))
@@ -199,6 +214,15 @@ class JsonTokenizer(Tokenizer):
         return self._backend.id_to_token(token) or ""
 
 
+def _first_id(backend: tokenizers.Tokenizer, names: Sequence[str]) -> int | None:
+    """Return the id of the first of these tokens that the vocabulary has."""
+    for name in names:
+        token: int | None = backend.token_to_id(name)
+        if token is not None:
+            return token
+    return None
+
+
 class _CharacterSpans:
     """Positions of tokens -> byte spans, from the character offsets of an encoding."""
 
@@ -206,27 +230,30 @@ class _CharacterSpans:
         self._text, self._encoding = text, encoding
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        # None: a token that stands for nothing in the text.
+        # None: a token without characters in the text.
         spans = [self._encoding.token_to_chars(int(position)) or (0, 0) for position in positions]
         characters = np.array(spans, dtype=np.int64).reshape(-1, 2)
-        return characters if self._text.isascii() else _byte_offsets(self._text)[characters]
+        if self._text.isascii():
+            return characters
+        return _byte_offsets(self._text)[characters]
 
 
 def _byte_offsets(text: str) -> np.ndarray:
-    """Character index [0, n] -> offset of that character in UTF-8."""
+    """Return the offset in UTF-8 of each character, and of the end: int64 [characters + 1]."""
     points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     width = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
     return np.concatenate([[0], np.cumsum(width)])
 
 
 def load_saved(folder: Path, name: str) -> Tokenizer:
-    """The tokenizer that `save` wrote into `folder`."""
+    """Return the tokenizer that `save` wrote into `folder`."""
     if name == "bytes":
         return ByteTokenizer()
     return load_tokenizer(folder / "tokenizer.json", name=name)
 
 
 def load_tokenizer(path: Path, *, name: str) -> JsonTokenizer:
+    """Return the tokenizer of a tokenizer.json. Raises DataError if it cannot be read."""
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

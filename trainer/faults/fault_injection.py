@@ -1,19 +1,19 @@
-"""Faults staged on purpose, for tests and demonstrations: `[[faults]]` of the configuration.
+"""Faults that are injected on purpose, for tests and demonstrations: `[[faults]]`.
 
-The loop calls one hook at each place where a fault can strike:
+The loop calls one method at each place where a fault can act:
 
-    faults.batch(step=..., positions=...)            # once an attempt
-    faults.state(model, optimizers)                  # weights and moments, between two steps; never in a replay
-    micro_batches = faults.data(micro_batches, ...)  # rows of the stretch, before the forward pass
+    faults.choose_for_step(step=..., positions=...)   # once per attempt
+    faults.damage_state(model, optimizers)            # between two steps; never in a replay
+    micro_batches = faults.damage_data(micro_batches, ...)
     for micro, (tokens, labels) in enumerate(...):
-        labels = faults.labels(micro, labels)        # before the forward pass; hangs, exits and raises strike here
-        logits = faults.logits(micro, logits)        # garbage is hung into the backward pass that follows
-        loss = faults.loss(micro, model, loss, scale=scale)  # the 0-d loss, before its backward pass
-    faults.gradients(model)                          # reduced gradients, before the probes measure them
+        labels = faults.damage_labels(micro, labels)  # before the forward pass; may end the process
+        logits = faults.damage_logits(micro, logits)
+        loss = faults.damage_loss(micro, model, loss, scale=scale)   # before its backward pass
+    faults.damage_gradients(model)                    # reduced gradients, before they are measured
 
-A loop whose `Faults` is empty (false) skips them. A fault by position strikes the batches that use
-a position of its stretch, so a quarantined stretch never strikes again; a fault by step strikes
-each attempt at that step; one by both strikes where both are met.
+A loop without faults (`Faults` is false then) skips these calls. A fault by position acts on batches
+that use one of its positions, so quarantined positions never cause it again. A fault by step acts on
+each attempt at that step. A fault by both acts if both hold.
 """
 
 from __future__ import annotations
@@ -43,16 +43,14 @@ STATE = ("scale_weights", "scale_row", "flip_weight", "flip_moment", "zero_momen
 
 
 class StagedFault(RuntimeError):
-    """Raised by a fault of kind "raise": an error nobody handles, as a bug in a user's loop would
-    be.
-    """
+    """Raised by a fault of kind "raise": an unhandled error, like a bug in a user's loop."""
 
 
 class Faults:
-    """The faults that strike this rank.
+    """The faults of this rank. False if there are none.
 
     Args:
-        sections: of the configuration.
+        sections: [[faults]] of the configuration.
         rank: of this process.
     """
 
@@ -60,11 +58,11 @@ class Faults:
         self._rank = rank
         self._sections = [section for section in sections if section.rank in (-1, rank)]
         self._left = [section.times for section in self._sections]
-        # step -> what was left before the last attempts at it
+        # Step -> how often each fault could still act before the last attempt at it.
         self._left_at: dict[int, list[int]] = {}
         self._now: list[FaultSection] = []
-        self._micro = 0  # whose forward pass is next
-        # factor on the learning rate of the attempt at hand, whatever is replayed meanwhile
+        self._micro = 0  # micro-batch whose forward pass is next
+        # Factor on the learning rate of the present attempt; replays do not change it.
         self._rate = 1.0
 
     def __bool__(self) -> bool:
@@ -73,64 +71,66 @@ class Faults:
     def choose_for_step(
         self, *, step: int, positions: Sequence[int], repeated: bool = False
     ) -> None:
-        """Choose what strikes this attempt.
+        """Choose the faults of an attempt.
 
         Args:
             step: the number that the update would get.
-            positions: of the sample order that the global batch uses, ascending, quarantined ones
-            not among them.
-            repeated: an attempt at this step was dropped unjudged; it and those behind it have used
-                nothing up. What strikes the state has struck it once, and nobody went back.
+            positions: of the global batch in the sample order, ascending, without quarantined ones.
+            repeated: whether an attempt at this step was dropped without a decision. That attempt
+                and those after it then count as not made, except for faults of the state: nothing
+                was rolled back.
         """
         self._now = []
         if repeated:
-            states = [section.kind in STATE for section in self._sections]
-            before = self._left_at[step]
-            self._left = [
-                now if state else old
-                for now, old, state in zip(self._left, before, states, strict=True)
-            ]
-        self._left_at = {
-            at: left for at, left in self._left_at.items() if at in (step - 1, step + 1)
-        }
+            for index, before in enumerate(self._left_at[step]):
+                if self._sections[index].kind not in STATE:
+                    self._left[index] = before
+        neighbours = (step - 1, step + 1)
+        self._left_at = {at: left for at, left in self._left_at.items() if at in neighbours}
         self._left_at[step] = list(self._left)
         for index, section in enumerate(self._sections):
             if repeated and section.kind in STATE:
                 continue
-            if self._left[index] and _meets(section, step, positions):
+            if self._left[index] and _acts_on(section, step, positions):
                 self._left[index] -= 1
                 self._now.append(section)
         self._rate = math.prod(fault.value for fault in self._now if fault.kind == "scale_lr")
 
     def choose_for_replay(self, *, step: int, positions: Sequence[int]) -> None:
-        """Choose what strikes a replay, which uses no fault up.
+        """Choose the faults of a replay, which does not count as one of their `times`.
 
-        What is in the data (a fault by position) is in it again, and what is in the state (a fault
-        by step) as long as the state is that of the step. A fault that has struck as often as its
-        `times` says does not come again, as with hardware that fails once. Nothing hangs or ends a
-        process a second time.
+        A fault by position is in the data again. A fault by step acts again at its step. A fault
+        that has acted `times` times does not, like hardware that fails once. No process hangs or
+        ends in a replay, and the state is not damaged.
         """
-        self._now = [
-            section
-            for section, left in zip(self._sections, self._left, strict=True)
-            if left and section.kind not in (*ENDINGS, *STATE) and _meets(section, step, positions)
-        ]
+        self._now = []
+        for section, left in zip(self._sections, self._left, strict=True):
+            can_act = left and section.kind not in (*ENDINGS, *STATE)
+            if can_act and _acts_on(section, step, positions):
+                self._now.append(section)
 
     def attach(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Let scale_lr raise the rate within a step alone: schedule, guard and journal see what was
-        meant. Let spike_embedding reach what the embedding gives."""
-        if any(s.kind == "spike_embedding" for s in self._sections):
+        """Register the hooks of spike_embedding and scale_lr.
+
+        scale_lr changes the rate during the step only: schedule, guard and journal see the rate
+        that was meant.
+        """
+        kinds = {section.kind for section in self._sections}
+        if "spike_embedding" in kinds:
             for module in model.modules():
                 if isinstance(module, nn.Embedding):
-                    module.register_forward_hook(self._embedded)
-        for optimizer in optimizers if any(s.kind == "scale_lr" for s in self._sections) else []:
-            optimizer.register_step_pre_hook(lambda hooked, *_: _scale_rates(hooked, self._rate))
-            optimizer.register_step_post_hook(
-                lambda hooked, *_: _scale_rates(hooked, 1 / self._rate)
-            )
+                    module.register_forward_hook(self._damage_embedding)
+        if "scale_lr" in kinds:
+            for optimizer in optimizers:
+                optimizer.register_step_pre_hook(
+                    lambda hooked, *_: _scale_rates(hooked, self._rate)
+                )
+                optimizer.register_step_post_hook(
+                    lambda hooked, *_: _scale_rates(hooked, 1 / self._rate)
+                )
 
     def damage_state(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Strike weights or moments: the batch at hand is the first one that meets it."""
+        """Damage weights or moments, before the forward pass of the present batch."""
         for fault in self._now:
             if fault.kind in STATE:
                 damage_state(
@@ -148,38 +148,40 @@ class Faults:
         *,
         vocabulary: int,
     ) -> list[MicroBatch]:
-        """Micro-batches with other text where a fault says so; the argument is not written to.
+        """Return the micro-batches, with other text where a fault acts; the argument is unchanged.
 
         Args:
             positions: of the real rows of each micro-batch.
         """
+        damaged = list(micro_batches)
         for fault in self._now:
-            if fault.kind in TEXT:
-                micro_batches = [
-                    damage_rows(micro, fault.kind, _struck(fault, places), vocabulary=vocabulary)
-                    if fault.micro in (-1, index)
-                    else micro
-                    for index, (micro, places) in enumerate(
-                        zip(micro_batches, positions, strict=True)
+            if fault.kind not in TEXT:
+                continue
+            for index, places in enumerate(positions):
+                if fault.micro in (-1, index):
+                    damaged[index] = damage_rows(
+                        damaged[index],
+                        fault.kind,
+                        _rows_to_damage(fault, places),
+                        vocabulary=vocabulary,
                     )
-                ]
-        return micro_batches
+        return damaged
 
     def damage_labels(self, micro: int, labels: Tensor) -> Tensor:
-        """Labels [B, T] of a micro-batch, all ignored where the fault says so; the argument is not
-        written to.
+        """Return the labels [B, T] of a micro-batch, or ignored ones; the argument is unchanged.
+
+        Faults that stop or end the process act here.
         """
         self._micro = micro
         for fault in self._now:
-            # Without a micro-batch of its own, what ends or stops the process does so before the
-            # first.
+            # Without `micro`, the process stops or ends before the first micro-batch.
             if micro == max(fault.micro, 0):
-                _interrupt(fault, self._rank)
+                _stop_process(fault, self._rank)
             if fault.kind == "ignore_labels" and fault.micro in (-1, micro):
                 labels = torch.full_like(labels, IGNORED)
         return labels
 
-    def _embedded(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def _damage_embedding(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         for fault in self._now:
             if (
                 fault.kind == "spike_embedding"
@@ -189,9 +191,7 @@ class Faults:
                 output.register_hook(partial(operator.mul, fault.value))
 
     def damage_logits(self, micro: int, logits: Tensor) -> Tensor:
-        """Logits of a micro-batch, unchanged; their gradient becomes garbage where the fault says
-        so.
-        """
+        """Return the logits of a micro-batch; garbage_grad replaces their gradient by noise."""
         for fault in self._now:
             if fault.kind == "garbage_grad" and fault.micro in (-1, micro):
                 logits.register_hook(partial(noise_gradient, value=fault.value))
@@ -200,11 +200,10 @@ class Faults:
     def damage_loss(
         self, micro: int, model: nn.Module, loss: Tensor, *, scale: float = 1.0
     ) -> Tensor:
-        """The loss of a micro-batch, spoiled; gradient faults are hung into the backward pass that
-        follows.
+        """Return the loss of a micro-batch, damaged; faults of gradients act in its backward pass.
 
         Args:
-            scale: that the loss will be multiplied by before its backward pass.
+            scale: factor on the loss before its backward pass (fp16).
         """
         for fault in self._now:
             if fault.micro not in (-1, micro):
@@ -216,15 +215,17 @@ class Faults:
             elif fault.kind == "spike_grad":
                 loss.register_hook(partial(operator.mul, fault.value))
             elif fault.kind == "inf_grad" or (fault.kind == "overflow" and scale > fault.value):
-                loss = loss + _Spoiled.apply(to_local(unwrap_model(model).root_weight), math.inf)
+                loss = loss + _BadGradient.apply(
+                    to_local(unwrap_model(model).root_weight), math.inf
+                )
             elif fault.kind == "nan_grad":
-                loss = loss + _Spoiled.apply(to_local(unwrap_model(model).root_weight), math.nan)
+                loss = loss + _BadGradient.apply(
+                    to_local(unwrap_model(model).root_weight), math.nan
+                )
         return loss
 
     def damage_gradients(self, model: nn.Module) -> None:
-        """Spoil one entry of this rank's reduced gradients, as broken memory would. `micro` has no
-        meaning here.
-        """
+        """Make one entry of this rank's reduced gradients infinite; `micro` is not used."""
         if any(fault.kind == "inf_grad_reduced" for fault in self._now):
             for parameter in model.parameters():
                 gradient = parameter.grad
@@ -236,7 +237,7 @@ class Faults:
                     return
 
 
-def _meets(fault: FaultSection, step: int, positions: Sequence[int]) -> bool:
+def _acts_on(fault: FaultSection, step: int, positions: Sequence[int]) -> bool:
     if fault.step and not fault.step <= step < fault.step + fault.steps:
         return False
     if fault.step and fault.last <= fault.first:
@@ -244,16 +245,12 @@ def _meets(fault: FaultSection, step: int, positions: Sequence[int]) -> bool:
     return any(fault.first <= position < fault.last for position in positions)
 
 
-def _struck(fault: FaultSection, positions: Sequence[int]) -> list[tuple[int, int]]:
-    """(row, position) of a micro-batch that a fault of the text strikes: all rows without a
-    stretch.
-    """
-    everywhere = fault.last <= fault.first
-    return [
-        (row, at)
-        for row, at in enumerate(positions)
-        if everywhere or fault.first <= at < fault.last
-    ]
+def _rows_to_damage(fault: FaultSection, positions: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (row, position) of the rows to damage: those in [first, last), or all without it."""
+    rows = list(enumerate(positions))
+    if fault.last <= fault.first:
+        return rows
+    return [(row, at) for row, at in rows if fault.first <= at < fault.last]
 
 
 def _scale_rates(optimizer: Optimizer, factor: float) -> None:
@@ -261,13 +258,13 @@ def _scale_rates(optimizer: Optimizer, factor: float) -> None:
         group["lr"] = group["lr"] * factor
 
 
-class _Spoiled(torch.autograd.Function):
-    """Zero, with an infinite gradient, or one of NaN, for the first entry of a weight.
+class _BadGradient(torch.autograd.Function):
+    """Zero, whose gradient for the first entry of a weight is `value`: infinite or NaN.
 
-    As part of the graph it spoils the gradient where a broken kernel would: before any hook on the
-    weight sees it, and before the ranks are averaged. The weight is one outside of the blocks (the
-    last norm's): between forward and backward it is a whole, plain leaf under fsdp as well, because
-    the root's group stays gathered.
+    As part of the graph it acts where a broken kernel would: before any hook on the weight, and
+    before the ranks are averaged. The weight is one outside the blocks (that of the last norm).
+    With fsdp it is a complete plain leaf between forward and backward too, because the root's group
+    stays gathered.
     """
 
     @staticmethod
@@ -279,14 +276,14 @@ class _Spoiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        spoiled = torch.zeros_like(weight)
-        spoiled.view(-1)[0] = ctx.value
-        return spoiled, None
+        damaged = torch.zeros_like(weight)
+        damaged.view(-1)[0] = ctx.value
+        return damaged, None
 
 
-def _interrupt(fault: FaultSection, rank: int) -> None:
+def _stop_process(fault: FaultSection, rank: int) -> None:
     if fault.kind == "hang":
-        # Threads and signal handlers go on, as they do while a collective waits for a lost rank.
+        # Threads and signal handlers continue, as while a collective waits for a lost rank.
         end = time.monotonic() + fault.value
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 1.0))

@@ -1,9 +1,8 @@
-"""Processes, devices and the way a model is spread over them: ddp or fsdp, on gloo and NCCL by the
-same code.
+"""Processes, devices, and how a model is distributed over them: ddp or fsdp, on gloo and NCCL.
 
-Accelerate provides process state, device and DDP. It has no FSDP2 on CPU (it silently falls back to
-DDP), so `fully_shard` is applied here on a DeviceMesh of torch's own; and it refuses fp16 there, so
-autocast is torch's own too.
+Accelerate provides process state, device and DDP. On a CPU it has no FSDP2 (it uses DDP without a
+message), so `fully_shard` is applied here on a DeviceMesh of torch. It refuses fp16 on a CPU too, so
+autocast is torch's.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """Join the process group and take a device.
+    """Join the process group and choose the device.
 
-    Accelerate reads two dozen environment variables, and some of them win over arguments; what came
-    out is compared with the configuration, because a run on half of its processes looks healthy.
+    Accelerate reads two dozen environment variables, and some of them override arguments. The
+    result is compared with the configuration: a run on half of its processes looks healthy.
 
     Raises:
         WorkersFailed: the processes, device or precision are not the configured ones.
@@ -56,20 +55,20 @@ def make_accelerator(config: Config) -> Accelerator:
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise WorkersFailed(
-            'launch.device is "cuda", and torch finds no CUDA device in this process'
+            'launch.device = "cuda": torch finds no CUDA device in this process. Check the driver and '
+            'CUDA_VISIBLE_DEVICES, or set launch.device = "cpu"'
         )
     if config.train.deterministic:
         _be_deterministic()
     on_cpu = device == "cpu" or not cuda
     if on_cpu:
         torch.set_num_threads(cpu_threads(config))
-        # Accelerate sets the threads by itself, with a warning, where this is unset.
+        # Without this variable Accelerate sets the threads itself, with a warning.
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision="no",
-        # Accelerator.backward divides by this; the objective has its own arithmetic
-        # (trainer.objectives.loss).
+        # Accelerator.backward divides by num_steps; trainer.objectives.loss scales the loss itself.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=1, sync_with_dataloader=False
         ),
@@ -80,13 +79,14 @@ def make_accelerator(config: Config) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
-    _check(accelerator, config, on_cpu=on_cpu)
+    _check_accelerator(accelerator, config, on_cpu=on_cpu)
     return accelerator
 
 
 def _be_deterministic() -> None:
-    """torch's notes on reproducibility. Fresh memory is not filled: every kernel here writes what
-    it gives.
+    """Set what torch's notes on reproducibility ask for.
+
+    New memory is not filled, which is slow: every kernel here writes its complete output.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(True)
@@ -95,26 +95,31 @@ def _be_deterministic() -> None:
 
 
 def cpu_threads(config: Config) -> int:
-    """Intra-op threads of one CPU rank: launch.threads, else OMP_NUM_THREADS, else its share of the
-    cores.
+    """Return the intra-op threads of one CPU rank.
+
+    They are launch.threads, else OMP_NUM_THREADS, else this rank's share of the cores.
     """
+    if config.launch.threads:
+        return config.launch.threads
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return (
-        config.launch.threads
-        or (int(given) if given.isdigit() else 0)
-        or max(1, cores() // config.launch.processes)
-    )
+    if given.isdigit() and int(given):
+        return int(given)
+    return max(1, cores() // config.launch.processes)
 
 
-def _check(accelerator: Accelerator, config: Config, *, on_cpu: bool) -> None:
+def _check_accelerator(accelerator: Accelerator, config: Config, *, on_cpu: bool) -> None:
     if accelerator.num_processes != config.world:
         raise WorkersFailed(
-            f"{accelerator.num_processes} process(es) take part, and the configuration says "
-            f"{config.launch.processes} x {config.launch.nodes} node(s) = {config.world}: start the run with "
-            "`guardrail launch`, or torchrun with the same numbers (`accelerate launch --cpu` starts one process)"
+            f"{accelerator.num_processes} process(es) take part, the configuration has "
+            f"{config.launch.processes} x {config.launch.nodes} node(s) = {config.world}. Start the "
+            "run with `guardrail launch`, or torchrun with the same numbers (`accelerate launch --cpu` "
+            "starts one process)"
         )
+    device = "cuda"
+    if on_cpu:
+        device = "cpu"
     found = {
-        "device": (accelerator.device.type, "cpu" if on_cpu else "cuda"),
+        "device": (accelerator.device.type, device),
         "mixed precision": (accelerator.mixed_precision, "no"),
         "accumulation": (accelerator.gradient_accumulation_steps, 1),
         "plugin": (
@@ -124,29 +129,31 @@ def _check(accelerator: Accelerator, config: Config, *, on_cpu: bool) -> None:
     }
     for what, (is_, should) in found.items():
         if is_ != should:
-            variables = (
-                ", ".join(sorted(name for name in os.environ if name.startswith("ACCELERATE_")))
-                or "none"
-            )
+            variables = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
             raise WorkersFailed(
-                f"Accelerate chose {what} {is_!r} where the configuration means {should!r} "
-                f"(ACCELERATE_ variables set here: {variables})"
+                f"Accelerate chose {what} {is_!r}, the configuration asks for {should!r}. Unset the "
+                f"ACCELERATE_ variables of this process: {', '.join(variables) or 'none'}"
             )
 
 
 def _plain_type(accelerator: Accelerator) -> str:
     if not accelerator.use_distributed and accelerator.distributed_type.value == "NO":
         return "NO"
-    return "CPU" if accelerator.device.type == "cpu" else "GPU"
+    if accelerator.device.type == "cpu":
+        return "CPU"
+    return "GPU"
 
 
 def distribute_model(model: Decoder, config: Config, accelerator: Accelerator) -> nn.Module:
-    """Spread a freshly built model over the ranks; every rank passes the same weights.
+    """Distribute a new model over the ranks; every rank passes the same weights.
 
-    ddp gives a DistributedDataParallel (or the model itself in a single process), fsdp the same
-    Decoder with DTensor parameters. Either takes tokens [B, T] and gives fp32 logits, under tensor
-    parallelism those of this rank's part of the vocabulary; `loss_of` gives the loss that goes with
-    them. Build the optimizer from what is returned.
+    Build the optimizer from the returned model. It maps tokens [B, T] to fp32 logits; with tensor
+    parallelism to those of this rank's part of the vocabulary. `find_loss_sum` returns the loss for
+    them.
+
+    Returns:
+        With ddp a DistributedDataParallel, or the model itself in a single process. With fsdp the
+        same Decoder with DTensor parameters.
     """
     model.set_recompute(config.train.activation_checkpointing)
     if config.train.compile:
@@ -155,13 +162,12 @@ def distribute_model(model: Decoder, config: Config, accelerator: Accelerator) -
         return _shard(model, config, accelerator)
     _autocast(model, config, accelerator.device)
     with warnings.catch_warnings():
-        # torch 2.13 renames it, and Accelerate knows the old name only. The rotary table is the
-        # same everywhere.
+        # torch 2.13 renamed the argument; Accelerate uses the old name. No buffer needs it: the
+        # rotary table is the same on all ranks.
         warnings.filterwarnings(
             "ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning
         )
-        # Under torchrun Accelerate takes a single CPU process for a group of one and wraps it too;
-        # this flag leaves the device, and no DDP.
+        # Under torchrun Accelerate wraps a single CPU process in DDP too. This flag prevents it.
         prepared = cast(
             nn.Module, accelerator.prepare_model(model, evaluation_mode=config.world == 1)
         )
@@ -170,20 +176,18 @@ def distribute_model(model: Decoder, config: Config, accelerator: Accelerator) -
 
 
 def _compile(model: Decoder, backend: str) -> None:
-    """Compile the blocks, in place: modules, parameters and their names stay what they are.
+    """Compile the blocks, in place; modules, parameters and their names do not change.
 
-    The blocks are alike, so one is compiled and all use it. Each shape has a graph of its own: one
-    for any shape would be made when a second shape comes, and what a step computes would depend on
-    what was computed before it.
+    The blocks are alike, so one is compiled and all use it. Each shape gets its own graph. With
+    dynamic shapes torch would compile again at the second shape, and a step would depend on the
+    steps before it.
     """
     for block in model.blocks:
         block.compile(backend=backend, dynamic=False)
 
 
 def _autocast(model: nn.Module, config: Config, device: torch.device) -> None:
-    """Compute in 16 bits where torch's autocast thinks it right; logits come back in fp32, as
-    Accelerate has them.
-    """
+    """Compute in 16 bits where torch's autocast allows it; the logits are fp32."""
     dtype = HALVES.get(config.train.precision)
     if dtype is None:
         return
@@ -198,9 +202,7 @@ def _autocast(model: nn.Module, config: Config, device: torch.device) -> None:
 
 
 def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
-    """What multiplies the loss before its backward pass; switched off, it changes nothing, unless
-    fp16 is trained.
-    """
+    """Return the scaler of the loss; except with fp16 it is switched off and changes nothing."""
     train = config.train
     return torch.amp.GradScaler(
         device.type,
@@ -211,44 +213,37 @@ def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
 
 
 def _shard(model: Decoder, config: Config, accelerator: Accelerator) -> Decoder:
-    """A shard group for each block and one, the root, for the rest.
+    """Shard a model with FSDP2: one group for each block, and one for the rest, the root.
 
-    The embedding, the last norm and the head are in the root's group, so a tied matrix is gathered
-    once and stays one parameter. Parameters, moments and the reduction are fp32; only compute and
+    Embedding, last norm and head are in the root's group, so a tied matrix is gathered once and
+    stays one parameter. Parameters, moments and the reduction are fp32. Only computation and
     gathering are in 16 bits.
     """
-    # a single process: a mesh of one, so that one rank runs the code of many
+    # A single process uses a mesh of one rank, so that it runs the same code.
     if not dist.is_initialized():
-        backend = "gloo" if accelerator.device.type == "cpu" else "nccl"
+        backend = "nccl"
+        if accelerator.device.type == "cpu":
+            backend = "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     section = config.parallel
-    dtype = HALVES.get(config.train.precision)
-    if dtype is not None:
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        # Logits in fp32, as ddp has them.
-        root_policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
-        )
-    else:
-        policy = root_policy = MixedPrecisionPolicy()
-    whole = _mesh(config.layout, accelerator.device)
+    policy, root_policy = _precision_policies(config)
+    mesh = _mesh(config.layout, accelerator.device)
     if config.layout.tp > 1:
-        split = tensor_parallel.split_model(model, whole["tp"], sequence=config.layout.sequence)
-        model.loss_sum = split  # type: ignore[assignment]
+        loss = tensor_parallel.split_model(model, mesh["tp"], sequence=config.layout.sequence)
+        model.loss_sum = loss  # type: ignore[assignment]
     if config.layout.pp > 1:
-        layout = config.layout
         place = StagePosition(
-            stage=whole.get_local_rank("pp"),
-            stages=layout.pp,
-            chunks=layout.chunks,
-            group=whole.get_group("pp"),
+            stage=mesh.get_local_rank("pp"),
+            stages=config.layout.pp,
+            chunks=config.layout.chunks,
+            group=mesh.get_group("pp"),
         )
         model.place = place  # type: ignore[assignment]
         cut_model(model, place)
-    # Replicas of shards (HSDP), or shards alone: the ranks that average gradients.
-    data = (
-        whole["dp_replicate", "dp_shard"] if config.layout.dp_replicate > 1 else whole["dp_shard"]
-    )
+    # The ranks that average gradients: replicas of shards (HSDP), or shards alone.
+    data = mesh["dp_shard"]
+    if config.layout.dp_replicate > 1:
+        data = mesh["dp_replicate", "dp_shard"]
     options: dict[str, Any] = {"mesh": data}
     if section.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda")
@@ -258,9 +253,20 @@ def _shard(model: Decoder, config: Config, accelerator: Accelerator) -> Decoder:
         fully_shard(
             block, mp_policy=policy, reshard_after_forward=section.reshard_after_forward, **options
         )
-    # The root's own parameters are needed again as soon as the backward pass begins: torch keeps
-    # them by default.
+    # torch keeps the root's parameters gathered: the backward pass needs them first.
     return cast(Decoder, fully_shard(model, mp_policy=root_policy, **options))
+
+
+def _precision_policies(config: Config) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy]:
+    """Return the policies of the blocks and of the root; the root returns fp32 logits, as ddp."""
+    dtype = HALVES.get(config.train.precision)
+    if dtype is None:
+        return MixedPrecisionPolicy(), MixedPrecisionPolicy()
+    blocks = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    root = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
+    )
+    return blocks, root
 
 
 def _mesh(layout: Layout, device: torch.device) -> DeviceMesh:
@@ -273,17 +279,22 @@ def _mesh(layout: Layout, device: torch.device) -> DeviceMesh:
 def _settle_buckets(model: nn.Module, device: torch.device) -> None:
     """Make DDP's buckets final before the first step.
 
-    DDP reduces the first backward pass in buckets of registration order and every later one in
-    buckets of the order in which gradients came. Where more than two ranks add, that is another
-    order of addition, and a run resumed at step n would differ in its last bits from one that was
-    never stopped. Two passes over two tokens, whose gradients are dropped, let it settle: buckets
-    are rebuilt at the beginning of the second forward pass. That one has its backward pass too,
-    because DDP reduces after the next one it sees, be it inside `no_sync`.
+    DDP reduces the first backward pass in buckets by order of registration, and later ones in
+    buckets by order of the gradients. With more than two ranks that is another order of addition. A
+    run resumed at step n would then differ in the last bits from one that was never stopped. Two
+    passes over two tokens settle the buckets; their gradients are dropped. DDP rebuilds its buckets
+    at the start of the second forward pass. That pass needs its backward pass too: DDP reduces after
+    the next one, even inside `no_sync`.
     """
     if not isinstance(model, DistributedDataParallel):
         return
-    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with forked, torch.compiler.set_stance("force_eager"):  # no graph for two tokens
+    devices = []
+    if device.type == "cuda":
+        devices = [device]
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.compiler.set_stance("force_eager"),
+    ):  # no graph for two tokens
         tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
         for _ in range(2):
             model(tokens).sum().backward()
@@ -292,11 +303,10 @@ def _settle_buckets(model: nn.Module, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def accumulate_gradients(model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Around forward and backward of one micro-batch: the ranks reduce gradients after the `last`
-    one of a window.
+    """Run forward and backward of one micro-batch; ddp reduces gradients only after the `last` one.
 
-    fsdp reduces after every micro-batch: to hold them back, each rank would have to keep the whole
-    unsharded gradient in fp32, which is the memory that fsdp is chosen to save.
+    fsdp reduces after every micro-batch. To accumulate, each rank would have to keep the unsharded
+    gradient in fp32, which is the memory that fsdp saves.
     """
     if last or not isinstance(model, DistributedDataParallel):
         yield
@@ -306,34 +316,43 @@ def accumulate_gradients(model: nn.Module, *, last: bool) -> Iterator[None]:
 
 
 def unwrap_model(model: nn.Module) -> Decoder:
-    """The Decoder inside DDP, or the sharded Decoder itself."""
-    return cast(Decoder, model.module if isinstance(model, DistributedDataParallel) else model)
+    """Return the Decoder inside DDP, or the sharded Decoder itself."""
+    if isinstance(model, DistributedDataParallel):
+        return cast(Decoder, model.module)
+    return cast(Decoder, model)
 
 
 def find_loss_sum(model: nn.Module) -> LossSum:
-    """The summed loss of what `model` gives; see `objectives.loss_sum`."""
+    """Return the function for the summed loss of the model's logits; see `objectives.loss`."""
     split: LossSum | None = getattr(unwrap_model(model), "loss_sum", None)
     return split or loss_sum
 
 
 def find_stage_position(model: nn.Module) -> StagePosition | None:
-    """Where this rank stands in its pipeline; None without one."""
+    """Return this rank's position in its pipeline; None without a pipeline."""
     place: StagePosition | None = getattr(unwrap_model(model), "place", None)
     return place
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP2 holds the model."""
     return isinstance(model, FSDPModule)
 
 
 def seed_micro_batch(seed: int, position: int, rank: int, part: int = 0) -> None:
-    """Make every draw of the next forward pass a function of (seed, position of its first sample,
-    data rank, part).
+    """Set the RNG state of the next forward pass from these four numbers.
 
-    `torch.manual_seed` would do the same, and takes a stack trace to remember for a CUDA that is
-    not there: 0.1 ms.
+    `torch.manual_seed` would do the same. Without CUDA it also records a stack trace: 0.1 ms.
+
+    Args:
+        position: of its first sample.
+        rank: the data rank.
+        part: see `Layout.rng_part`.
     """
-    value = mix64(seed, position, rank, part) if part else mix64(seed, position, rank)
+    numbers = [seed, position, rank]
+    if part:
+        numbers.append(part)
+    value = mix64(*numbers)
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(value)

@@ -1,12 +1,11 @@
-"""Pipeline parallelism by torch.distributed.pipelining: a rank has stretches of the blocks,
-micro-batches flow through.
+"""Pipeline parallelism by torch.distributed.pipelining: each rank has some consecutive blocks.
 
-GPipe (Huang et al. 2019) runs all forward passes, then all backward ones; 1F1B (PipeDream-flush,
-Narayanan et al. 2021) alternates them, so that a stage keeps the activations of as many
-micro-batches as there are stages behind it. With several chunks, stretches that are dealt out to
-the stages in turn, a micro-batch goes round the ranks once for each: interleaved 1F1B (the same
-paper, section 2.2.2), and breadth-first GPipe (Lamy-Poirier 2022). All add up the gradients of a
-window and reduce them once, at its end.
+GPipe (Huang et al. 2019) runs all forward passes, then all backward ones. 1F1B (PipeDream-flush,
+Narayanan et al. 2021) alternates them, so a stage keeps the activations of as many micro-batches as
+there are later stages. With several chunks per stage, assigned in turn, a micro-batch visits the
+ranks once for each chunk: interleaved 1F1B (the same paper, section 2.2.2) and breadth-first GPipe
+(Lamy-Poirier 2022). All of them accumulate the gradients of a step and reduce them once, at its
+end.
 
 Shape suffixes: B rows of a micro-batch, T tokens, D width, W token ids of this rank.
 """
@@ -39,7 +38,7 @@ OF_CHUNKS: dict[str, Any] = {"gpipe": ScheduleLoopedBFS, "1f1b": ScheduleInterle
 
 
 class OtherStage(nn.Module):
-    """Stands for a block of another stage, so that the blocks here keep their numbers and names."""
+    """Replaces a block of another stage, so that the blocks here keep their numbers and names."""
 
     def forward(self, x_BTD: Tensor, _sight: AttentionMask) -> Tensor:
         return x_BTD
@@ -47,11 +46,11 @@ class OtherStage(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class StagePosition:
-    """Where a rank stands in its pipeline.
+    """The position of a rank in its pipeline.
 
     Attributes:
-        stage, stages: its number, and how many there are.
-        chunks: stretches of blocks that each stage has.
+        stage, stages: its number, and the number of stages.
+        chunks: groups of consecutive blocks per stage.
         group: the ranks of this pipeline, first stage first.
     """
 
@@ -72,7 +71,7 @@ class StagePosition:
 
     @property
     def numbers(self) -> range:
-        """Of the chunks of this rank, in the order of the model."""
+        """Numbers of the chunks of this rank, in the order of the model."""
         return chunk_numbers(stage=self.stage, stages=self.stages, chunks=self.chunks)
 
     @property
@@ -80,20 +79,20 @@ class StagePosition:
         """The number of the chunk with the head."""
         return self.stages * self.chunks - 1
 
-    def stretches(self, layers: int) -> list[range]:
-        """Numbers of the blocks of each chunk."""
+    def blocks_of_chunks(self, layers: int) -> list[range]:
+        """Return the numbers of the blocks of each chunk."""
         return chunk_blocks(layers, stage=self.stage, stages=self.stages, chunks=self.chunks)
 
 
 def cut_model(model: Decoder, place: StagePosition) -> None:
-    """Leave of a whole model what this stage has: its blocks, the embedding at the beginning, the
-    head at the end.
+    """Remove from a model what other stages have.
 
-    `model` maps (token ids [B, T] or the stream [B, T, D], number of a chunk of this rank) to the
-    stream or to logits afterwards. Call it before the model is sharded.
+    The first stage keeps the embedding, the last one the head. Afterwards `model` maps (token ids
+    [B, T] or the stream [B, T, D], number of a chunk of this rank) to the stream or to logits. Call
+    it before the model is sharded.
     """
-    dealt = place.stretches(len(model.blocks))
-    for number in set(range(len(model.blocks))) - set(chain(*dealt)):
+    own = place.blocks_of_chunks(len(model.blocks))
+    for number in set(range(len(model.blocks))) - set(chain(*own)):
         model.blocks[number] = OtherStage()
     if not place.first:
         model.embedding = OtherStage()  # type: ignore[assignment]
@@ -103,28 +102,30 @@ def cut_model(model: Decoder, place: StagePosition) -> None:
 
     def forward(x: Tensor, chunk: int) -> Tensor:
         number = place.numbers[chunk]
-        x_BTD = model.embed(x) if number == 0 else x
+        x_BTD = x
+        if number == 0:
+            x_BTD = model.embed(x)
         mask = model.mask(x_BTD.shape[1] * model.stream_parts, x_BTD.device)
-        blocks = [model.blocks[number] for number in dealt[chunk]]
+        blocks = [model.blocks[block] for block in own[chunk]]
         x_BTD = model.run(blocks, x_BTD, AttentionMask(mask=mask, rotary=model.rotary))
-        return model.logits(x_BTD) if number == place.end else x_BTD
+        if number == place.end:
+            return model.logits(x_BTD)
+        return x_BTD
 
     model.forward = forward  # type: ignore[assignment, method-assign]
 
 
 class Chunk(nn.Module):
-    """What the schedule calls a stage: one chunk of a rank's model, which throws the dice of each
-    micro-batch.
+    """One chunk of a rank's model, which torch's schedule calls a stage.
 
     Args:
-        model: what `cut` left, sharded or not; of all chunks of this rank.
-        index: of this chunk on its rank.
-        begin: called with the number of a micro-batch and `index` before its forward pass: throws
-        the dice.
+        model: what `cut_model` has kept, sharded or not; of all chunks of this rank.
+        index: number of this chunk on its rank.
+        begin: called with the number of a micro-batch and `index` before its forward pass; sets the
+            RNG state.
 
     Attributes:
-        next: which micro-batch of the window the next pass is of; None: of none, and no dice are
-        thrown.
+        next: micro-batch of the next forward pass; None: of no step, and `begin` is not called.
     """
 
     def __init__(self, model: nn.Module, index: int, begin: Callable[[int, int], None]) -> None:
@@ -136,24 +137,23 @@ class Chunk(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.next is not None:
             self._begin(self.next, self.index)
-            # Every schedule takes the micro-batches of a chunk in order, forward and backward.
+            # Every schedule runs the micro-batches of a chunk in order, forward and backward.
             self.next += 1
         return cast(Tensor, self.model(x, self.index))
 
 
 class Pipeline:
-    """One rank's part in the schedule of a window of micro-batches.
+    """One rank's part in the passes of a pipeline over the micro-batches of a step.
 
     Args:
-        model: what `cut` left, sharded by FSDP2, be it on one shard.
+        model: what `cut_model` has kept, sharded by FSDP2 (one shard is possible).
         place: of this rank.
         schedule: "gpipe" or "1f1b".
-        micro_batches, rows, length: of a window: how many, B and T of each.
-        stream: tokens and width of what travels between stages, T (with sequence parallelism a part
-        of it) and D.
+        micro_batches, rows, length: number of micro-batches of a step; B and T of each.
+        stream: tokens and width that stages send: T (with sequence parallelism a part of it) and D.
         outputs: W, on the last stage.
         begin: see Chunk.
-        loss: (number, logits, labels) -> what the backward pass begins with, on the last stage.
+        loss: (micro-batch, logits, labels) -> the start of the backward pass, on the last stage.
     """
 
     def __init__(
@@ -183,8 +183,8 @@ class Pipeline:
                 number,
                 place.end + 1,
                 device,
-                # Given here, so that torch runs no pass of its own to find them out, which would
-                # move dice and hooks.
+                # Given here; torch would else run a pass to find them, which changes the RNG state
+                # and calls hooks.
                 input_args=tokens if number == 0 else between,
                 output_args=logits if number == place.end else between,
                 group=place.group,
@@ -199,15 +199,12 @@ class Pipeline:
             self._schedule = SCHEDULES[schedule](stages[0], micro_batches, **options)
         else:
             self._schedule = OF_CHUNKS[schedule](stages, micro_batches, **options)
-        # A chunk is no sharded module, so that the schedule leaves gathering and reducing to the
-        # model, of which all chunks are parts; this stands for all of it, when the gradients of a
-        # window are complete.
-        self._whole = stage(model, place.stage)
+        # A chunk is no sharded module, so the schedule leaves gathering and reducing to the model.
+        # This stage is all of the model; it reduces the gradients of a step when they are complete.
+        self._reducer = stage(model, place.stage)
 
     def train(self, tokens: Tensor, labels: Tensor) -> None:
-        """Forward and backward of a window, [micro_batches * B, T] each, gradients reduced at the
-        end.
-        """
+        """Run forward and backward of a step, [micro_batches * B, T] each, and reduce gradients."""
         sharded = cast(FSDPModule, self.model)
         sharded.set_is_last_backward(False)
         sharded.set_reshard_after_backward(False)
@@ -215,21 +212,23 @@ class Pipeline:
         self._lost = 0
         self._next(0)
         try:
-            inputs = (tokens,) if self.place.first else ()
-            targets = {"target": labels} if self.place.last else {}
+            inputs, targets = [], {}
+            if self.place.first:
+                inputs = [tokens]
+            if self.place.last:
+                targets = {"target": labels}
             self._schedule.step(*inputs, **targets, return_outputs=False)
         finally:
             self._next(None)
-        self._whole.perform_reduce_grad(1)
+        self._reducer.perform_reduce_grad(1)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, *, again: int | None = None) -> Tensor | None:
-        """Logits of some rows, on the last stage; None on the others. Every rank of the pipeline
-        calls it.
+        """Return the logits of some rows on the last stage, None on the others. Collective.
 
         Args:
-            again: number of the micro-batch of the last window that they are, whose dice are thrown
-            once more.
+            again: number of the micro-batch of the last step that the rows are; its RNG state is
+                set again. None: no RNG state is set.
         """
         place, logits = self.place, None
         self._next(again)
@@ -247,12 +246,12 @@ class Pipeline:
         return logits
 
     def from_last(self, values: Tensor) -> Tensor:
-        """The last stage's `values` on every stage."""
+        """Return the last stage's `values` on every stage. Collective."""
         dist.broadcast(values, group=self.place.group, group_src=self.place.stages - 1)
         return values
 
     def _next(self, micro_batch: int | None) -> None:
-        """Which micro-batch the next pass of each chunk is of."""
+        """Set the micro-batch of the next forward pass of each chunk."""
         for chunk in self._chunks:
             chunk.next = micro_batch
 

@@ -194,7 +194,9 @@ def test_a_dry_run_says_what_a_layout_asks_of_machines_that_are_not_here(
         )
         == 0
     )
-    assert "the pipeline idles 1.6% of the time (1f1b, 5 chunks a stage)" in capsys.readouterr().out
+    assert (
+        "the pipeline idles 1.6% of the time (1f1b, 5 chunks per stage)" in capsys.readouterr().out
+    )
     # Without it, what this machine lacks counts.
     assert main(["doctor", str(BLOOM)]) == 2
 

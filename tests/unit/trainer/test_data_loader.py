@@ -100,7 +100,7 @@ def test_padding_is_ignored_as_a_label(corpus: Corpus) -> None:
 
 def test_a_batch_that_is_too_large_is_refused(corpus: Corpus) -> None:
     loader = Loader(corpus.train, pad=None, world=1, rank=0, micro_batches=1, micro_batch_size=2)
-    with pytest.raises(ValueError, match="a batch of 3 samples for a loader of 2"):
+    with pytest.raises(ValueError, match=r"3 samples.* 2$"):
         loader.load(Batch(first=0, last=3, positions=(0, 1, 2), samples=(0, 1, 2)))
 
 

@@ -106,7 +106,7 @@ def test_a_bad_record_is_counted_and_named_and_not_fatal(tmp_path: Path, name: s
     assert report.bad == {kind: 1}
     (named,) = report.named[kind]
     assert str(tmp_path / "text" / name) in named and message in named
-    assert f"passed over 1 x {kind}: {named}" in report.lines()
+    assert sum(line.endswith(f"1 x {kind}: {named}") for line in report.lines()) == 1
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -226,7 +226,7 @@ def test_a_folder_without_text_says_what_it_holds(tmp_path: Path) -> None:
         write(tmp_path / "text" / name, b"x")
     with pytest.raises(
         DataError,
-        match=r"2 x \.png, 1 x no suffix\n  hint: a glob takes files whatever their suffix",
+        match=r"2 x \.png, 1 x no suffix\n  hint: a glob",
     ):
         prepared(section(tmp_path))
 
