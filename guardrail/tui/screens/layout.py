@@ -1,8 +1,8 @@
 """Where things stand on a terminal of any size. Pure.
 
-Wide: a grid of charts and a side of panes. 80x24: one chart, the other signals as curves of one
+Wide: a grid of charts, and panes beside it. 80x24: one chart, the other signals as curves of one
 row, the newest incident. Narrow and tall: charts above, panes below. The focused pane is always in
-sight.
+view.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _SIDE = ("incidents", "snapshots", "log")
 
 @dataclass(frozen=True)
 class Layout:
-    """What is in sight.
+    """What is in view.
 
     Attributes:
-        columns, charts: columns of the grid of charts, and how many there are; 0: none is in sight.
-        panes: names, in order, of what stands beside or below.
+        columns: of the grid of charts.
+        charts: how many charts are in view.
+        panes: names of the panes beside or below the charts, in order.
         beside: the panes stand right of the charts, not below.
         sparks: rows for signals without a chart.
         newest: the newest incident has its two rows.
-        messages: answers to keys have a row of their own; without one they take the place of the
-        keys.
+        messages: there is a row for messages; without it a message replaces the keys.
     """
 
     columns: int
@@ -50,8 +50,10 @@ class Layout:
 def arrange_screen(
     width: int, height: int, focus: str, *, full: bool = False, signals: int = 6
 ) -> Layout:
-    """The layout of a terminal of `width` x `height`; `full` gives all of it to the focused
-    pane.
+    """Return the layout of a terminal of `width` x `height`.
+
+    Args:
+        full: the focused pane fills the terminal.
     """
     columns = 2 if width >= GRID else 1
     rows = max(1, min(3, (height - _AROUND) // _CHART_ROWS))
@@ -63,22 +65,24 @@ def arrange_screen(
     if full and wide:
         return Layout(columns, charts, ())
     if wide:
-        return Layout(
-            columns,
-            charts,
-            _with(next((s for least, s in _SIDES if height >= least), _SIDE), focus),
-        )
+        side = next((panes for least, panes in _SIDES if height >= least), _SIDE)
+        return Layout(columns, charts, _with(side, focus))
     if height >= TALL:
         return Layout(1, min(charts, 3), _with(("incidents", "log"), focus), beside=False)
     if focus != CURVES:
         return Layout(0, 0, (focus,), messages=roomy)
-    return Layout(
-        1, 1, (), sparks=3 if height >= AIRY else 2 if roomy else 0, newest=True, messages=roomy
-    )
+    return Layout(1, 1, (), sparks=_sparklines(height), newest=True, messages=roomy)
+
+
+def _sparklines(height: int) -> int:
+    """Return how many signals without a chart have a row."""
+    if height >= AIRY:
+        return 3
+    return 2 if height >= ROOMY else 0
 
 
 def _with(panes: tuple[str, ...], focus: str) -> tuple[str, ...]:
-    """The focused pane takes the place of the last but one where it has none of its own."""
+    """Return the panes with the focused one: it replaces the last but one where it is missing."""
     if focus in (CURVES, *panes):
         return panes
     return (*panes[:-2], focus, *panes[-1:])
