@@ -35,8 +35,8 @@ def screen_options(command: Callable[..., int]) -> Callable[..., int]:
         "--theme",
         type=click.Choice(themes.THEMES),
         envvar=themes.ENVIRONMENT,
-        help=f"Colours of the screen (${themes.ENVIRONMENT}). Default: dark; on a terminal with few "
-        "colours, the terminal's own.",
+        help=f"Colours of the screen (${themes.ENVIRONMENT}). "
+        "Default: dark; on a terminal with few colours, the terminal's own.",
     )
     no_mouse = click.option(
         "--no-mouse", is_flag=True, help="Let the terminal use the mouse, to select text."

@@ -117,8 +117,8 @@ keep = 4
 every = {checkpoint_every}
 
 [data]
-# Folders, globs or files (.txt .md .py ... .jsonl, also .gz or .zst); "builtin:python" is the source
-# and documentation of this Python.
+# Folders, globs or files (.txt .md .py ... .jsonl, also .gz or .zst); "builtin:python" is the
+# source and documentation of this Python.
 sources = [{sources}]
 # "bytes" needs no training; "bpe" is trained once on the sources and cached; or the path of a
 # tokenizer.json.
@@ -141,7 +141,8 @@ clip = 1.0
 [train]
 # Applied updates of the whole run.
 steps = {steps}
-# Samples of one update over all processes: {batch_size} x {sequence_length} = {batch_tokens:,} tokens.
+# Samples of one update over all processes: {batch_size} x {sequence_length} = {batch_tokens:,}
+# tokens.
 batch_size = {batch_size}
 # Samples of one forward and backward pass of one process; 0: its full share of the batch.
 micro_batch_size = {micro_batch_size}

@@ -58,8 +58,8 @@ def command(
     """Show LOG on the screen: its curves, and the incidents that the live controller would find.
 
     LOG is one recorded run of a kind that `guardrail backtest` reads. Nothing is written. A run
-    directory of guardrail is shown with what happened in it; with --config or --set, with what those
-    settings would have done. With TERM=dumb, view prints lines.
+    directory of guardrail is shown with what happened in it. With --config or --set, it is shown
+    with what those settings would have done. With TERM=dumb, view prints lines.
     """
     from guardrail.backtest import recorded_run as viewing
     from guardrail.core.config import load_guard_options
@@ -102,7 +102,7 @@ def _print_lines(log: str, columns: tuple[str, ...], settings: GuardOptions, *, 
 
 
 def format_recorded_run(recorded: RecordedRun) -> Iterator[str]:
-    """Yield lines about a log of another program: what it is, and what the guard would have done."""
+    """Yield what a log of another program is, and what the guard would have done."""
     from guardrail.decide.advised_incidents import AdvisedIncidents
     from guardrail.launch.log_printer import format_event
 

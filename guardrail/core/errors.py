@@ -1,15 +1,15 @@
-"""Every failure guardrail raises on purpose, and the exit code it becomes.
+"""The exceptions of guardrail, and their exit codes.
 
 GuardrailError
-├── UsageError                  2   the caller asked for something that cannot be
+├── UsageError                  2   the request is impossible
 │   ├── ConfigError             2   names file, key, value, expectation and a hint
 │   ├── DataError               2   no usable record in the data
-│   └── RunDirectoryError       2   no such run, not a run, not yours, already running
+│   └── RunDirectoryError       2   no such run, no run directory, another owner, running
 ├── Halted                      3   the guard ended the run
 ├── WorkersFailed               4   the training processes failed
 │   └── DiskRefuses             4   the run directory cannot be written
 ├── CheckFailed                 5   verify or replay found a difference
-│   └── CheckpointInvalid       5   manifest, size or hash of a checkpoint does not hold
+│   └── CheckpointInvalid       5   manifest, size or hash of a checkpoint is wrong
 └── Interrupted               130   a stop command, SIGTERM, SIGUSR1 or Ctrl-C
 """
 
@@ -21,21 +21,21 @@ from enum import IntEnum
 
 from guardrail.core.text import MASK, escape_text, hide_credentials, redact_secrets
 
-# Settings whose value may be a secret: everything under [notify] but these two, and whatever is
-# called like one, since a key may be misspelt or stand in the wrong section.
+# Keys whose value may be a secret: all under [notify] but these two, and each whose name looks like
+# one, since a key may be misspelt or stand in the wrong section.
 _PLAIN_NOTIFY = re.compile(r"notify\.(on|seconds)\b")
 _SECRET_NAMES = re.compile(
     r"(^|\.)notify($|[.\[])|webhook|apprise|command|token(?!s\b|iz)|secret|password|api_?key|credential",
     re.IGNORECASE,
 )
 _ASSIGNMENT = re.compile(r"([\w.-]+)[ \t]*=[^\n]*")
-# characters; a shorter text stands in too many words to be masked in a sentence
+# Characters. A shorter text occurs in too many words to be masked in a sentence.
 _SHORTEST_SECRET = 4
 _LONGEST = {"file": 300, "key": 160, "value": 160, "expected": 600, "hint": 1000}
 
 
 class ExitCode(IntEnum):
-    """Exit codes of every guardrail command; the table stands in the README."""
+    """Exit codes of every guardrail command."""
 
     FINISHED = 0
     USAGE = 2
@@ -46,7 +46,7 @@ class ExitCode(IntEnum):
 
 
 class GuardrailError(Exception):
-    """Base of the tree. `str(error)` is a complete sentence for a person."""
+    """Base of all. `str(error)` is a complete sentence for a user."""
 
     exit_code = ExitCode.WORKERS_FAILED
 
@@ -59,93 +59,91 @@ class ConfigError(UsageError):
     """A configuration that cannot start a run.
 
     Args:
-        expected: what would have been right, as the end of "expected ...".
+        expected: what the value must be, as the end of "expected ...".
         file: the TOML file (or "--set") that holds the key.
         key: dotted key, e.g. "optim.lr".
-        value: the offending value as written; masked in the message, also in its expectation and
-            its hint, where the key may name a secret.
-        hint: one more line: the nearest valid key, a way out.
+        value: the wrong value as written. Where the key may name a secret, the message masks it,
+            also in `expected` and `hint`.
+        hint: one more line: the nearest valid key, or what to do.
 
-    Text from outside stands in the message escaped and cut.
+    The message escapes and shortens outside text.
     """
 
     def __init__(
         self, expected: str, *, file: str = "", key: str = "", value: object = None, hint: str = ""
     ) -> None:
-        secrets = _secrets(key, value)
+        secrets = _find_secrets(key, value)
         expected, hint = redact_secrets(expected, secrets), redact_secrets(hint, secrets)
         self.expected, self.file, self.key, self.value, self.hint = expected, file, key, value, hint
         shown_key = hide_credentials(escape_text(key, _LONGEST["key"]))
         shown_file = hide_assignments(escape_text(file, _LONGEST["file"]))
         place = ": ".join(part for part in (shown_file, shown_key) if part)
-        shown = f" = {_shown(key, value)}" if value is not None else ""
-        expected = hide_credentials(escape_text(expected, _LONGEST["expected"]))
-        message = f"{place}{shown}: expected {expected}" if place else f"expected {expected}"
-        hint = hide_credentials(escape_text(hint, _LONGEST["hint"]))
-        super().__init__(f"{message}\n  hint: {hint}" if hint else message)
+        if value is not None:
+            place += f" = {_format_value(key, value)}"
+        message = f"expected {hide_credentials(escape_text(expected, _LONGEST['expected']))}"
+        if place:
+            message = f"{place}: {message}"
+        if hint:
+            message += f"\n  hint: {hide_credentials(escape_text(hint, _LONGEST['hint']))}"
+        super().__init__(message)
 
     def at(self, file: str) -> ConfigError:
-        """The same error, of another file."""
+        """Return the same error with another file."""
         return ConfigError(self.expected, file=file, key=self.key, value=self.value, hint=self.hint)
 
 
-def _shown(key: str, value: object) -> str:
-    """A value for a message: one line, escaped, cut, and never a secret."""
+def _format_value(key: str, value: object) -> str:
+    """Return a value for a message: one line, escaped, shortened, and never a secret."""
     try:
         text = _repr(key, value)
-    except Exception:  # of an object that somebody else wrote
+    except Exception:  # of an object from outside
         text = f"<{type(value).__name__}>"
     return hide_credentials(escape_text(text, _LONGEST["value"]))
 
 
 def _repr(key: str, value: object) -> str:
-    """`repr`, with a mask for what may be a secret: a table may hold one under a name of its
-    own.
-    """
+    """Return `repr` with masks for what may be a secret, also inside tables and lists."""
     if may_be_secret(key) and not isinstance(value, (bool, int, float)):
         return MASK
     if type(value) is dict:
-        return (
-            "{"
-            + ", ".join(f"{name!r}: {_repr(f'{key}.{name}', one)}" for name, one in value.items())
-            + "}"
-        )
+        entries = [f"{name!r}: {_repr(f'{key}.{name}', one)}" for name, one in value.items()]
+        return "{" + ", ".join(entries) + "}"
     if type(value) is list:
         return "[" + ", ".join(_repr(key, one) for one in value) + "]"
     return repr(value)
 
 
-def _secrets(key: str, value: object) -> list[str]:
-    """The texts in a value that may be secrets."""
+def _find_secrets(key: str, value: object) -> list[str]:
+    """Return the texts in a value that may be secrets."""
     try:
-        return list(_walk(key, value))
+        return list(_walk_secrets(key, value))
     except RecursionError:  # a list within itself, given in Python
         return []
 
 
-def _walk(key: str, value: object) -> Iterator[str]:
+def _walk_secrets(key: str, value: object) -> Iterator[str]:
     if type(value) is dict:
         for name, one in value.items():
-            yield from _walk(f"{key}.{name}", one)
+            yield from _walk_secrets(f"{key}.{name}", one)
     elif type(value) is list:
         for one in value:
-            yield from _walk(key, one)
+            yield from _walk_secrets(key, one)
     elif isinstance(value, str) and len(value) >= _SHORTEST_SECRET and may_be_secret(key):
         yield value
 
 
 def may_be_secret(key: str) -> bool:
-    """Whether the value of a configuration key must not be repeated in a message."""
+    """Return whether a message must not repeat the value of this configuration key."""
     return bool(_SECRET_NAMES.search(key)) and not _PLAIN_NOTIFY.match(key)
 
 
 def hide_assignments(text: str) -> str:
-    """Text in which what follows KEY= is masked, to the end of its line, where the key may name a
-    secret.
-    """
-    return _ASSIGNMENT.sub(
-        lambda found: f"{found[1]}={MASK}" if may_be_secret(found[1]) else found[0], text
-    )
+    """Return text in which the rest of the line after KEY= is masked if KEY may name a secret."""
+
+    def mask(found: re.Match[str]) -> str:
+        return f"{found[1]}={MASK}" if may_be_secret(found[1]) else found[0]
+
+    return _ASSIGNMENT.sub(mask, text)
 
 
 class DataError(UsageError):
@@ -165,16 +163,17 @@ class WorkersFailed(GuardrailError):
 
 
 class DiskRefuses(WorkersFailed):
-    """A run directory into which nothing can be written, at a moment when a run needs it.
+    """A run directory that takes no file when a run needs it.
 
     Args:
         path: of the run directory.
-        why: what the system says, such as "No space left on device".
+        why: the error of the system, such as "No space left on device".
     """
 
     def __init__(self, path: object, why: str) -> None:
         super().__init__(
-            f"{path} cannot be written: {why}. Free the disk, then: guardrail launch --resume {path}"
+            f"{path} cannot be written: {why}. "
+            f"Free disk space, then: guardrail launch --resume {path}"
         )
 
 
@@ -183,7 +182,7 @@ class CheckFailed(GuardrailError):
 
 
 class CheckpointInvalid(CheckFailed):
-    """A checkpoint whose manifest, file sizes or hashes do not hold; it is never loaded."""
+    """A checkpoint with a wrong manifest, file size or hash. It is never loaded."""
 
 
 class Interrupted(GuardrailError):

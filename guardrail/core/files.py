@@ -1,6 +1,4 @@
-"""Atomic replacement of small files, reading that never waits, and floats that JSON has no word
-for.
-"""
+"""Files: atomic replacement, reads that never wait, and JSON with NaN and Inf."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ import msgspec
 
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
-PROBE_BYTES = 1 << 16  # more than fits into what a file system keeps back for its own books
-LONGEST_NAME = 255  # bytes of the name of a file, on nearly every file system
+PROBE_BYTES = 1 << 16  # more than fits into the space that a file system reserves for its metadata
+LONGEST_NAME = 255  # bytes of a file name, on nearly every file system
 _BLOCK = 4096  # bytes that a file of one byte takes on a disk, at least
 TEMPORARY = ".tmp-"  # prefix of a file that has not been renamed into place yet
 
@@ -26,15 +24,14 @@ _NO_NUMBER = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def why_unreachable(path: str | os.PathLike[str]) -> str:
-    """Why nothing can ever be at a path, or be seen there, such as "File name too long"; "" where
-    that is possible.
-    """
+    """Return why no file can exist or be seen at a path, such as "File name too long"; else ""."""
     try:
         os.stat(path)
-    # the system looks no further than at the first missing folder
+    # The system stops at the first missing folder, so the later parts are checked here.
     except (FileNotFoundError, NotADirectoryError):
-        long = any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(path).parts)
-        return os.strerror(errno.ENAMETOOLONG) if long else ""
+        if any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(path).parts):
+            return os.strerror(errno.ENAMETOOLONG)
+        return ""
     except OSError as error:
         return error.strerror or str(error)
     except ValueError:  # a NUL
@@ -43,11 +40,13 @@ def why_unreachable(path: str | os.PathLike[str]) -> str:
 
 
 def replace_file(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Readers see the old content or the new, never a part. The temporary file is gone when OSError
-    is raised.
+    """Replace the content of a file. Readers see the old content or the new, never a part.
 
     Args:
-        sync: the content survives a power failure once this returns (file and folder are synced).
+        sync: sync file and folder, so the content survives a power failure once this returns.
+
+    Raises:
+        OSError: the file was not replaced; the temporary file is removed.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -70,14 +69,16 @@ def replace_file(path: Path, data: bytes, *, sync: bool = True) -> None:
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file to read its bytes. OSError where it is anything else: opening a pipe may
-    wait for ever.
+    """Open a regular file to read its bytes.
+
+    Raises:
+        OSError: it is anything else. Opening a pipe may wait forever.
     """
     return open(path, "rb", opener=_open_regular)
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a regular file. OSError as for `open_file`."""
+    """Return the bytes of a regular file. Raises OSError as `open_file` does."""
     with open_file(path) as file:
         return file.read()
 
@@ -93,7 +94,7 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def refuse_special(descriptor: int, path: str | os.PathLike[str]) -> None:
-    """Raises OSError where `path`, open as `descriptor`, is not a regular file."""
+    """Raise OSError where `path`, open as `descriptor`, is not a regular file."""
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
@@ -102,10 +103,9 @@ def refuse_special(descriptor: int, path: str | os.PathLike[str]) -> None:
 
 
 def why_unwritable(folder: Path) -> str:
-    """Why nothing can be written into a folder, such as "No space left on device"; "" when
-    something can.
+    """Return why a folder takes no file, such as "No space left on device"; "" if it does.
 
-    Finds out by writing: free space says nothing of a quota, permissions nothing of a read-only
+    Writes a file to find out: free space does not show a quota, permissions do not show a read-only
     mount.
     """
     probe = folder / f"{TEMPORARY}probe-{os.getpid()}-{secrets.token_hex(4)}"
@@ -125,15 +125,15 @@ def why_unwritable(folder: Path) -> str:
 
 
 def overwrite_file(path: Path, data: bytes) -> None:
-    """Write over a file in place, where a full disk has no room for a second one. Readers may see a
-    mixture of both.
+    """Write over a file in place, for a full disk without room for a second file.
+
+    Readers may see a mixture of both contents.
 
     Args:
-        data: text after which blanks are allowed: the rest of a longer file becomes blanks.
+        data: text that may end in blanks: they fill the rest of a longer file.
 
     Raises:
-        OSError: it does not fit into the room that the file has already, or the disk refuses this
-        too.
+        OSError: `data` does not fit into the blocks of the file, or the disk refuses this too.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
@@ -147,6 +147,7 @@ def overwrite_file(path: Path, data: bytes) -> None:
 
 
 def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of `data`, in as many writes as the system needs. Raises OSError."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -162,18 +163,19 @@ def sync_folder(path: Path) -> None:
 
 
 def encode_json(value: Any) -> bytes:
-    """Strict JSON of records, paths, numpy scalars and plain data.
+    """Return strict JSON of records, paths, numpy scalars and plain data.
 
-    NaN, Infinity and -Infinity become the strings "nan", "inf" and "-inf": JSON has no number for
-    them, and null would lose which one it was. `as_float` and msgspec's lax conversion turn them
-    back. Lone surrogates, as in file names that are not UTF-8, become backslash escapes.
+    NaN, Infinity and -Infinity become the strings "nan", "inf" and "-inf". JSON has no number for
+    them, and null would not show which one it was. `as_float` and msgspec's lax conversion read
+    them back. Lone surrogates, as in file names that are not UTF-8, become backslash escapes.
     """
     return msgspec.json.encode(_jsonable(msgspec.to_builtins(value, enc_hook=_builtin)))
 
 
 def as_float(value: Any) -> float:
-    """A number from JSON, "nan", "inf" and "-inf" included; NaN for anything else. An integer too
-    large is infinite.
+    """Return a number from JSON, also "nan", "inf" and "-inf"; NaN for anything else.
+
+    An integer too large for a float becomes infinite.
     """
     if isinstance(value, str):
         return _NO_NUMBER.get(value, math.nan)
@@ -186,16 +188,21 @@ def as_float(value: Any) -> float:
 
 
 def as_int(value: Any, default: int = 0) -> int:
-    """A whole number from JSON that 64 bits hold; `default` for anything else."""
+    """Return an integer of at most 64 bits from JSON; `default` for anything else."""
     if isinstance(value, float) and math.isfinite(value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         return default
-    return value if -(2**63) <= value < 2**63 else default
+    if not -(2**63) <= value < 2**63:
+        return default
+    return value
 
 
 def _builtin(value: Any) -> Any:
-    """Journal lines must not be lost over a type: numpy scalars by value, the rest by name."""
+    """Return a value of another type as plain data: arrays and numpy scalars by value, else text.
+
+    No journal line may be lost because of a type.
+    """
     item = getattr(value, "item", None)
     if callable(item) and getattr(value, "size", None) == 1:
         return item()
@@ -205,7 +212,9 @@ def _builtin(value: Any) -> Any:
 
 def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if value != value else "inf" if value > 0 else "-inf"
+        if math.isnan(value):
+            return "nan"
+        return "inf" if value > 0 else "-inf"
     if isinstance(value, str):
         return _encodable(value)
     if isinstance(value, dict):

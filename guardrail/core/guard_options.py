@@ -1,4 +1,4 @@
-"""[guard]: what is watched, and what is done about it."""
+"""[guard]: what the guard detects, and what it does."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class EscalationStep(Section, frozen=True, kw_only=True):
         "back": "ramp_steps",
     }
 
-    # The remedy. skip: skip up to `rollback_after_rejections` - 1 consecutive updates before anything
-    # else. rollback: restore the last good state and skip the window. widen: skip twice as much, then
-    # four times. older: restore a state at least `steps` older. lower_lr, shrink_embedding,
-    # tighten_clip: restore, and multiply by `factor`. reset_moments: restore with the optimizer's
-    # moments at zero, and the learning rate times `factor`. pause: pause and ask, whether or not a
-    # screen is open. halt: save and end with exit code 3.
+    # The remedy. skip: skip up to `rollback_after_rejections` - 1 consecutive updates before
+    # anything else. rollback: restore the last good state and skip the window. widen: skip twice as
+    # much, then four times. older: restore a state at least `steps` older. lower_lr,
+    # shrink_embedding, tighten_clip: restore, and multiply by `factor`. reset_moments: restore with
+    # the optimizer's moments at zero, and the learning rate times `factor`. pause: pause and ask,
+    # whether or not a screen is open. halt: save and end with exit code 3.
     action: RemedyName
-    # Uses before the next remedy, among consecutive rollbacks (see `reset_budget_after`). Each use is
-    # twice as strong: a window twice as long, or the factor squared for twice as many steps.
+    # Uses before the next remedy, among consecutive rollbacks (see `reset_budget_after`). Each use
+    # is twice as strong: a window twice as long, or the factor squared for twice as many steps.
     max_uses: Positive = 1
     # The factor, the steps for which it holds, and the steps over which it then returns to 1.
     factor: Annotated[float, Meta(gt=0, le=1)] = 0.5
@@ -68,8 +68,8 @@ ESCALATION = (
     EscalationStep(action="widen", max_uses=2),
     EscalationStep(action="older"),
     EscalationStep(action="shrink_embedding"),
-    # Strong and short: 0.1 for 20 steps and back over 40 costs 36 steps' worth of progress, 0.5 for
-    # 100 and back over 200 costs 100, and helps against less.
+    # Strong and short: 0.1 for 20 steps with a ramp of 40 costs the progress of 36 steps. 0.5 for
+    # 100 steps with a ramp of 200 costs that of 100, and helps in fewer cases.
     EscalationStep(action="lower_lr", max_uses=3, factor=0.1, hold_steps=20, ramp_steps=40),
     EscalationStep(action="tighten_clip"),
     EscalationStep(action="reset_moments", factor=0.1, hold_steps=20, ramp_steps=100),
@@ -77,12 +77,12 @@ ESCALATION = (
 
 
 class ShrinkEmbedding(Section, frozen=True, kw_only=True):
-    """[guard.shrink_embedding]: smaller embedding gradients where the embedding leads an incident
-    (GLM-130B).
+    """[guard.shrink_embedding]: smaller embedding gradients in an incident that begins in the
+    embedding (GLM-130B).
     """
 
-    # The embedding gradients are multiplied by this; 1: never. GLM-130B used 0.1. Under Adam it
-    # matters while it changes; see tests/bench/alpha.py.
+    # The embedding gradients are multiplied by this factor. 1: never. GLM-130B used 0.1. With Adam
+    # the factor has an effect only while it changes (tests/bench/alpha.py).
     factor: Annotated[float, Meta(gt=0, le=1)] = 0.5
     # Several shrinks multiply. Their product never falls below this.
     floor: Annotated[float, Meta(gt=0, le=1)] = 0.1
@@ -92,7 +92,7 @@ class ShrinkEmbedding(Section, frozen=True, kw_only=True):
 
 
 class GuardOptions(Section, frozen=True, kw_only=True):
-    """[guard]: what is watched, and what is done about it."""
+    """[guard]: what the guard detects, and what it does."""
 
     RENAMED: ClassVar = {
         "persist": "rollback_after_rejections",
@@ -136,16 +136,16 @@ class GuardOptions(Section, frozen=True, kw_only=True):
     # would do. "off" detects nothing.
     mode: Mode = Mode.AUTO
     # Largest share of the data that the guard skips by itself. The data are the distinct samples
-    # that the run reads until its end: the corpus, or what `train.steps` need if that is less. A skip
-    # or rollback beyond this share is not carried out. In mode "ask", or while a screen is open, the
-    # run asks; else it saves and halts (exit code 3). Samples that a user or a list skips do not
-    # count. 0: skip nothing. 1: no limit, but some data must be left.
+    # that the run reads until its end: the corpus, or what `train.steps` need if that is less. A
+    # skip or rollback beyond this share is not carried out. In mode "ask", or while a screen is
+    # open, the run asks; else it saves and halts (exit code 3). Samples that a user or a list skips
+    # do not count. 0: skip nothing. 1: no limit, but some data must be left.
     max_skipped_share: Fraction = 0.03
-    # What kind of number the loss is. "positive": a cross-entropy; 0 is impossible, and ratios have a
-    # meaning. "signed": a policy loss of reinforcement learning; only NaN, Inf and values a thousand
-    # times as large as usual are rejected. "auto": signed if a reward, an advantage, a KL divergence
-    # or a probability ratio is among the signals, or if more than 2 of the first 20 losses are 0 or
-    # negative.
+    # What kind of number the loss is. "positive": a cross-entropy; 0 is impossible, and ratios have
+    # a meaning. "signed": a policy loss of reinforcement learning; only NaN, Inf and values a
+    # thousand times as large as usual are rejected. "auto": signed if a reward, an advantage, a KL
+    # divergence or a probability ratio is among the signals, or if more than 2 of the first 20
+    # losses are 0 or negative.
     loss: typing.Literal["auto", "positive", "signed"] = "auto"
     # A rollback follows this many consecutive rejections. Fewer rejections are skipped one by one.
     rollback_after_rejections: Positive = 3
@@ -154,8 +154,8 @@ class GuardOptions(Section, frozen=True, kw_only=True):
     # test is repeated at `rollback_after_rejections`, twice that, and so on.
     max_data_skips: Positive = 64
     # What to do when the cause is the data and the batches up to four times `max_data_skips` ahead
-    # show the same anomaly: then it is not a bad range of data but new data. "accept": apply it as a
-    # new level. "skip": skip it like any bad data.
+    # show the same anomaly: then it is not a bad range of data but new data. "accept": apply it as
+    # a new level. "skip": skip it like any bad data.
     new_data: typing.Literal["accept", "skip"] = "accept"
     # Batches that a rollback also skips, before the onset and after the last bad batch (PaLM: 100,
     # and 200 to 400).
@@ -165,52 +165,52 @@ class GuardOptions(Section, frozen=True, kw_only=True):
     # `reset_budget_after` applied healthy steps.
     max_rollbacks: Natural = 5
     reset_budget_after: Positive = 200
-    # The remedies, mildest first. Remedies that do not fit the cause are left out: if the state is
-    # the cause no data is skipped; if the data is the cause it is skipped first. The run halts when
-    # the last remedy has not helped.
+    # The remedies, mildest first. Remedies that do not fit the cause are not used: if the state is
+    # the cause, no data is skipped; if the data is the cause, it is skipped first. The run halts
+    # when the last remedy has not helped.
     escalation: tuple[EscalationStep, ...] = ESCALATION
-    # Batches that a widened window holds at most.
+    # Largest number of batches in a widened window.
     max_window: Positive = 512
-    # What is done where the embedding leads an incident.
+    # Smaller embedding gradients in an incident that begins in the embedding.
     shrink_embedding: ShrinkEmbedding = ShrinkEmbedding()
     # Thresholds and histories of the detectors.
     detectors: DetectorSections = DetectorSections()
-    # Remedies that hold from the first step, as the journal of another run states them. They make
-    # that run reproducible.
+    # Remedies of another run, as its journal lists them. They apply from the first step, to
+    # reproduce that run.
     remedies: tuple[Remedy, ...] = ()
-    # fp16: a rollback follows this many consecutive overflows. Fewer are the search for a loss scale
-    # (8 overflows divide it by 256). Before `detectors.spike.min_history` accepted steps at least 16
-    # are needed.
+    # fp16: a rollback follows this many consecutive overflows. Fewer are the search for a loss
+    # scale (8 overflows divide it by 256). Before `detectors.spike.min_history` accepted steps at
+    # least 16 are needed.
     rollback_after_overflows: Positive = 8
-    # At the first rejected step of an incident, run a few batches again to find whether the data, the
-    # model's state or the hardware is the cause. Needs a loop that can run a batch again
+    # At the first rejected step of an incident, run a few batches again to find whether the data,
+    # the model's state or the hardware is the cause. Needs a loop that can run a batch again
     # (`LoopHooks.replay`), as the built-in trainer does.
     cause_test: bool = True
-    # Limit of batches that are repeated because the hardware gave other numbers the second time. The
-    # count starts again after `reset_budget_after` applied steps. Beyond it the run halts.
+    # Limit of batches that are repeated because the hardware gave other numbers the second time.
+    # The count starts again after `reset_budget_after` applied steps. Beyond it the run halts.
     max_retries: Natural = 8
-    # Names of further numbers that the loop gives to `step.finish(..., signals={NAME: value})`. They
-    # are reduced over the ranks and recorded. A spike in one is a note. A name may be absent from a
-    # step.
+    # Names of further numbers that the loop gives to `step.finish(..., signals={NAME: value})`.
+    # They are reduced over the ranks and recorded. A spike in one is a note. A name may be absent
+    # from a step.
     extra_signals: tuple[str, ...] = ()
     # "before_step": the host reads a step's numbers before its update is applied. "deferred": the
     # device decides by thresholds that it was given, and the host reads the numbers one step later.
-    # A healthy step then waits for nothing, and the results are the same. "deferred" needs fused Adam
-    # or AdamW, and fp32 or bf16.
+    # A healthy step then waits for nothing, and the results are the same. "deferred" needs fused
+    # Adam or AdamW, and fp32 or bf16.
     decide: typing.Literal["before_step", "deferred"] = "before_step"
     # Record the gradient norm of each block of the model: "grad_norm/layers.3" shows where a spike
     # began.
     log_block_norms: bool = False
-    # Record the L2 norm of each update, exactly. Costs a copy of the parameters and some time.
+    # Record the exact L2 norm of each update. Costs a copy of the parameters and some time.
     log_update_norm: bool = False
     # A snapshot or checkpoint counts as good after this many applied healthy steps.
     steps_until_good: Natural = 8
-    # Ranges [first, last) of positions of the sample order that are known to be unusual. Findings on
-    # their batches are only logged and the updates are applied; NaN and Inf are still rejected.
+    # Ranges [first, last) of positions of the sample order that are known to be unusual. Findings
+    # on their batches are only logged and the updates are applied; NaN and Inf are still rejected.
     # `guardrail ctl RUN undo` adds the batches that were rejected.
     allowlist: tuple[tuple[Natural, Natural], ...] = ()
     # Seconds that mode "ask" and the remedy "pause" wait for an answer before `answer_default` is
     # taken. 0: no limit.
     answer_timeout: NonNegativeFloat = 0.0
-    # Without an answer: carry out the proposal, continue with the update, or stop.
+    # What to do without an answer: carry out the proposal, continue with the update, or stop.
     answer_default: typing.Literal["proposal", "continue", "stop"] = "proposal"

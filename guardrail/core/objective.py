@@ -1,8 +1,8 @@
-"""What kind of number a loss is, as the names of a run's signals show it. Pure.
+"""What kind of number a loss is, by the names of a run's signals. Pure.
 
-A cross-entropy is positive, and its ratios mean something. A policy loss of reinforcement learning
-has either sign, is exactly 0 where advantages sum to 0, and shows no progress: neither its ratios
-nor its logarithm mean anything.
+A cross-entropy is positive, and its ratios have a meaning. A policy loss of reinforcement learning
+has either sign, is exactly 0 where advantages sum to 0, and does not fall with progress. Its ratios
+and its logarithm have no meaning.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _WORD = re.compile(r"[a-z]+")
 _PREFERENCE = frozenset("chosen rejected margin margins accuracy accuracies".split())
 _REWARD = frozenset("reward rewards advantage advantages rlhf".split())
 _KL = frozenset("kl approxkl".split())
-# A KL divergence to a teacher belongs to distillation, whose loss is positive; a coefficient is no
-# measurement.
+# A KL divergence to a teacher belongs to distillation, whose loss is positive. A coefficient is not
+# measured.
 _OTHER_KL = frozenset("distill distillation teacher student kd vae coef coeff beta target".split())
 _CLIPPED = frozenset("clipfrac".split())
 _POLICY = frozenset("policy pg actor act ppo grpo reinforce".split())
@@ -26,8 +26,9 @@ _CRITIC = frozenset("vf value values critic entropy kl rep aux z".split())
 
 @functools.cache
 def shows_policy(name: str) -> bool:
-    """Whether a signal of this name is recorded in reinforcement learning only: reward, advantage,
-    KL, ratio.
+    """Return whether only reinforcement learning records this signal.
+
+    Such as a reward, an advantage, a KL divergence or a probability ratio.
     """
     words = _WORD.findall(name.lower())
     found = set(words)
@@ -43,11 +44,11 @@ def shows_policy(name: str) -> bool:
 
 @functools.cache
 def is_policy_loss(name: str) -> bool:
-    """Whether this is the name of a policy loss: "actor/pg_loss", "loss/policy_avg"."""
+    """Return whether this is the name of a policy loss: "actor/pg_loss", "loss/policy_avg"."""
     words = set(_WORD.findall(name.lower()))
     return "loss" in words and bool(words & _POLICY) and not words & _CRITIC
 
 
-def policy_name(names: Iterable[str]) -> str | None:
-    """The first of these signals that reinforcement learning alone records."""
+def find_policy_signal(names: Iterable[str]) -> str | None:
+    """Return the first of these signals that only reinforcement learning records, else None."""
     return next((name for name in names if shows_policy(name)), None)

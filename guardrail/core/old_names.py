@@ -1,5 +1,6 @@
-"""Names that moved: an old module gives them out, without a warning and without loading anything
-before one is used.
+"""Names that moved: an old module still offers them, without a warning.
+
+Nothing is loaded before a name is used.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ def forward(
     Args:
         old: the old module.
         new: the module that has the names now.
-        names: that the old module gives out under their present names.
+        names: that the old module offers under their present names.
         renamed: old name -> present name, with its module where that is not `new`.
 
     Raises:

@@ -16,8 +16,10 @@ from guardrail.core.schema import MAX_DEPTH
 from guardrail.core.text import MASK
 
 
-def _present(parts: list[str], value: Any, schema: type[msgspec.Struct]) -> tuple[list[str], Any]:
-    """The present name of an overridden key, and of its value."""
+def _rename_override(
+    parts: list[str], value: Any, schema: type[msgspec.Struct]
+) -> tuple[list[str], Any]:
+    """Return the parts of an overridden key, and its value, with their present names."""
     tree = value
     for part in reversed(parts):
         tree = {part: tree}
@@ -28,16 +30,18 @@ def _present(parts: list[str], value: Any, schema: type[msgspec.Struct]) -> tupl
     return new, tree
 
 
-def _override_value(raw: str) -> Any:
-    """A TOML value, or else the text itself: a bare word, a path, "007", and a name that looks like
-    a date.
+def _parse_value(raw: str) -> Any:
+    """Return a TOML value, or the text itself.
+
+    A bare word, a path, "007" and a name that looks like a date stay text.
     """
     try:
         parsed = tomllib.loads(f"v = {raw}")
     except (ValueError, RecursionError):
         return raw
-    is_date = isinstance(parsed["v"], datetime.date | datetime.time)
-    return raw if is_date or len(parsed) > 1 else parsed["v"]
+    if len(parsed) > 1 or isinstance(parsed["v"], datetime.date | datetime.time):
+        return raw
+    return parsed["v"]
 
 
 def find_source(
@@ -47,34 +51,31 @@ def find_source(
     overrides: Sequence[str],
     schema: type[msgspec.Struct] | None = None,
 ) -> str:
-    """Where the value of a key came from: "--set" if an override set it, or something in it or
-    around it; or `file`.
-    """
+    """Return "--set" if an override set the key, or a key inside or around it; else `file`."""
     for text in overrides:
-        named = present_key(".".join(_override_parts(text)), schema or msgspec.Struct)
+        named = present_key(".".join(_split_override(text)), schema or msgspec.Struct)
         if _same_branch(named, key):
             return "--set"
     return file
 
 
-def _override_parts(text: str) -> list[str]:
-    """The parts of the key that an override names."""
+def _split_override(text: str) -> list[str]:
+    """Return the parts of the key that an override names."""
     return [part.strip() for part in text.partition("=")[0].split(".")]
 
 
 def _same_branch(one: str, other: str) -> bool:
-    """Whether a key is, holds or lies in the other: guard, guard.window; data.sources,
-    data.sources[0].
-    """
+    """Return whether one key is or contains the other: guard, guard.mode; data.sources[0]."""
     shorter, longer = sorted((one, other), key=len)
-    return longer == shorter or (
-        bool(shorter) and longer.startswith((f"{shorter}.", f"{shorter}["))
-    )
+    if longer == shorter:
+        return True
+    return bool(shorter) and longer.startswith((f"{shorter}.", f"{shorter}["))
 
 
 def mask_override(text: str) -> str:
-    """An override, or a part of one, for a message: nothing of one that may hold a secret."""
-    return MASK if may_be_secret(text) or may_be_secret(text.partition("=")[0].strip()) else text
+    """Return an override, or a part of one, for a message; a mask if it may hold a secret."""
+    key = text.partition("=")[0].strip()
+    return MASK if may_be_secret(text) or may_be_secret(key) else text
 
 
 def apply_override(
@@ -83,10 +84,13 @@ def apply_override(
     """Set one key of the tree.
 
     Args:
-        schema: the key and the value are renamed as it says; None: they stay as they are.
+        schema: gives the key and the value their present names; None: they stay as they are.
+
+    Raises:
+        ConfigError: the text is not SECTION.KEY=VALUE, or the key is not inside a section.
     """
     key, equals, raw = text.partition("=")
-    parts = _override_parts(text)
+    parts = _split_override(text)
     if (
         not equals
         or not 2 <= len(parts) <= MAX_DEPTH
@@ -96,9 +100,9 @@ def apply_override(
         raise ConfigError(
             "SECTION.KEY=VALUE", file="--set", value=shown, hint="e.g. --set train.steps=500"
         )
-    value = _override_value(raw.strip())
+    value = _parse_value(raw.strip())
     if schema is not None:
-        parts, value = _present(parts, value, schema)
+        parts, value = _rename_override(parts, value, schema)
     at = tree
     for part in parts[:-1]:
         at = at.setdefault(part, {})

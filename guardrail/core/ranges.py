@@ -1,4 +1,4 @@
-"""A set of integers as the ranges [first, last) that make it up. Pure."""
+"""A set of integers, held as ranges [first, last). Pure."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ if TYPE_CHECKING:
 
 
 class Ranges:
-    """Disjoint ranges, ascending; those that touch are one."""
+    """Disjoint ranges in ascending order. Ranges that touch are merged."""
 
     def __init__(self) -> None:
         self._firsts: list[int] = []
         self._lasts: list[int] = []
 
     def __len__(self) -> int:
-        """How many ranges there are."""
+        """Return the number of ranges."""
         return len(self._firsts)
 
     def pairs(self) -> list[tuple[int, int]]:
+        """Return the ranges (first, last) in ascending order."""
         return list(zip(self._firsts, self._lasts, strict=True))
 
     def add(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Add [first, last); returns the parts of it that were not there before, ascending."""
+        """Add [first, last); return the parts of it that are new, in ascending order."""
         begin, end = bisect_left(self._lasts, first), bisect_right(self._firsts, last)
         new, at = [], first
         for known_first, known_last in zip(
@@ -41,11 +42,12 @@ class Ranges:
         return new
 
     def holds(self, value: int) -> bool:
+        """Return whether an integer is in the set."""
         at = bisect_right(self._firsts, value) - 1
         return at >= 0 and value < self._lasts[at]
 
     def holds_each(self, values: np.ndarray) -> np.ndarray:
-        """bool, as long as `values`."""
+        """Return whether each integer is in the set: bool, shape of `values`."""
         import numpy as np
 
         at = np.searchsorted(np.asarray(self._firsts), values, side="right") - 1

@@ -1,7 +1,7 @@
-"""Configuration keys that have a new name: the old one is still read, with one notice.
+"""Configuration keys that have a new name. The old one is still read, with one notice.
 
-A section says in `RENAMED` what its keys were called, and in `RENAMED_VALUES` what their values
-were called. Old names hold in TOML, in --set, in dictionaries and as keyword arguments in Python.
+A section lists the old names of its keys in `RENAMED`, and of their values in `RENAMED_VALUES`.
+Old names hold in TOML, in --set, in dictionaries and as keyword arguments in Python.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _noticed: set[str] = set()  # old names of which a notice was printed
 
 
 class SectionType(msgspec.StructMeta):
-    """Makes `Section(old_name=...)` the section with the new name."""
+    """Lets `Section(old_name=...)` set the key with the new name."""
 
     def __call__(cls, *args: Any, **given: Any) -> Any:
         renamed = getattr(cls, "RENAMED", {})
@@ -37,7 +37,7 @@ class Renamed(msgspec.Struct, metaclass=SectionType, frozen=True, kw_only=True):
     """Base of sections whose keys may have had other names.
 
     Attributes:
-        RENAMED: old key -> new key, with dots where it stands in a section of its own.
+        RENAMED: old key -> new key, with dots where it is in a section below.
         RENAMED_VALUES: new key -> old value -> new value.
     """
 
@@ -47,7 +47,7 @@ class Renamed(msgspec.Struct, metaclass=SectionType, frozen=True, kw_only=True):
     if not typing.TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """The value of an old name."""
+            """Return the value of an old name. Raises AttributeError."""
             new = type(self).RENAMED.get(name)
             if new is None:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -120,7 +120,7 @@ def _make_sections(tree: dict[str, Any], schema: type[msgspec.Struct]) -> dict[s
 def _put(
     tree: dict[Any, Any], parts: list[str], value: Any, *, key: str, name: str, file: str
 ) -> None:
-    """Set the value that stands at an old key under its new name."""
+    """Set the value of an old key under its new name."""
     at = tree
     for part in parts[:-1]:
         inner = at.get(part, {})
@@ -144,7 +144,10 @@ def _below(value: Any, section: type[msgspec.Struct], *, file: str, path: str, n
 
 @functools.cache
 def _sections(schema: type[msgspec.Struct]) -> dict[str, type[msgspec.Struct]]:
-    """Keys of a schema whose values are sections, or lists of them. Reading its hints is slow."""
+    """Return the keys of a schema whose values are sections, or lists of them.
+
+    Cached: reading the hints of a schema is slow.
+    """
     found: dict[str, type[msgspec.Struct]] = {}
     for name, annotation in typing.get_type_hints(schema).items():
         for section in (annotation, *typing.get_args(annotation)):
@@ -154,8 +157,9 @@ def _sections(schema: type[msgspec.Struct]) -> dict[str, type[msgspec.Struct]]:
 
 
 def present_key(key: str, schema: type[msgspec.Struct]) -> str:
-    """The present name of a dotted key such as "guard.persist"; the key itself where it has no
-    other.
+    """Return the present name of a dotted key such as "guard.persist".
+
+    A key without another name is returned itself.
     """
     first, _, rest = key.partition(".")
     first = getattr(schema, "RENAMED", {}).get(first, first)
@@ -166,7 +170,7 @@ def present_key(key: str, schema: type[msgspec.Struct]) -> str:
 
 
 def print_notice(old: str, new: str) -> None:
-    """One line on stderr, once for each old name."""
+    """Print one line on stderr, once for each old name."""
     if old not in _noticed:
         _noticed.add(old)
         print(f"guardrail: {old} is now {new}", file=sys.stderr)

@@ -1,8 +1,6 @@
-"""A tree of plain values -> typed settings, with messages that say which key is wrong and what
-would be right.
+"""A tree of plain values -> typed settings. A message names the wrong key and what it must be.
 
-msgspec checks types and ranges; this file checks names first and puts msgspec's findings into
-words.
+This file checks names, then msgspec checks types and ranges, and this file words its findings.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ StructT = TypeVar("StructT", bound=msgspec.Struct)
 MAX_DEPTH = 24  # tables and lists within each other; the schemas need four
 _LARGEST = 2**63 - 1  # of a whole number: what TOML, JSON and a journal line can hold
 
-# What a TOML value is called, by msgspec's name of its type.
+# msgspec's name of a type -> its name in a message.
 _WORDS = {
     "object": "a table",
     "array": "a list",
@@ -76,7 +74,14 @@ def _plain_number(value: Any) -> Any:
 
 
 def convert_tree(tree: dict[str, Any], schema: type[StructT], *, file: str) -> StructT:
-    """Names first (with the nearest valid one), then types and ranges. Raises ConfigError."""
+    """Return typed settings. Checks names (with the nearest valid one), then types and ranges.
+
+    Args:
+        tree: with the present name of each key (`rename_keys`).
+
+    Raises:
+        ConfigError: names key, value and expectation.
+    """
     if not isinstance(tree, dict):
         raise ConfigError("a table of sections", file=file, value=tree)
     refuse_deep(tree, file=file)
@@ -92,10 +97,10 @@ def convert_tree(tree: dict[str, Any], schema: type[StructT], *, file: str) -> S
         wanted = _annotation(schema, key)
         choices = _choices(wanted)
         value = _value_at(tree, key)
-        if missing:
-            expected = _one_of(choices) if choices else "a value"
-        elif choices:
-            expected = _one_of(choices)
+        if choices:
+            expected = _join_choices(choices)
+        elif missing:
+            expected = "a value"
         elif typing.get_origin(wanted) is not tuple and SecretRef in _structs_in(wanted):
             expected = EXPECTED_SECRET
         else:
@@ -105,7 +110,7 @@ def convert_tree(tree: dict[str, Any], schema: type[StructT], *, file: str) -> S
 
 
 def _in_words(message: str) -> str:
-    """msgspec's "Expected `int`, got `str`" as "a whole number, got a string"."""
+    """Return "a whole number, got a string" for msgspec's "Expected `int`, got `str`"."""
     text = re.sub(r"^[Ee]xpected\s+", "", message)
     text = re.sub(r"`([^`]+)`", lambda name: _WORDS.get(name[1], name[1]), text)
     text = text.replace("got a number", "got one with a fraction").replace(
@@ -114,16 +119,21 @@ def _in_words(message: str) -> str:
     return re.sub(r"of length >= (\d+)", r"with at least \1 entry", text)
 
 
-def _one_of(choices: list[str]) -> str:
-    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
+def _join_choices(choices: list[str]) -> str:
+    """Return "a", or "a, b or c"."""
+    *others, last = choices
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _hint(choices: list[str], key: str, value: Any, expected: str) -> str:
     if choices:
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        return f"did you mean {close[0]!r}?" if close and isinstance(value, str) else ""
+        if not isinstance(value, str):
+            return ""
+        close = difflib.get_close_matches(value, choices, n=1)
+        return f"did you mean {close[0]!r}?" if close else ""
     if expected.startswith("a list") and isinstance(value, str):
-        return f'a list of one: ["{"..." if may_be_secret(key) else value}"]'
+        shown = "..." if may_be_secret(key) else value
+        return f'a list of one: ["{shown}"]'
     if expected.startswith("a list") and expected.endswith("a table"):
         return "double brackets begin an entry of a list: [[...]]"
     return ""
@@ -141,7 +151,7 @@ def _refuse_unknown(
     for given, value in tree.items():
         key = str(given)
         if key not in names:
-            shown = _plain(value)
+            shown = _shorten_value(value)
             hint = _nearest_key(key, schema, path=path, root=root)
             raise ConfigError("a known key", file=file, key=f"{path}{key}", value=shown, hint=hint)
         for struct in _structs_in(names[key]):
@@ -157,8 +167,8 @@ def _refuse_unknown(
 def _nearest_key(
     key: str, schema: type[msgspec.Struct], *, path: str, root: type[msgspec.Struct]
 ) -> str:
-    """A key of the same table that is nearly this one; else the table to which it belongs; else all
-    that are valid.
+    """Return a hint: a similar key of the same table, else the key in another table, else all valid
+    keys of this table.
     """
     names = list(_fields(schema))
     old_names: Mapping[str, str] = getattr(schema, "RENAMED", {})
@@ -193,16 +203,19 @@ def _structs_in(annotation: Any) -> Iterator[type[msgspec.Struct]]:
 
 
 def refuse_deep(tree: Any, *, file: str) -> None:
-    """Refuse more than MAX_DEPTH levels: what follows walks the tree by recursion. Raises
-    ConfigError.
+    """Refuse more than MAX_DEPTH levels: later steps walk the tree by recursion.
+
+    Raises:
+        ConfigError: the tree has too many levels.
     """
     level: list[tuple[str, Any]] = [("", tree)]
     for _ in range(MAX_DEPTH + 1):
         below: list[tuple[str, Any]] = []
         for name, value in level:
-            if isinstance(value, (dict, list)):
-                children = value.items() if isinstance(value, dict) else enumerate(value)
-                below += [(name or str(key), child) for key, child in children]
+            if isinstance(value, dict):
+                below += [(name or str(key), child) for key, child in value.items()]
+            elif isinstance(value, list):
+                below += [(name or str(index), child) for index, child in enumerate(value)]
         level = below
         if not level:
             return
@@ -210,8 +223,10 @@ def refuse_deep(tree: Any, *, file: str) -> None:
 
 
 def _refuse_unusable(tree: Any, *, file: str, path: str) -> None:
-    """Values of a right type that no setting can use: TOML has `inf` and `nan`, numbers of any
-    size, and NUL.
+    """Refuse values that no setting can use, whatever their type: `inf`, `nan`, NUL, large numbers.
+
+    Raises:
+        ConfigError: names the key of the value.
     """
     if isinstance(tree, float) and not math.isfinite(tree):
         raise ConfigError("a finite number", file=file, key=path, value=tree)
@@ -232,15 +247,15 @@ def _refuse_unusable(tree: Any, *, file: str, path: str) -> None:
 _UNUSABLE = re.compile("[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def _parts(key: str) -> list[str]:
-    """ "faults[0].kind" -> ["faults", "0", "kind"]."""
+def _split_key(key: str) -> list[str]:
+    """Return "faults[0].kind" as ["faults", "0", "kind"]."""
     return re.findall(r"[^.\[\]]+", key)
 
 
 def _annotation(schema: type[msgspec.Struct], key: str) -> Any:
-    """The annotation that the value at `key` must satisfy."""
+    """Return the annotation that the value at `key` must satisfy."""
     annotation: Any = schema
-    for part in _parts(key):
+    for part in _split_key(key):
         struct = next(_structs_in(annotation), None)
         if part.isdigit():
             annotation = _annotation_of_item(annotation, int(part))
@@ -250,20 +265,21 @@ def _annotation(schema: type[msgspec.Struct], key: str) -> Any:
 
 
 def _annotation_of_item(annotation: Any, index: int) -> Any:
-    """Of tuple[X, ...] that is X, of tuple[X, Y] one of them; a union or an Annotated is looked
-    through.
+    """Return the annotation of one item: X of tuple[X, ...], the one at `index` of tuple[X, Y].
+
+    A union or an Annotated is searched for a tuple.
     """
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is tuple:
-        return (
-            arguments[0] if arguments[-1] is Ellipsis else arguments[min(index, len(arguments) - 1)]
-        )
+        if arguments[-1] is Ellipsis:
+            return arguments[0]
+        return arguments[min(index, len(arguments) - 1)]
     inner = (_annotation_of_item(one, index) for one in arguments if typing.get_args(one))
     return next((found for found in inner if found is not None), None)
 
 
 def _choices(annotation: Any) -> list[str]:
-    """The values of a Literal or an Enum; empty for anything else."""
+    """Return the values of a Literal or an Enum; [] for anything else."""
     if typing.get_origin(annotation) is typing.Literal:
         return [str(value) for value in typing.get_args(annotation)]
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
@@ -272,17 +288,18 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _value_at(tree: Any, key: str) -> Any:
-    for part in _parts(key):
+    for part in _split_key(key):
         try:
             tree = tree[int(part)] if isinstance(tree, list) else tree[part]
         except (KeyError, IndexError, ValueError, TypeError):
             return None
-    return _plain(tree)
+    return _shorten_value(tree)
 
 
-def _plain(value: Any) -> Any:
-    """A value that stands in a message; None for tables, which are long and hold further keys."""
-    tables = isinstance(value, dict) or (
-        isinstance(value, list) and any(isinstance(one, dict) for one in value)
-    )
-    return None if tables else value
+def _shorten_value(value: Any) -> Any:
+    """Return a value for a message; None for tables, which are long and hold further keys."""
+    if isinstance(value, dict):
+        return None
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        return None
+    return value

@@ -1,9 +1,8 @@
-"""Secrets of a configuration: named by an environment variable or a file, masked wherever they are
-not used.
+"""Secrets of a configuration: how they are referred to, read and masked.
 
-A secret is `{ env = "NAME" }` or `{ file = "PATH" }`, and is read at the moment in which it is
-used. One that is written out works too. It is masked in every copy of the configuration, and
-reaches the process that uses it through a pipe.
+A secret is `{ env = "NAME" }` or `{ file = "PATH" }`, and is read when it is used. One that is
+written out works too. It is masked in every copy of the configuration, and reaches the process that
+uses it through a pipe.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ _USER_INFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/@\s]+@", re.IGNORECASE)
 class SecretRef(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):
-    """Where a secret stands: in an environment variable, or in a file without its last line end."""
+    """Names an environment variable or a file that holds a secret. A last line end is removed."""
 
     env: str = ""
     file: str = ""
 
     def check(self, key: str) -> None:
-        """Refuse a reference that names nothing. Raises ConfigError."""
+        """Refuse an empty or invalid reference. Raises ConfigError."""
         if bool(self.env) == bool(self.file):
             raise ConfigError('either { env = "NAME" } or { file = "PATH" }', key=key)
         if self.env and not _NAME.fullmatch(self.env):
@@ -43,8 +42,10 @@ class SecretRef(
             )
 
     def read(self, key: str) -> str:
-        """The secret. Raises ConfigError, which names the variable or the file and never its
-        content.
+        """Return the secret.
+
+        Raises:
+            ConfigError: names the variable or the file, never its content.
         """
         if self.env:
             value = os.environ.get(self.env, "")
@@ -70,7 +71,7 @@ class SecretRef(
 
 
 def read_secret(value: str | SecretRef, key: str) -> str:
-    """A secret, written out or referred to. Raises ConfigError."""
+    """Return a secret that is written out or referred to. Raises ConfigError."""
     return value.read(key) if isinstance(value, SecretRef) else value
 
 
@@ -78,37 +79,38 @@ def read_secret(value: str | SecretRef, key: str) -> str:
 
 
 def mask_secrets(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A parsed configuration in which the secrets of [notify] that are written out are masked."""
+    """Return a parsed configuration with masks for the secrets of [notify] that are written out."""
     notify = tree.get("notify")
     if not isinstance(notify, Mapping):
         return dict(tree)
-    hidden = {
-        name: _mask(value) if name not in ("on", "seconds") else value
-        for name, value in notify.items()
-    }
+    hidden = dict(notify)
+    for name in hidden.keys() - {"on", "seconds"}:
+        hidden[name] = _mask_text(hidden[name])
     if isinstance(hidden.get("command"), list):
         hidden["command"] = MASK
     return {**tree, "notify": hidden}
 
 
-def _mask(value: Any) -> Any:
-    """All text of a value, but for the two references."""
+def _mask_text(value: Any) -> Any:
+    """Return a value with all text masked, but for the names in references."""
     if isinstance(value, str):
         return MASK if value else value
     if isinstance(value, (list, tuple)):
-        return [_mask(one) for one in value]
+        return [_mask_text(one) for one in value]
     if isinstance(value, Mapping):
-        return {name: one if name in ("env", "file") else _mask(one) for name, one in value.items()}
+        masked = dict(value)
+        for name in masked.keys() - {"env", "file"}:
+            masked[name] = _mask_text(masked[name])
+        return masked
     return value
 
 
 def mask_text(text: str, *, display: bool = False) -> str:
-    """The text of a configuration file without secrets; the same text where it holds none. Never
-    raises.
+    """Return the text of a configuration file without secrets; the same text where it has none.
 
     Args:
-        display: for eyes only: also masks settings of other sections that are called like secrets,
-            and passwords in addresses.
+        display: for a screen: also mask keys of other sections that are named like secrets, and
+            passwords in addresses.
     """
     import tomllib
 
@@ -133,7 +135,7 @@ def _mask_by_name(value: Any, path: str) -> Any:
             for name, one in value.items()
         }
     if path.startswith("notify."):
-        return value  # masked already; what is left names a variable or a file
+        return value  # masked already; the rest names a variable or a file
     if isinstance(value, list):
         return [_mask_by_name(one, path) for one in value]
     if not isinstance(value, str) or not value:
@@ -142,45 +144,46 @@ def _mask_by_name(value: Any, path: str) -> Any:
 
 
 def _mask_line(line: str) -> str:
-    """A line of a file that is no TOML."""
+    """Return a line of a file that is not TOML, with a mask for what may be a secret."""
     key = line.partition("=")[0]
     if may_be_secret(key) or "://" in line:
         return f"{key}= {MASK}" if "=" in line and "://" not in key else MASK
     return line
 
 
-# -- those that are written out
+# -- secrets that are written out
 
 
 def find_written_secrets(notify: msgspec.Struct) -> dict[str, Any]:
-    """The secrets that a [notify] section holds itself: what the process that uses them must be
-    given beside it.
+    """Return the secrets that a [notify] section holds itself.
+
+    The process that uses them must be given them: its copy of the configuration has masks.
     """
-    values = {name: msgspec.to_builtins(getattr(notify, name)) for name in KEYS}
-    return {
-        name: value for name, value in values.items() if _has_text(value) and not is_masked(value)
-    }
+    found = {}
+    for name in KEYS:
+        value = msgspec.to_builtins(getattr(notify, name))
+        if _has_text(value) and not is_masked(value):
+            found[name] = value
+    return found
 
 
 def is_masked(value: Any) -> bool:
-    """Whether something in a setting was a secret that is not there any more."""
+    """Return whether a value was a secret and is masked."""
     return value == MASK or (isinstance(value, (list, tuple)) and MASK in value)
 
 
 def _has_text(value: Any) -> bool:
-    return (isinstance(value, str) and bool(value)) or (
-        isinstance(value, (list, tuple)) and any(isinstance(one, str) for one in value)
-    )
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(one, str) for one in value)
+    return isinstance(value, str) and bool(value)
 
 
 def find_missing_secrets(notify: Mapping[str, Any]) -> list[str]:
-    """Keys of [notify] whose secret was masked and has not been given again."""
+    """Return the keys of [notify] whose secret is masked and was not given again."""
     return [f"notify.{name}" for name in KEYS if is_masked(notify.get(name))]
 
 
 def restore_secrets(notify: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A [notify] table as it is used: with the secrets that were given, and without those that are
-    missing.
-    """
+    """Return a [notify] table with the secrets that were given, and without the masked ones."""
     known = {name: value for name, value in given.items() if name in KEYS}
     return {name: value for name, value in {**notify, **known}.items() if not is_masked(value)}

@@ -16,7 +16,7 @@ Fraction = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Section(Renamed, kw_only=True, forbid_unknown_fields=True, frozen=True):
-    """Base of every section: unknown keys are errors, values never change after loading."""
+    """Base of every section. Unknown keys are errors; values never change after loading."""
 
 
 SectionT = TypeVar("SectionT", bound=Section)

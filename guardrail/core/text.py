@@ -1,7 +1,7 @@
-"""External text made safe for a terminal: nothing that comes out of `clean` can move a cursor or
-set a clipboard.
+"""Outside text made safe for a terminal.
 
-Log lines, file names, excerpts of documents, host names and journal messages all come from outside.
+Log lines, file names, excerpts of documents, host names and journal messages come from outside.
+What `clean_text` returns cannot move a cursor or set a clipboard.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ import urllib.parse
 from collections.abc import Iterable, Iterator
 
 # Strings that a terminal takes as one command (ECMA-48, 8.3): OSC, DCS, SOS, PM, APC up to BEL or
-# ST, and CSI. A string that is never terminated loses its introducer only, so that no text
-# disappears with it. Payloads exclude every control that can begin another sequence, which keeps
-# the match linear.
+# ST, and CSI. Of a string without an end only the introducer is removed, so no text is lost.
+# Payloads exclude every control that can begin another sequence, so the match takes linear time.
 _SEQUENCE = re.compile(
     r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x80-\x9f]*(?:\x07|\x1b\\|\x9c)"
     r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
     r"|\x1b[ -/]*[0-~]?"
 )
-# White space that is a control or a line separator becomes a space, so that words stay apart.
+# White space that is a control or a line separator becomes a space, so words stay separate.
 _SPACE = re.compile("\r\n|[\t\n\v\f\r\x85\u2028\u2029]")
 # C0, DEL, C1; marks, embeddings, overrides and isolates of bidirectional text (Trojan Source,
 # CVE-2021-42574); deprecated format characters, interlinear annotation, byte-order mark, invisible
@@ -29,18 +28,17 @@ _UNWANTED = re.compile(
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
 MASK = "(masked)"  # stands where a secret was
-_SHORTEST_PIECE = 8  # characters; shorter words of a command are no tokens
-# What follows the scheme of an address: it may hold a password, and the path of many a webhook is
-# one.
+_SHORTEST_PIECE = 8  # characters; a shorter word of a command is no token
+# What follows the scheme of an address. It may hold a password, and the path of many webhooks is a
+# secret.
 _ADDRESS = re.compile(r"\b([a-z][a-z0-9+.-]{1,20}://)[^\s'\"<>]+", re.IGNORECASE)
 
 
 def clean_text(text: str | bytes, limit: int | None = None) -> str:
-    """One line of text without terminal sequences, control characters and bidi controls; never
-    raises.
+    """Return one line without terminal sequences, control characters and bidi controls.
 
     Args:
-        text: anything; bytes are decoded as UTF-8, wrong ones (and lone surrogates) become U+FFFD.
+        text: bytes are decoded as UTF-8; wrong bytes and lone surrogates become U+FFFD.
         limit: longest result in characters; a longer one ends in an ellipsis.
     """
     if isinstance(text, (bytes, bytearray, memoryview)):
@@ -51,28 +49,28 @@ def clean_text(text: str | bytes, limit: int | None = None) -> str:
     text = _SEQUENCE.sub("", text)
     text = _SPACE.sub(" ", text)
     text = _UNWANTED.sub("", text)
-    if limit is not None and len(text) > limit:
-        text = text[: max(0, limit - 1)] + "…" if limit > 0 else ""
-    return text
+    if limit is None or len(text) <= limit:
+        return text
+    return text[: limit - 1] + "…" if limit > 0 else ""
 
 
 def hide_credentials(text: str) -> str:
-    """Text in which only the scheme of each address is left: "https://(masked)"."""
+    """Return text in which each address is masked after its scheme: "https://(masked)"."""
     return _ADDRESS.sub(rf"\g<1>{MASK}", text)
 
 
 def redact_secrets(text: str, secrets: Iterable[str]) -> str:
-    """Text in which every secret, and every part of one that may be a token, is masked."""
-    pieces = {piece for secret in secrets for piece in _pieces(secret)}
+    """Return text in which every secret, and every part of one that may be a token, is masked."""
+    pieces: set[str] = set()
+    for secret in secrets:
+        pieces.update(_split_secret(secret))
     for piece in sorted(pieces, key=len, reverse=True):
         text = text.replace(piece, MASK)
     return text
 
 
-def _pieces(secret: str) -> Iterator[str]:
-    """The secret, its lines, and what stands between the separators of an address or of a
-    command.
-    """
+def _split_secret(secret: str) -> Iterator[str]:
+    """Yield the secret, and the parts between the separators of an address or a command."""
     for form in {secret, secret.strip(), urllib.parse.unquote(secret)}:
         if form:
             yield form
@@ -83,8 +81,7 @@ def _pieces(secret: str) -> Iterator[str]:
 
 
 def escape_lines(text: str, width: int = 2000) -> str:
-    """Several lines for a terminal: each character that does not print stands as its escape, but
-    for line ends.
+    """Return several lines in which each character that does not print is an escape sequence.
 
     Args:
         width: longest line in characters; a longer one ends in an ellipsis.
@@ -93,12 +90,16 @@ def escape_lines(text: str, width: int = 2000) -> str:
 
 
 def escape_text(text: str, limit: int) -> str:
-    """Text in which each character that does not print stands as its escape: a token may be one
-    line end.
+    """Return text in which each character that does not print is an escape sequence.
+
+    Line ends are escaped too.
 
     Args:
         limit: longest result in characters; a longer one ends in an ellipsis.
     """
-    return clean_text(
-        "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: limit + 1]), limit
-    )
+    escaped = [_escape_character(one) for one in text[: limit + 1]]
+    return clean_text("".join(escaped), limit)
+
+
+def _escape_character(character: str) -> str:
+    return character if character.isprintable() else ascii(character)[1:-1]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from msgspec import structs
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.objective import policy_name
+from guardrail.core.objective import find_policy_signal
 from guardrail.core.records import Finding, Observation, Severity
 from guardrail.detectors.base import Detector, LogJumps
 from guardrail.detectors.build import OWN_SIGNALS, build_detectors
@@ -85,7 +85,7 @@ class DetectorSet:
         active = self._by_signals.get(names)
         if active is None:
             self._add_named(names)
-            if policy_name(names) is not None:
+            if find_policy_signal(names) is not None:
                 self.signed_loss.declare()
                 self._use_loss_kind()
             chosen = [one for one in self.detectors.values() if self._is_active(one, names)]

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
-from guardrail.core.objective import policy_name
+from guardrail.core.objective import find_policy_signal
 from guardrail.core.records import LOSS, Finding, FindingKind, Observation, Severity
 from guardrail.detectors.base import Detector, DetectorParts, LogJumps
 
@@ -96,7 +96,7 @@ nothing. While the loss is signed, this detector replaces `loss`, `together`, `d
     @classmethod
     def create(cls, parts: DetectorParts) -> SignedLoss:
         options = parts.options
-        if options.loss == "auto" and policy_name(options.extra_signals) is not None:
+        if options.loss == "auto" and find_policy_signal(options.extra_signals) is not None:
             return cls("signed")
         return cls(options.loss)
 

@@ -327,7 +327,7 @@ def _leave(signum: int, frame: FrameType | None) -> None:
 def _signal_handlers(
     handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]],
 ) -> Iterator[None]:
-    """Install signal handlers for the time of the block. An ignored SIGHUP (nohup) stays ignored."""
+    """Install signal handlers for the time of the block; an ignored SIGHUP (nohup) stays so."""
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         handlers.pop(signal.SIGHUP, None)
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from guardrail.backtest.importers.recorded_log import Log
 from guardrail.core.errors import DataError
-from guardrail.core.objective import is_policy_loss, policy_name
+from guardrail.core.objective import find_policy_signal, is_policy_loss
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
     EMBED_SHARE,
@@ -258,7 +258,7 @@ def choose_signals(log: Log, names: Iterable[str], chooser: Chooser) -> None:
     if is_policy_loss(loss):
         log.policy_column = loss
     else:
-        log.policy_column = policy_name(names) or ""
+        log.policy_column = find_policy_signal(names) or ""
 
 
 def normalize(name: str) -> str:
