@@ -29,11 +29,7 @@ class Acceptance:
         skipped = advice.left_out
         for update in active.update:
             update(obs, skipped)
-        state.steps.add_batch(obs)
-        if state.detectors.loss_is_signed:
-            state.steps.add_other_loss(obs)
-        else:
-            state.steps.add_loss(obs)
+        state.steps.add(obs, is_accepted=not state.detectors.loss_is_signed)
         state.overflows = 0
         if skipped or advice.streak:
             advice.accepted()
@@ -61,9 +57,8 @@ class Acceptance:
     def accept_without_learning(self, obs: Observation) -> None:
         """Note a step that was applied and enters no baseline."""
         state = self._state
-        state.steps.add_batch(obs)
+        state.steps.add(obs, is_accepted=False)
         state.overflows = 0
-        state.steps.add_other_loss(obs)
 
     def accept_allowed(self, obs: Observation, findings: tuple[Finding, ...]) -> Verdict:
         """Apply a step of the allowlist.

@@ -44,18 +44,20 @@ class AppliedSteps:
         """Return the position after the last applied batch."""
         return self.batches[-1].last if self.batches else 0
 
-    def add_batch(self, obs: Observation) -> None:
-        """Add the batch of an applied step."""
-        self.batches.append(Applied(obs.step, obs.first, obs.last))
+    def add(self, obs: Observation, *, is_accepted: bool) -> None:
+        """Add an applied step: its batch, and its loss if that is a number.
 
-    def add_loss(self, obs: Observation) -> None:
-        """Add the loss of an accepted step, if it is a number."""
+        Args:
+            is_accepted: no detector objected, and the loss is positive.
+        """
+        self.batches.append(Applied(obs.step, obs.first, obs.last))
         loss = obs.signals.get(LOSS)
         if loss is not None and math.isfinite(loss):
-            self.losses.append((obs.step, loss))
+            losses = self.losses if is_accepted else self.other_losses
+            losses.append((obs.step, loss))
 
     def add_other_loss(self, obs: Observation) -> None:
-        """Add the loss of an applied step that was not accepted, if it is a number."""
+        """Add the loss of a step that was not accepted and is applied all the same."""
         loss = obs.signals.get(LOSS)
         if loss is not None and math.isfinite(loss):
             self.other_losses.append((obs.step, loss))

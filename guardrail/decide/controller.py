@@ -41,7 +41,7 @@ from guardrail.decide.controller_state import ControllerState
 from guardrail.decide.detector_set import DetectorSet
 from guardrail.decide.memory import ControllerMemory
 from guardrail.decide.memory_rebuild import rebuild_memory
-from guardrail.decide.policy import by_severity, rejects
+from guardrail.decide.policy import rejects, sort_by_severity
 from guardrail.decide.rejection import Rejection
 from guardrail.decide.resume_watch import ResumeWatch
 from guardrail.decide.rollback_window import Applied
@@ -85,14 +85,15 @@ class Controller:
         A step whose verdict is APPLY counts as applied. Any other verdict changes no state, except
         for the count of overflows.
         """
-        state = self._state
+        state, memory = self._state, self._state.memory
         if obs.overflow or overflows(obs):
             return self._judge_overflow(structs.replace(obs, overflow=True))
         if state.mode is Mode.OFF:
             self._acceptance.accept_without_learning(obs)
             return Verdict(action=Action.APPLY, step=obs.step)
         findings: list[Finding] = []
-        if obs.step < state.steps.last_step:
+        batches = state.steps.batches
+        if batches and obs.step < batches[-1].step:
             findings += state.detectors.restart.observe(obs)
             self._follow_restart(obs.step)
         if state.mode is Mode.ADVISE and state.advice.left_out:
@@ -102,16 +103,16 @@ class Controller:
             for observe in active.observe:
                 if found := observe(obs):
                     findings += found
-            if state.memory.incidents.open and not rejects(findings):
+            if memory.incidents.open and not rejects(findings):
                 findings += self._judge_warily(obs)
-            if self._resume.is_active:
+            if self._resume.rows:
                 findings += self._resume.observe(obs)
         else:
             # Without a label token the loss is 0/0: every other finding about it would be noise.
             findings = state.detectors.no_tokens.observe(obs)
-        if not findings and not state.memory.has_levels:
+        if not findings and not memory.levels and not memory.tolerated:
             return self._acceptance.accept(obs, active)
-        evidence = state.detectors.limit_named(by_severity(findings))
+        evidence = state.detectors.limit_named(sort_by_severity(findings))
         return self._judge_findings(obs, evidence)
 
     def _judge_findings(self, obs: Observation, findings: tuple[Finding, ...]) -> Verdict:
@@ -298,7 +299,7 @@ class Controller:
         state = self._state
         if state.mode not in (Mode.AUTO, Mode.ASK) or not state.steps.batches:
             return None
-        if state.memory.incidents.open or self._resume.is_active:
+        if state.memory.incidents.open or self._resume.rows:
             return None
         if state.memory.incidents.may_recover(like.step, state.steps.losses):
             return None

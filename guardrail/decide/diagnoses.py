@@ -17,7 +17,7 @@ from msgspec import structs
 from guardrail.core.events.decisions import Diagnosed
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Cause, Diagnosis, Finding, Mode, Severity, Verdict
-from guardrail.decide.policy import close_together
+from guardrail.decide.policy import count_close_together
 from guardrail.decide.rollback import Rollback
 
 
@@ -117,7 +117,7 @@ class Diagnoses:
         """The verdict where the hardware is to blame: form the same batch again, and halt where
         that is too often.
         """
-        count = close_together(
+        count = count_close_together(
             self._unsound, at=verdict.step, healthy_after=settings.reset_budget_after
         )
         who = (

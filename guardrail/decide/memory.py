@@ -53,11 +53,6 @@ class ControllerMemory:
         """Return whether every batch is as high as this one, as a cause test has shown."""
         return _begins_in(self.tolerated, obs)
 
-    @property
-    def has_levels(self) -> bool:
-        """Return whether some batch is known as a new level or as tolerated."""
-        return bool(self.levels or self.tolerated)
-
     def note_cause(self, diagnosis: Diagnosis, batch: Range) -> None:
         """Note what a diagnosis says about the batch itself."""
         if diagnosis.shift:

@@ -1,8 +1,7 @@
-"""Findings -> what to do: the ladder, the budget of rollbacks, and which state to go back to. Pure
-functions.
+"""Findings -> what to do: skip, roll back or halt; and which state a rollback restores. Pure.
 
-What outlives a rollback (the rollbacks themselves) is a list of facts that the journal holds too,
-so that a process which starts again after a crash decides as the one that died would have.
+The rollbacks themselves outlive a rollback, and the journal holds them. So a process that starts
+again after a crash decides as the one before it.
 """
 
 from __future__ import annotations
@@ -25,9 +24,10 @@ from guardrail.detectors.build import find_detector
 _RANK = {Severity.WEIGHTS_DAMAGED: 2, Severity.REJECT: 1, Severity.NOTE: 0}
 
 
-def by_severity(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Most severe first; among equals the one that is furthest over its threshold, and NaN before
-    any number.
+def sort_by_severity(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Return the findings, most severe first.
+
+    Among equals NaN comes before any number, then the one that is furthest above its threshold.
     """
     return tuple(sorted(findings, key=_order))
 
@@ -43,8 +43,12 @@ def _order(finding: Finding) -> tuple[int, bool, bool, float]:
 
 
 def format_evidence(findings: Sequence[Finding]) -> str:
-    """What was found, as the beginning of a sentence: the most severe finding, and all that is no
-    usable number.
+    """Return what was found, as the beginning of a sentence.
+
+    That is the first finding, and those of the same severity whose value is no usable number.
+
+    Args:
+        findings: most severe first.
     """
     if not findings:
         return ""
@@ -58,11 +62,13 @@ def format_evidence(findings: Sequence[Finding]) -> str:
 
 
 def _excess(finding: Finding) -> float:
-    return finding.score / finding.threshold if finding.threshold else 0.0
+    if not finding.threshold:
+        return 0.0
+    return finding.score / finding.threshold
 
 
 def rejects(findings: Iterable[Finding]) -> bool:
-    """Whether this update must not be applied."""
+    """Return whether this update must not be applied."""
     return any(finding.severity is not Severity.NOTE for finding in findings)
 
 
@@ -85,37 +91,37 @@ def decide_action(
     settings: GuardOptions,
     diagnosis: Diagnosis | None = None,
 ) -> Action:
-    """What `auto` does.
+    """Return what `auto` does about a step.
 
     Args:
         findings: of this step.
-        streak: troubled batches rejected directly before this one.
+        streak: batches with an anomaly that were rejected directly before this one.
         rollback_count: how many `recent_rollbacks` there are.
-        diagnosis: of the incident, where a replay has told it. Where it is the state, to leave
-            updates out is pointless; where it is data of which nothing was applied, to go back is:
-            the weights are as they were.
+        diagnosis: of the incident, where a cause test has shown it. If the state is the cause,
+            skipping updates does not help. If it is data of which nothing was applied, a rollback
+            does not help: the weights are clean.
     """
     if not rejects(findings):
         return Action.APPLY
-    persistent = any(finding.severity is Severity.WEIGHTS_DAMAGED for finding in findings)
-    trouble = is_anomaly(findings)
-    if (
-        trouble
-        and not persistent
-        and weights_are_clean(diagnosis)
-        and consecutive_skip_limit(settings) > 1
-    ):
-        return Action.SKIP if streak < settings.max_data_skips else Action.HALT
-    serious = streak + 1 >= consecutive_skip_limit(settings) or (
-        diagnosis is not None and (diagnosis.cause is Cause.STATE or diagnosis.applied)
-    )
-    if not persistent and not (trouble and serious):
-        return Action.SKIP
+    is_damaged = any(finding.severity is Severity.WEIGHTS_DAMAGED for finding in findings)
+    if not is_damaged:
+        if not is_anomaly(findings):
+            return Action.SKIP
+        limit = consecutive_skip_limit(settings)
+        if weights_are_clean(diagnosis) and limit > 1:
+            return Action.SKIP if streak < settings.max_data_skips else Action.HALT
+        if streak + 1 < limit and not _calls_for_rollback(diagnosis):
+            return Action.SKIP
     return Action.ROLLBACK if rollback_count < settings.max_rollbacks else Action.HALT
 
 
+def _calls_for_rollback(diagnosis: Diagnosis | None) -> bool:
+    """Return whether the state is the cause, or an update of bad data is in the weights."""
+    return diagnosis is not None and (diagnosis.cause is Cause.STATE or diagnosis.applied)
+
+
 def weights_are_clean(diagnosis: Diagnosis | None) -> bool:
-    """Whether a replay has put the trouble down to data of which nothing is in the weights."""
+    """Return whether the cause is data of which nothing is in the weights."""
     return diagnosis is not None and diagnosis.cause.of_data and not diagnosis.applied
 
 
@@ -129,12 +135,11 @@ def consecutive_skip_limit(settings: GuardOptions) -> int:
 def recent_rollbacks(
     rollbacks: Sequence[Rollback], *, applied: int, healthy_after: int
 ) -> list[Rollback]:
-    """Rollbacks that lie less than `healthy_after` applied steps apart, the last one less than that
-    before `applied`.
+    """Return the rollbacks without `healthy_after` applied steps between them, up to `applied`.
 
-    Progress is counted from where the earlier rollback gave up, not from where it went back to:
-    re-running the abandoned stretch proves nothing, and a far rollback must not clear its own
-    record.
+    Progress is counted from the step at which the earlier rollback was decided, not from the state
+    that it restored. To repeat the discarded steps proves nothing, and a long rollback must not
+    clear its own record.
     """
     found: list[Rollback] = []
     for rollback in reversed(rollbacks):
@@ -147,9 +152,11 @@ def recent_rollbacks(
     return found[::-1]
 
 
-def close_together(steps: Sequence[int], *, at: int, healthy_after: int) -> int:
-    """How many of these steps, the newest last, lie less than `healthy_after` apart, the last so
-    near to `at`.
+def count_close_together(steps: Sequence[int], *, at: int, healthy_after: int) -> int:
+    """Return how many of these steps lie less than `healthy_after` apart, up to `at`.
+
+    Args:
+        steps: the newest last.
     """
     count = 0
     for step in reversed(steps):
@@ -160,15 +167,13 @@ def close_together(steps: Sequence[int], *, at: int, healthy_after: int) -> int:
     return count
 
 
-def confirmed(
+def find_confirmed(
     infos: Iterable[SnapshotInfo], *, healthy_through: int, confirm: int
 ) -> list[SnapshotInfo]:
-    """Candidates that `confirm` healthy applied steps have followed: they count as good from now
-    on.
+    """Return the candidates that `confirm` healthy applied steps have followed: they are good now.
 
     Args:
-        healthy_through: the newest applied step that is surely healthy; see
-        `Controller.healthy_through`.
+        healthy_through: the newest applied step that is surely healthy.
     """
     return [
         info
@@ -184,22 +189,22 @@ def choose_target(
     good_only: bool = True,
     cursor: int | None = None,
 ) -> SnapshotInfo | None:
-    """The newest state from strictly before `before_step`, the first step whose batch is in the
-    window.
+    """Return the newest state that a rollback can restore; None: this tier has none.
 
     Args:
+        before_step: the state must be older than this, the first step whose batch is skipped.
         good_only: candidates do not count; suspects never do.
-        cursor: first position of the window, as a second bound: the state must not have passed it.
-
-    Returns:
-        None if there is none: the caller goes to the next tier.
+        cursor: first position of the window. The state must not lie after it.
     """
-    states = ("good",) if good_only else ("good", "candidate")
-    fit = [
-        info
-        for info in infos
-        if info.state in states
-        and info.step < before_step
-        and (cursor is None or info.cursor <= cursor)
-    ]
-    return max(fit, key=lambda info: (info.step, info.timeline), default=None)
+    states: tuple[str, ...] = ("good",)
+    if not good_only:
+        states = ("good", "candidate")
+    found = None
+    for info in infos:
+        if info.state not in states or info.step >= before_step:
+            continue
+        if cursor is not None and info.cursor > cursor:
+            continue
+        if found is None or (info.step, info.timeline) > (found.step, found.timeline):
+            found = info
+    return found

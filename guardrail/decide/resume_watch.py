@@ -12,26 +12,25 @@ from guardrail.detectors.resume_jump import ROWS, ResumeJump
 class ResumeWatch:
     """Asks the detector of resume jumps about the first rows after a resume.
 
+    Attributes:
+        rows: how many are still to be compared; each step reads it.
+
     Args:
         detector: compares a step with the level before the resume.
     """
 
     def __init__(self, detector: ResumeJump) -> None:
         self._detector = detector
-        self._rows = 0  # that are still to be compared
+        self.rows = 0
         self._noted: set[str] = set()  # signals whose jump was noted
-
-    @property
-    def is_active(self) -> bool:
-        return self._rows > 0
 
     def begin(self) -> None:
         """Compare the next rows."""
-        self._rows, self._noted = ROWS, set()
+        self.rows, self._noted = ROWS, set()
 
     def observe(self, obs: Observation) -> list[Finding]:
         """Return the jumps of this row that were not noted before."""
-        self._rows -= 1
+        self.rows -= 1
         found = self._detector.observe(obs)
         findings = [finding for finding in found if finding.signal not in self._noted]
         self._noted.update(finding.signal for finding in findings)
@@ -39,10 +38,10 @@ class ResumeWatch:
 
     def state(self) -> list[Any]:
         """Return the state as JSON values; []: no resume is being watched."""
-        return [self._rows, *sorted(self._noted)] if self._rows else []
+        return [self.rows, *sorted(self._noted)] if self.rows else []
 
     def load_state(self, state: Sequence[Any]) -> None:
         """Take over a state."""
-        self._rows, self._noted = 0, set()
+        self.rows, self._noted = 0, set()
         if state:
-            self._rows, self._noted = int(state[0]), set(state[1:])
+            self.rows, self._noted = int(state[0]), set(state[1:])

@@ -47,18 +47,15 @@ class NonFinite(Detector):
 - **Test:** `tests/unit/detectors/test_nonfinite.py`."""
 
     def observe(self, obs: Observation) -> list[Finding]:
-        signals = obs.signals
-        if not (obs.nonfinite_loss or obs.nonfinite_grad):
-            return [
-                self.make_finding(obs, Severity.REJECT, signal=signal, value=signals[signal])
-                for signal in SIGNALS
-                if not math.isfinite(signals.get(signal, 0.0))
-            ]
-        findings = []
+        is_flagged = obs.nonfinite_loss or obs.nonfinite_grad
+        findings: list[Finding] = []
         for signal in SIGNALS:
+            value = obs.signals.get(signal)
+            is_usable = value is None or -math.inf < value < math.inf
+            if is_usable and not is_flagged:
+                continue
             ranks = flagged_ranks(obs, signal)
-            value = signals.get(signal)
-            if not ranks and (value is None or math.isfinite(value)):
+            if is_usable and not ranks:
                 continue
             # A flagged rank makes the step non-finite, even if the reduced number is finite.
             if value is None or math.isfinite(value):

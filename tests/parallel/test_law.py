@@ -181,7 +181,7 @@ def test_a_widened_rollback_then_two_samples_then_a_crash_then_an_undo(tmp_path:
     assert {line.split("@")[-1] for line in quarantine_lines(run)} >= {"3"}, (
         "the two samples are still left out"
     )
-    assert any("pardoned" in event.message for event in of_kind(run, "finding"))
+    assert any("allowlist" in event.message for event in of_kind(run, "finding"))
     assert_same(run, trained(told(config, run)))
 
 

@@ -6,12 +6,12 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Finding, FindingKind, Severity, SnapshotInfo
 from guardrail.decide.incidents import Incidents
 from guardrail.decide.policy import (
-    by_severity,
     choose_target,
-    confirmed,
     decide_action,
+    find_confirmed,
     is_anomaly,
     recent_rollbacks,
+    sort_by_severity,
 )
 from guardrail.decide.rollback import Rollback
 
@@ -78,7 +78,13 @@ def test_a_budget_of_nothing_halts_at_once_and_a_persist_of_one_rolls_back_at_on
 
 def test_evidence_stands_most_severe_first_and_nan_before_numbers() -> None:
     far = finding(Severity.REJECT, score=80.0)
-    assert by_severity([NOTE, REJECT, far, NAN, PERSISTENT]) == (PERSISTENT, NAN, far, REJECT, NOTE)
+    assert sort_by_severity([NOTE, REJECT, far, NAN, PERSISTENT]) == (
+        PERSISTENT,
+        NAN,
+        far,
+        REJECT,
+        NOTE,
+    )
 
 
 def test_a_batch_without_labels_is_no_trouble() -> None:
@@ -142,10 +148,10 @@ def test_a_state_that_has_passed_the_window_is_no_target() -> None:
 
 def test_a_candidate_is_confirmed_by_enough_healthy_steps() -> None:
     infos = [info(10, "candidate"), info(20, "candidate"), info(5), info(8, "suspect")]
-    assert confirmed(infos, healthy_through=17, confirm=8) == []
-    assert confirmed(infos, healthy_through=18, confirm=8) == [infos[0]]
-    assert confirmed(infos, healthy_through=28, confirm=8) == infos[:2]
-    assert confirmed(infos, healthy_through=20, confirm=0) == infos[:2]
+    assert find_confirmed(infos, healthy_through=17, confirm=8) == []
+    assert find_confirmed(infos, healthy_through=18, confirm=8) == [infos[0]]
+    assert find_confirmed(infos, healthy_through=28, confirm=8) == infos[:2]
+    assert find_confirmed(infos, healthy_through=20, confirm=0) == infos[:2]
 
 
 def test_an_incident_is_over_after_confirm_healthy_steps_from_its_last_finding_on() -> None:
