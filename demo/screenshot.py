@@ -10,7 +10,7 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from guardrail.rundir.run_directory import find_run
+from guardrail.rundir.run_search import find_run
 
 
 async def draw(path: Path, size: tuple[int, int]) -> str:

@@ -19,7 +19,7 @@ from guardrail.core.errors import DataError, Interrupted, RunDirectoryError
 from guardrail.core.records import Phase
 from guardrail.core.toml_file import dump_toml
 from guardrail.rundir.heartbeat import Heartbeat
-from guardrail.rundir.run_directory import RunLock
+from guardrail.rundir.run_lock import RunLock
 from guardrail.rundir.stop_signals import StopSignals
 from guardrail.torch.state.rank_agreement import require_equal
 from trainer.build import attach_stabilisers, build_clip, build_model, build_objective

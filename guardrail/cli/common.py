@@ -92,7 +92,7 @@ def open_run(spec: str | None, root: str) -> RunDirectory:
     Raises:
         RunDirectoryError: there is no such run.
     """
-    from guardrail.rundir.run_directory import find_run
+    from guardrail.rundir.run_search import find_run
 
     return find_run(spec, root)
 
@@ -104,7 +104,7 @@ def root_folder() -> str:
 
 def complete_run(context: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Return the names of runs for shell completion, the newest first."""
-    from guardrail.rundir.run_directory import list_runs
+    from guardrail.rundir.run_search import list_runs
 
     root = context.params.get("root") or root_folder()
     return [run.name for run in list_runs(root) if run.name.startswith(incomplete)]

@@ -250,7 +250,7 @@ def render_config(path: str, sources: tuple[str, ...], size: Size, processes: in
 
 def suggest_run_name(path: str) -> str:
     """Return the name of the file where it can be the name of a run, else "run"."""
-    from guardrail.rundir.run_directory import is_run_name
+    from guardrail.rundir.run_creation import is_run_name
 
     stem = Path(path).stem
     if path == "-" or stem == "config" or not is_run_name(stem):

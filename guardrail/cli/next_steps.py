@@ -14,7 +14,7 @@ def suggest_commands(root: str) -> Iterator[tuple[str, str]]:
     Args:
         root: folder of all runs.
     """
-    from guardrail.rundir.run_directory import list_runs
+    from guardrail.rundir.run_search import list_runs
 
     runs = list_runs(root)
     if runs:

@@ -24,13 +24,13 @@ def command(target: str, fingerprint: bool, as_json: bool, root: str) -> None:
 
     Exit code 5: a check failed. The file is named on stderr.
     """
-    from guardrail.rundir import manifest
+    from guardrail.rundir import verification
 
     folder = find_checkpoint(target, root)
-    manifest.verify(folder)
+    verification.verify(folder)
     answer: dict[str, Any] = {"checkpoint": str(folder), "valid": True}
     if fingerprint:
-        answer["fingerprint"] = manifest.fingerprint(folder)
+        answer["fingerprint"] = verification.fingerprint(folder)
     if as_json:
         print_json(answer)
     elif fingerprint:
@@ -46,13 +46,13 @@ def find_checkpoint(target: str, root: str) -> Path:
         CheckFailed: the run has no checkpoint.
     """
     from guardrail.core.errors import CheckFailed
-    from guardrail.rundir import manifest
+    from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 
     folder = Path(target)
     if folder.name.startswith("step-") and folder.is_dir():
         return folder
     run = open_run(target, root)
-    folders = manifest.checkpoint_dirs(run.checkpoints)
+    folders = checkpoint_dirs(run.checkpoints)
     if not folders:
         raise CheckFailed(f"{run.name} has no checkpoint")
     return folders[0]

@@ -34,8 +34,10 @@ from guardrail.core.text import clean_text
 from guardrail.core.toml_file import dump_toml, read_toml
 from guardrail.rundir import processes
 from guardrail.rundir.liveness import is_alive
-from guardrail.rundir.run_directory import NAME, RunDirectory, find_run, is_run_name
+from guardrail.rundir.run_creation import NAME, is_run_name
+from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.run_lock import RunLock, holder_of
+from guardrail.rundir.run_search import find_run
 
 START_SECONDS = 30.0  # for the supervisor's first word; it needs 0.2 on an idle machine
 

@@ -23,7 +23,8 @@ from guardrail.decide.timelines import LARGEST, sensible
 from guardrail.launch.launcher import find_exit_code, format_way_back
 from guardrail.rundir.follow import Follower
 from guardrail.rundir.liveness import HeartbeatObserver
-from guardrail.rundir.run_directory import MetricsView, RunDirectory
+from guardrail.rundir.metrics import MetricsView
+from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import TermRequests
 
 POLL_SECONDS = 0.3

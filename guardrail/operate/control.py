@@ -24,8 +24,9 @@ from guardrail.decide.control_commands.stop import Stop
 from guardrail.decide.questions import open_question
 from guardrail.operate.identity import sender_name
 from guardrail.rundir import journal, processes
+from guardrail.rundir.command_files import check_command
 from guardrail.rundir.liveness import is_alive
-from guardrail.rundir.run_directory import RunDirectory, check_command
+from guardrail.rundir.run_directory import RunDirectory
 
 POLL_SECONDS = 0.1
 

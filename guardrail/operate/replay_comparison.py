@@ -9,8 +9,10 @@ from guardrail.core.records import METRIC_COLUMNS, Record
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.operate.replay_plan import ReplayPlan, manifest_of
-from guardrail.rundir.manifest import checkpoint_dirs, fingerprint
-from guardrail.rundir.run_directory import MetricsView, RunDirectory
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.metrics import MetricsView
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.verification import fingerprint
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,8 @@ from guardrail.decide.run_history import RunHistory
 from guardrail.launch.preflight import count_cuda_devices
 from guardrail.report.incident import Incident
 from guardrail.report.incident_builder import ENDS, IncidentBuilder
-from guardrail.rundir.manifest import Manifest, checkpoint_dirs, read_manifest
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.manifest import Manifest, read_manifest
 from guardrail.rundir.run_directory import RunDirectory
 
 

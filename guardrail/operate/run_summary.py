@@ -18,7 +18,8 @@ from guardrail.core.files import open_file
 from guardrail.core.records import LOSS, Phase, Status
 from guardrail.core.text import clean_text
 from guardrail.rundir.metrics import read_layout
-from guardrail.rundir.run_directory import RunDirectory, list_runs
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.run_search import list_runs
 
 IsAlive = Callable[[RunDirectory, Status], bool | None]
 _LOOK_BACK = 8  # rows in which the newest applied update is looked for

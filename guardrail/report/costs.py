@@ -14,7 +14,8 @@ from guardrail.core.records import LOSS, Action
 from guardrail.decide.recovery import expected
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.report.incident import Cost, Effect, Incident
-from guardrail.rundir.run_directory import MetricsView, RunDirectory
+from guardrail.rundir.metrics import MetricsView
+from guardrail.rundir.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     import numpy as np

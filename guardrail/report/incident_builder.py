@@ -24,7 +24,7 @@ from guardrail.report.journal_entries import (
     read_tokens,
     read_trend,
 )
-from guardrail.rundir.run_directory import findings_of, span_of
+from guardrail.rundir.journal import findings_of, span_of
 
 NOT_MEASURED = ("number", "onset", "at_step")
 # states of an incident that is over

@@ -12,7 +12,8 @@ from guardrail.core.events.event import Event
 from guardrail.core.files import as_int
 from guardrail.core.text import clean_text
 from guardrail.report.model import Fault, Restart
-from guardrail.rundir.run_directory import MetricsView, RunDirectory
+from guardrail.rundir.metrics import MetricsView
+from guardrail.rundir.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,7 @@ from guardrail.core.files import as_float, as_int
 from guardrail.core.records import LossTrend, Span
 from guardrail.core.text import clean_text
 from guardrail.report.incident import Document, IncidentAction, Sample, Token
-from guardrail.rundir.run_directory import findings_of, span_of
+from guardrail.rundir.journal import findings_of, span_of
 
 SKIPPED = ("skipped",)
 

@@ -15,7 +15,8 @@ from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.decide.undo import undone_spans
 from guardrail.report.journal_entries import SKIPPED
-from guardrail.rundir.run_directory import RunDirectory, span_of
+from guardrail.rundir.journal import span_of
+from guardrail.rundir.run_directory import RunDirectory
 
 
 def quarantine_lines(run: RunDirectory) -> list[str]:

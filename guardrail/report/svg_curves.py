@@ -16,7 +16,8 @@ from guardrail.core.events.event import Event
 from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action
 from guardrail.decide.recovery import expected
 from guardrail.report.incident import Incident
-from guardrail.rundir.run_directory import MetricsView, RunDirectory
+from guardrail.rundir.metrics import MetricsView
+from guardrail.rundir.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,5 +9,12 @@ from guardrail.core.old_names import forward
 __getattr__ = forward(
     __name__,
     "guardrail.rundir.run_directory",
-    ["SCREEN_SECONDS", "NAME", "is_run_name", "RunDirectory", "list_runs", "find_run"],
+    ["RunDirectory"],
+    renamed={
+        "SCREEN_SECONDS": "guardrail.rundir.screen_files.SCREEN_SECONDS",
+        "NAME": "guardrail.rundir.run_creation.NAME",
+        "is_run_name": "guardrail.rundir.run_creation.is_run_name",
+        "list_runs": "guardrail.rundir.run_search.list_runs",
+        "find_run": "guardrail.rundir.run_search.find_run",
+    },
 )

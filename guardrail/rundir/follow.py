@@ -20,7 +20,8 @@ from guardrail.core.events.event import Event
 from guardrail.core.files import open_file
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.rundir import journal
-from guardrail.rundir.run_directory import MetricsView, RunDirectory
+from guardrail.rundir.metrics import MetricsView
+from guardrail.rundir.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     import numpy as np

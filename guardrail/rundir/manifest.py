@@ -15,41 +15,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
-import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from guardrail.core.errors import CheckpointInvalid
-from guardrail.core.files import open_file, read_file
+from guardrail.core.files import read_file
 from guardrail.core.records import Record
+from guardrail.rundir.safetensors_header import ITEM_BYTES, Shape
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL, BUFFER, OPTIM = "model/", "buffer/", "optim/"  # what the name of a tensor begins with
 
-# Bytes of one element, by the name that safetensors gives a type.
-ITEM_BYTES = {
-    **dict.fromkeys(
-        ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1
-    ),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
-}
-
 _BEFORE, _BETWEEN, _AFTER = b'{"sha256":"', b'","manifest":', b"}\n"
-_NAME = re.compile(r"step-(\d+)(?:-t(\d+))?(?:-(\d+))?")
-_BEGINNING = re.compile(rb'"format":\d+,"step":(\d+),"timeline":(\d+),')
-_CHUNK = 1 << 20
-_HEADER_LIMIT = 100_000_000  # as in the safetensors library
-
-Shape = tuple[int, ...]
-Progress = Callable[[int, int], None]
 
 
 class Box(Record, frozen=True, kw_only=True):
@@ -186,7 +168,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        _refuse_link(folder, MANIFEST, path.lstat().st_mode)
+        refuse_link(folder, MANIFEST, path.lstat().st_mode)
         content = read_file(path)
     except FileNotFoundError as error:
         raise CheckpointInvalid(
@@ -278,241 +260,13 @@ def covers(shape: Shape, boxes: list[Box]) -> bool:
     return True
 
 
-def verify(
-    folder: Path, files: Iterable[str] | None = None, progress: Progress | None = None
-) -> Manifest:
-    """Check a checkpoint without changing anything.
+def refuse_link(folder: Path, name: str, mode: int) -> None:
+    """Raise CheckpointInvalid where a file is a link.
 
-    Args:
-        folder: the checkpoint.
-        files: names of the files whose SHA-256 is computed; None: all. Sizes and headers are
-            checked for all of them in any case.
-        progress: called with (bytes hashed, bytes to hash).
-
-    Raises:
-        CheckpointInvalid: names the file and says in one sentence what is wrong with it.
-    """
-    manifest = read_manifest(folder)
-    for file in manifest.files:
-        _check_size(folder, file)
-    chosen = set(files) if files is not None else {file.name for file in manifest.files}
-    total = sum(file.bytes for file in manifest.files if file.name in chosen)
-    done = 0
-    for file in manifest.files:
-        if file.name in chosen:
-            digest, done = _hashed(folder, file, done, total, progress)
-            if digest != file.sha256:
-                raise CheckpointInvalid(
-                    f"{folder.name}/{file.name}: its content is not what was written "
-                    f"(SHA-256 {digest[:12]}..., the manifest says {file.sha256[:12]}...)"
-                )
-    _check_headers(folder, manifest)
-    return manifest
-
-
-def _check_size(folder: Path, file: FileEntry) -> None:
-    try:
-        found = (folder / file.name).lstat()
-    except FileNotFoundError as error:
-        raise CheckpointInvalid(f"{folder.name}/{file.name} is missing") from error
-    except OSError as error:
-        raise CheckpointInvalid(
-            f"{folder.name}/{file.name} cannot be read ({error.strerror})"
-        ) from error
-    _refuse_link(folder, file.name, found.st_mode)
-    size = found.st_size
-    if size != file.bytes:
-        how = "cut off" if size < file.bytes else "too long"
-        raise CheckpointInvalid(
-            f"{folder.name}/{file.name} is {how}: {size} bytes, the manifest says {file.bytes}"
-        )
-
-
-def _refuse_link(folder: Path, name: str, mode: int) -> None:
-    """What a link points to is no part of the checkpoint: it may change or go, and a copy of the
-    folder lacks it.
+    What it points to may change or go, and a copy of the folder lacks it.
     """
     if not stat.S_ISREG(mode):
         what = "a link to another file" if stat.S_ISLNK(mode) else "no regular file"
         raise CheckpointInvalid(
             f"{folder.name}/{name} is {what}: a checkpoint holds its files itself"
         )
-
-
-def _hashed(
-    folder: Path, file: FileEntry, done: int, total: int, progress: Progress | None
-) -> tuple[str, int]:
-    digest = hashlib.sha256()
-    buffer = bytearray(_CHUNK)
-    view = memoryview(buffer)
-    try:
-        with open(folder / file.name, "rb", buffering=0) as stream:
-            while count := stream.readinto(view):
-                digest.update(view[:count])
-                done += count
-                if progress is not None:
-                    progress(done, total)
-    except OSError as error:
-        raise CheckpointInvalid(
-            f"{folder.name}/{file.name} cannot be read ({error.strerror})"
-        ) from error
-    return digest.hexdigest(), done
-
-
-class HeaderEntry(msgspec.Struct, frozen=True):
-    """One tensor in a safetensors header: bytes [begin, end) from `data` on, the beginning of the
-    file's data.
-    """
-
-    dtype: str
-    shape: Shape
-    data_offsets: tuple[int, int]
-
-
-def read_header(path: Path) -> tuple[dict[str, HeaderEntry], int]:
-    """The header of a safetensors file: (tensors by name, where the data begin in the file, in
-    bytes).
-
-    Raises:
-        CheckpointInvalid: not a safetensors file, or one whose tensors do not fit in it.
-    """
-    try:
-        with (
-            open_file(path) as stream,
-            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        ):
-            length = int.from_bytes(content[:8], "little")
-            if len(content) < 8 or not 2 <= length <= min(_HEADER_LIMIT, len(content) - 8):
-                raise CheckpointInvalid(f"{path.parent.name}/{path.name} is not a safetensors file")
-            header = msgspec.json.decode(content[8 : 8 + length], type=dict[str, Any])
-            room = len(content) - 8 - length
-    # mmap refuses an empty file with ValueError, msgspec derives from it
-    except (OSError, ValueError) as error:
-        raise CheckpointInvalid(
-            f"{path.parent.name}/{path.name} is not a safetensors file ({error})"
-        ) from error
-    header.pop("__metadata__", None)
-    try:
-        entries = msgspec.convert(header, dict[str, HeaderEntry])
-    except msgspec.ValidationError as error:
-        raise CheckpointInvalid(
-            f"{path.parent.name}/{path.name} has a broken header ({error})"
-        ) from error
-    for name, entry in entries.items():
-        begin, end = entry.data_offsets
-        if not 0 <= begin <= end <= room or end - begin != ITEM_BYTES.get(
-            entry.dtype, 0
-        ) * math.prod(entry.shape):
-            raise CheckpointInvalid(
-                f"{path.parent.name}/{path.name}: {name} does not fit in the file"
-            )
-    return entries, 8 + length
-
-
-def _check_headers(folder: Path, manifest: Manifest) -> None:
-    headers = {file.name: read_header(folder / file.name)[0] for file in manifest.files}
-    for name, tensor in manifest.tensors.items():
-        for piece in tensor.pieces:
-            held = headers[piece.file].get(name)
-            if held is None or (held.dtype, held.shape) != (tensor.dtype, piece.size):
-                raise CheckpointInvalid(
-                    f"{folder.name}/{piece.file} does not hold the piece of {name} it should"
-                )
-
-
-def fingerprint(folder: Path) -> str:
-    """One SHA-256 over all parameters, the same however many ranks wrote them and however they were
-    sharded.
-
-    Over the tensors "model/...", by name: a line `name dtype shape`, then the whole tensor's bytes
-    in row-major order. Buffers and moments stay out. Holds one tensor in memory at a time, and only
-    where pieces interleave. Hashes of the files are not checked here; see `verify`.
-    """
-    manifest = read_manifest(folder)
-    for file in manifest.files:
-        _check_size(folder, file)
-    digest = hashlib.sha256()
-    headers = {file.name: read_header(folder / file.name) for file in manifest.files}
-    for name in sorted(manifest.tensors):
-        if name.startswith(MODEL):
-            tensor = manifest.tensors[name]
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            for part in _row_major(folder, name, tensor, headers):
-                digest.update(part)
-    return digest.hexdigest()
-
-
-def _row_major(
-    folder: Path,
-    name: str,
-    tensor: TensorEntry,
-    headers: dict[str, tuple[dict[str, HeaderEntry], int]],
-) -> Iterable[Any]:
-    """The bytes of a tensor in order, in parts. Elements are opaque: the item's bytes are one more
-    dimension.
-    """
-    import numpy as np
-
-    item = ITEM_BYTES[tensor.dtype]
-
-    def content(piece: Piece) -> Any:
-        entries, start = headers[piece.file]
-        if name not in entries:
-            raise CheckpointInvalid(f"{folder.name}/{piece.file} does not hold {name}")
-        begin, end = entries[name].data_offsets
-        if end - begin != item * math.prod(piece.size):
-            raise CheckpointInvalid(
-                f"{folder.name}/{piece.file}: {name} has another size than the manifest says"
-            )
-        shape = (*piece.size, item)
-        if begin == end:
-            return np.empty(shape, dtype=np.uint8)
-        return np.memmap(
-            folder / piece.file, dtype=np.uint8, mode="r", offset=start + begin, shape=shape
-        )
-
-    pieces = sorted(tensor.pieces, key=lambda piece: piece.offset)
-    if all(piece.size[1:] == tensor.shape[1:] for piece in pieces):  # whole rows follow one another
-        yield from map(content, pieces)
-        return
-    whole = np.empty((*tensor.shape, item), dtype=np.uint8)
-    for piece in pieces:
-        box = Box(global_shape=tensor.shape, offset=piece.offset, size=piece.size)
-        whole[box.slices(Box.whole(tensor.shape))] = content(piece)
-    yield whole
-
-
-def checkpoint_name(step: int, timeline: int = 0, copy: int = 0) -> str:
-    """`step-00001200`; with its timeline where an older timeline has taken that name; numbered if
-    that is taken too.
-    """
-    name = f"step-{step:08d}"
-    if timeline or copy:
-        name += f"-t{timeline}"
-    return f"{name}-{copy + 1}" if copy else name
-
-
-def checkpoint_dirs(folder: Path) -> list[Path]:
-    """The committed checkpoints of a run, newest first: by timeline, then by step. Temporary
-    folders are passed over.
-
-    One whose manifest cannot be read comes first of all: its age is unknown, so whoever looks for
-    the newest valid one must meet it and be able to say why it was refused.
-    """
-    found = []
-    if folder.is_dir():
-        for path in folder.iterdir():
-            match = _NAME.fullmatch(path.name)
-            if match and path.is_dir():
-                found.append((_age(path, int(match[1])), path.name, path))
-    return [path for *_, path in sorted(found, reverse=True)]
-
-
-def _age(path: Path, step: int) -> tuple[float, int]:
-    """(timeline, step), from the first bytes of the manifest."""
-    try:
-        with open_file(path / MANIFEST) as stream:
-            match = _BEGINNING.search(stream.read(512))
-    except OSError:
-        match = None
-    return (int(match[2]), int(match[1])) if match else (math.inf, step)

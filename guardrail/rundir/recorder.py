@@ -17,7 +17,8 @@ import msgspec
 from guardrail.core.events.event import Event
 from guardrail.core.events.faults import DiskChanged
 from guardrail.core.events.kinds import make_event, with_data
-from guardrail.rundir.run_directory import MetricsWriter, RunDirectory
+from guardrail.rundir.metrics import MetricsWriter
+from guardrail.rundir.run_directory import RunDirectory
 
 RETRY_SECONDS = 5.0  # between two tries of a step to write what a disk has refused
 ROWS_KEPT = 100_000  # rows that wait in memory, some 20 MB; beyond that the oldest are lost

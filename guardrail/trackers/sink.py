@@ -23,7 +23,7 @@ from guardrail.core.errors import RunDirectoryError
 from guardrail.core.events.event import Event
 from guardrail.core.files import FILE_MODE, FOLDER_MODE, read_file, replace_file
 from guardrail.rundir.follow import Follower
-from guardrail.rundir.run_directory import MetricsView
+from guardrail.rundir.metrics import MetricsView
 from guardrail.trackers.base import Entry, NewConfig, Position, Purge, Row, Tracker
 
 logger = logging.getLogger(__name__)

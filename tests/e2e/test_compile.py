@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from guardrail.core.errors import ConfigError
-from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.manifest import read_manifest
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.running import assert_same, of_kind, table, tiny, told, trained
 from trainer.config.config import Config

@@ -27,8 +27,9 @@ from guardrail.core.toml_file import dump_toml, read_toml
 from guardrail.launch.launcher import prepare_resume
 from guardrail.report.output import report_as_dict
 from guardrail.report.quarantine import quarantine_lines
-from guardrail.rundir.manifest import checkpoint_dirs, verify
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.verification import verify
 from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.run_reader import RunReader

@@ -23,8 +23,9 @@ from guardrail.operate import replay_comparison, replay_plan
 from guardrail.operate.replay import ReplayOutcome, make_outcome, make_scratch_run
 from guardrail.operate.replay_comparison import Comparison
 from guardrail.operate.replay_plan import ReplayPlan, machine_remarks, plan_replay, starts_in
-from guardrail.rundir.manifest import checkpoint_dirs
-from guardrail.rundir.run_directory import MetricsView, RunDirectory
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.metrics import MetricsView
+from guardrail.rundir.run_directory import RunDirectory
 from tests.support.events import make_line
 from tests.support.running import BATCH, BLIND, new_run, of_kind, tiny, train
 

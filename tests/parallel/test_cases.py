@@ -22,7 +22,8 @@ from guardrail.core.errors import CheckpointInvalid
 from guardrail.core.records import Action, Command
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.sample_order import SampleOrder
-from guardrail.rundir.manifest import MANIFEST, checkpoint_dirs, read_manifest, sealed
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.manifest import MANIFEST, read_manifest, sealed
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.loader import CheckpointLoader
 from guardrail.torch.state.training_state import TrainingState

@@ -23,14 +23,9 @@ from safetensors import SafetensorError
 from guardrail.core.errors import CheckpointInvalid
 from guardrail.core.files import TEMPORARY
 from guardrail.core.records import SnapshotInfo
-from guardrail.rundir.manifest import (
-    MANIFEST,
-    checkpoint_dirs,
-    fingerprint,
-    read_manifest,
-    sealed,
-    verify,
-)
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.manifest import MANIFEST, read_manifest, sealed
+from guardrail.rundir.verification import fingerprint, verify
 from guardrail.torch.checkpoint import commit as commit_module
 from guardrail.torch.checkpoint import disk_checkpoints as checkpoints_module
 from guardrail.torch.checkpoint import rank_share

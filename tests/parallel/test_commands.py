@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from guardrail.core.records import Command, Mode, Phase, Status
-from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.manifest import read_manifest
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.lab import wait_for
 from tests.support.ranks import wait_ranks

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.rundir.manifest import checkpoint_dirs, verify
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.verification import verify
 from tests.support.ranks import wait_ranks
 from tests.support.running import (
     BLIND,

@@ -22,7 +22,8 @@ from guardrail.core.sections import LaunchSection
 from guardrail.launch import supervisor_journal as chronicle
 from guardrail.launch.launcher import prepare_resume
 from guardrail.launch.supervisor_journal import SupervisorJournal
-from guardrail.rundir.manifest import MANIFEST, checkpoint_dirs, read_manifest
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.manifest import MANIFEST, read_manifest
 from guardrail.rundir.metrics import MetricsWriter
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.lab import fill, small_file_system, wait_for

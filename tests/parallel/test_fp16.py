@@ -21,8 +21,10 @@ from guardrail.core.toml_file import dump_toml
 from guardrail.decide.controller import Controller
 from guardrail.detectors.loss_scale import AT_START
 from guardrail.report.quarantine import quarantine_lines
-from guardrail.rundir.manifest import checkpoint_dirs, fingerprint, read_manifest
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.manifest import read_manifest
 from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.verification import fingerprint
 from guardrail.torch.diagnose.nonfinite_module import find_nonfinite_module
 from guardrail.torch.measure.gradient_norms import compute_norms
 from guardrail.torch.measure.loss_scaler import LossScale

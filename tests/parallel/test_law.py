@@ -20,7 +20,8 @@ from guardrail.core.records import Command
 from guardrail.decide.control_commands.registry import own_lines
 from guardrail.decide.run_history import RunHistory
 from guardrail.report.quarantine import quarantine_lines
-from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.manifest import read_manifest
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.ranks import wait_ranks
 from tests.support.running import (

@@ -26,15 +26,10 @@ from guardrail.core.records import UPDATE_NORM, Command
 from guardrail.core.toml_file import dump_toml
 from guardrail.launch.launcher import prepare_resume
 from guardrail.report.quarantine import quarantine_lines
-from guardrail.rundir.manifest import (
-    OPTIM,
-    Box,
-    checkpoint_dirs,
-    fingerprint,
-    read_manifest,
-    verify,
-)
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.manifest import OPTIM, Box, read_manifest
 from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.verification import fingerprint, verify
 from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
 from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
 from guardrail.torch.checkpoint.safetensors_file import read_parts

@@ -19,7 +19,7 @@ import guardrail.torch.checkpoint.loader
 import trainer.loop.corpus_setup
 import trainer.parallel.data_parallel
 from guardrail.core.records import Command, Phase
-from guardrail.rundir.manifest import checkpoint_dirs
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import KILLED
 from tests.support.lab import wait_for

@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from guardrail.rundir import processes
-from guardrail.rundir.run_directory import RunDirectory, list_runs
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.run_search import list_runs
 from tests.support.places import ROOT
 
 FAKES = Path(__file__).parent / "fakes"

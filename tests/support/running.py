@@ -31,8 +31,10 @@ from guardrail.core.records import Mode, Remedy, Span
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.run_history import RunHistory
 from guardrail.report.quarantine import quarantine_lines
-from guardrail.rundir.manifest import checkpoint_dirs, fingerprint, verify
-from guardrail.rundir.run_directory import RunDirectory, span_of
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.journal import span_of
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.verification import fingerprint, verify
 from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
 from tests.support.older import NO_LIMIT
 from tests.support.ranks import start_ranks, wait_ranks

@@ -12,7 +12,8 @@ from guardrail.backtest.importers.names import KNOWN
 from guardrail.backtest.importers.recorded_log import Column, Log, as_step
 from guardrail.core.errors import DataError, RunDirectoryError
 from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, METRIC_COLUMNS
-from guardrail.rundir.run_directory import MetricsView, RunDirectory
+from guardrail.rundir.metrics import MetricsView
+from guardrail.rundir.run_directory import RunDirectory
 
 # Measured at every step, so their NaN is a result.
 ALWAYS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE)

@@ -26,6 +26,7 @@ from guardrail.core.files import (
     sync_folder,
     write_all,
 )
+from guardrail.rundir.checkpoint_folders import checkpoint_name
 from guardrail.rundir.manifest import (
     FORMAT,
     MANIFEST,
@@ -33,13 +34,12 @@ from guardrail.rundir.manifest import (
     Manifest,
     Piece,
     RankEntry,
-    Shape,
     TensorEntry,
-    checkpoint_name,
     covers,
     sealed,
-    verify,
 )
+from guardrail.rundir.safetensors_header import Shape
+from guardrail.rundir.verification import verify
 from guardrail.torch.checkpoint.safetensors_file import dtype_name
 from guardrail.torch.checkpoint.save_job import RankReport, SaveFailed, SaveJob
 

@@ -15,15 +15,9 @@ from torch import Tensor
 
 from guardrail.core.errors import CheckpointInvalid
 from guardrail.core.records import Record
-from guardrail.rundir.manifest import (
-    OPTIM,
-    Box,
-    Manifest,
-    Progress,
-    checkpoint_dirs,
-    read_manifest,
-    verify,
-)
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.manifest import OPTIM, Box, Manifest, read_manifest
+from guardrail.rundir.verification import Progress, verify
 from guardrail.torch.checkpoint.safetensors_file import DTYPES, read_parts
 from guardrail.torch.checkpoint.save_job import reason_of
 from guardrail.torch.state import json_codec

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from guardrail.rundir.manifest import OPTIM, Shape
+from guardrail.rundir.manifest import OPTIM
+from guardrail.rundir.safetensors_header import Shape
 from guardrail.torch.state import foreach, json_codec
 
 # A parameter, the optimizer that trains it, and its group there.

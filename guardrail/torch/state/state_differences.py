@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from guardrail.rundir.manifest import OPTIM, Box, Shape
+from guardrail.rundir.manifest import OPTIM, Box
+from guardrail.rundir.safetensors_header import Shape
 from guardrail.torch.state.optimizer_state import Trained, owner_of
 
 TensorKind = tuple[torch.dtype, Shape]  # type and global shape

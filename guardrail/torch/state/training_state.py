@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from guardrail.core.errors import CheckpointInvalid, UsageError
-from guardrail.rundir.manifest import BUFFER, MODEL, OPTIM, Box, Shape
+from guardrail.rundir.manifest import BUFFER, MODEL, OPTIM, Box
+from guardrail.rundir.safetensors_header import Shape
 from guardrail.torch.state import foreach
 from guardrail.torch.state.digests import component_digests
 from guardrail.torch.state.optimizer_state import (

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from guardrail.core.errors import RunDirectoryError
-from guardrail.rundir.run_directory import MetricsView, RunDirectory
+from guardrail.rundir.metrics import MetricsView
+from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.model.logtail import LogTail, PrintedLine
 from guardrail.tui.model.rank_health import Rank, RankTracker
 

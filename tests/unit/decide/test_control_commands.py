@@ -29,7 +29,8 @@ from guardrail.decide.run_history import RunHistory
 from guardrail.operate import control
 from guardrail.operate.preview import preview_command, preview_in_run
 from guardrail.operate.run_state import RunState
-from guardrail.rundir.run_directory import RunDirectory, check_command
+from guardrail.rundir.command_files import check_command
+from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.screens import keys
 from tests.support.events import make_line
 from tests.support.examples.damp_command import FACTOR, Damp

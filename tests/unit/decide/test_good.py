@@ -37,7 +37,8 @@ from guardrail.operate import preview
 from guardrail.operate.run_state import RunState
 from guardrail.operate.run_summary import summarize_run
 from guardrail.report.output import summary_text
-from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.manifest import read_manifest
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.events import make_line
 from tests.support.feed import BATCH, noisy, obs

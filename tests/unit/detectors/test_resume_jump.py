@@ -10,7 +10,7 @@ from guardrail.core.records import Action, FindingKind, Mode, Verdict
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.controller import Controller
 from guardrail.detectors.resume_jump import ROWS
-from guardrail.rundir.run_directory import findings_of
+from guardrail.rundir.journal import findings_of
 from tests.support.feed import noisy, obs, through_json, warmed
 from tests.support.running import new_run, of_kind, tiny, train
 

@@ -14,9 +14,9 @@ from guardrail.core.errors import RunDirectoryError
 from guardrail.core.events.event import Event
 from guardrail.core.files import as_float
 from guardrail.core.records import Command
-from guardrail.rundir.command_files import Inbox, find_interrupted
+from guardrail.rundir.command_files import Inbox, check_command, find_interrupted
 from guardrail.rundir.mailbox import CommandPoller
-from guardrail.rundir.run_directory import RunDirectory, check_command
+from guardrail.rundir.run_directory import RunDirectory
 from tests.support.events import make_line
 from tests.support.lab import wait_for
 

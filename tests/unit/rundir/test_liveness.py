@@ -123,7 +123,7 @@ def test_an_end_counts_whatever_clock_has_written_it(
     assert chronicle.read_outcome_of_ranks([]) is None, "that was before"
     run.append("restarted")
     now = time.time()
-    monkeypatch.setattr("guardrail.rundir.run_directory.time.time", lambda: now - 120.0)
+    monkeypatch.setattr("guardrail.rundir.screen_files.time.time", lambda: now - 120.0)
     run.append("ended", "halted", phase="halted", exit_code=3)
     assert chronicle.read_outcome_of_ranks([]) == (Phase.HALTED, ExitCode.HALTED)
 
@@ -135,7 +135,7 @@ def test_a_screen_on_a_host_with_another_clock_counts(
 ) -> None:
     with monkeypatch.context() as there:
         now = time.time()
-        there.setattr("guardrail.rundir.run_directory.time.time", lambda: now + skew)
+        there.setattr("guardrail.rundir.screen_files.time.time", lambda: now + skew)
         run.screen_seen()
     assert run.screens() == 1
     run.screen_gone()

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from guardrail.core.errors import CheckpointInvalid, ExitCode
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs, checkpoint_name
 from guardrail.rundir.manifest import (
     FORMAT,
     MANIFEST,
@@ -24,15 +25,12 @@ from guardrail.rundir.manifest import (
     Manifest,
     Piece,
     TensorEntry,
-    checkpoint_dirs,
-    checkpoint_name,
     covers,
-    fingerprint,
-    read_header,
     read_manifest,
     sealed,
-    verify,
 )
+from guardrail.rundir.safetensors_header import read_header
+from guardrail.rundir.verification import fingerprint, verify
 from guardrail.torch.checkpoint.safetensors_file import dtype_name, write_file
 
 Cut = tuple[str, tuple[int, ...], tuple[int, ...]]  # file, offset, size

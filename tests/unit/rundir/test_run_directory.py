@@ -41,9 +41,11 @@ from guardrail.decide.timelines import TimelineIndex
 from guardrail.launch.supervisor_journal import read_last_lines
 from guardrail.operate.run_summary import read_losses
 from guardrail.rundir import journal
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 from guardrail.rundir.follow import Follower
-from guardrail.rundir.manifest import checkpoint_dirs
-from guardrail.rundir.run_directory import RunDirectory, find_run, findings_of, list_runs, span_of
+from guardrail.rundir.journal import findings_of, span_of
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.run_search import find_run, list_runs
 from tests.support.lab import without_waiting
 
 

@@ -29,8 +29,10 @@ from guardrail.core.records import Action, Command, Mode, Phase
 from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.controller import Controller
 from guardrail.decide.sample_order import SampleOrder
-from guardrail.rundir.manifest import checkpoint_dirs, fingerprint, read_manifest
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.manifest import read_manifest
 from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.verification import fingerprint
 from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
 from guardrail.torch.guard import command_handler, command_inbox
 from guardrail.torch.guard.guard import Guard

@@ -21,7 +21,7 @@ from guardrail.core.records import Action, Command, Mode, Phase, Verdict
 from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.decide.sample_order import SampleOrder
-from guardrail.rundir.manifest import checkpoint_dirs
+from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.checkpoint_index import CheckpointEvent
 from guardrail.torch.guard.guard import Guard, Step

@@ -23,7 +23,7 @@ from guardrail.core.errors import ExitCode
 from guardrail.core.records import Command, Mode, Phase, Shown
 from guardrail.decide.control_commands.registry import shown_in
 from guardrail.operate.preview import Preview
-from guardrail.rundir.run_directory import check_command
+from guardrail.rundir.command_files import check_command
 from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.chart.chart import Chart
 from guardrail.tui.draw.lines import Lines

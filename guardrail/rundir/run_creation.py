@@ -1,0 +1,99 @@
+"""Makes the folder of a new run."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from guardrail.core import secret
+from guardrail.core.errors import RunDirectoryError
+from guardrail.core.files import FOLDER_MODE, LONGEST_NAME, TEMPORARY, replace_file, sync_folder
+from guardrail.core.text import clean_text
+
+_FOLDERS = ("checkpoints", "commands", "logs", "ranks", "screens", "tensorboard")
+_NAME = re.compile(r"[^\W_][\w.+=@-]{0,99}")
+NAME = "1 to 100 letters, digits, and . _ + = @ - inside"
+
+
+def is_run_name(name: str) -> bool:
+    """Whether a folder of runs can have this name. A letter may take four bytes."""
+    return bool(_NAME.fullmatch(name)) and len(name.encode()) <= LONGEST_NAME
+
+
+def create_numbered(root: str | os.PathLike[str], name: str, config_toml: str) -> Path:
+    """Make ROOT/NAME/YYYY-MM-DD-NN with its configuration, complete before a reader can see it.
+
+    Several processes may do this at once: each gets its own number. Raises RunDirectoryError.
+    """
+    if not is_run_name(name):
+        raise RunDirectoryError(f"{clean_text(name, 80)!r} is no name for a run: {NAME}")
+    parent = Path(root) / name
+    try:
+        parent.mkdir(parents=True, exist_ok=True, mode=FOLDER_MODE)
+        hidden = parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
+        hidden.mkdir(mode=FOLDER_MODE)
+        try:
+            for folder in _FOLDERS:
+                (hidden / folder).mkdir(mode=FOLDER_MODE)
+            replace_file(hidden / "config.toml", secret.mask_text(config_toml).encode("utf-8"))
+            path = _claim(hidden, parent)
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise
+        sync_folder(parent)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"cannot make a run directory in {parent}: {error.strerror}"
+        ) from error
+    return path.absolute()
+
+
+def create_at(path: Path, config_toml: str) -> None:
+    """Make a run directory at exactly this place, which is empty or not there yet.
+
+    Raises RunDirectoryError.
+    """
+    try:
+        path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            is_run = (path / "config.toml").exists()
+            hint = "guardrail launch --resume goes on with a run" if is_run else "not empty"
+            raise RunDirectoryError(f"{path}: exists already\n  hint: {hint}")
+        for folder in _FOLDERS:
+            (path / folder).mkdir(mode=FOLDER_MODE)
+        replace_file(path / "config.toml", secret.mask_text(config_toml).encode("utf-8"))
+    except FileExistsError as error:
+        raise RunDirectoryError(
+            f"{path}: another launch is making a run there, or it is no folder"
+        ) from error
+    except OSError as error:
+        raise RunDirectoryError(
+            f"cannot make a run directory at {path}: {error.strerror}"
+        ) from error
+
+
+def _claim(hidden: Path, parent: Path) -> Path:
+    """Rename a complete directory to the next free number. Renaming onto a directory that is not
+    empty fails.
+    """
+    day = datetime.date.today().isoformat()
+    taken = [
+        int(name.rsplit("-", 1)[1])
+        for name in os.listdir(parent)
+        if re.fullmatch(rf"{day}-\d+", name)
+    ]
+    number = max(taken, default=0)
+    while True:
+        number += 1
+        path = parent / f"{day}-{number:02d}"
+        try:
+            os.rename(hidden, path)
+            return path
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
