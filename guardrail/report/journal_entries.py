@@ -91,7 +91,7 @@ def _list_remedies(data: Mapping[str, Any]) -> Iterator[str]:
         back = as_int(item.get("back", item.get("ramp_steps")))
         until = ""
         if hold or back:
-            until = f", for {hold:,} steps, then ramped back in {back:,} steps"
+            until = f", hold {hold:,} steps, ramp {back:,} steps"
         yield f"{what} x {value:g} from step {as_int(item.get('from_step')):,}{until}"
 
 

@@ -15,7 +15,9 @@ import pytest
 
 from guardrail.core.events.event import Event
 from guardrail.core.toml_file import read_toml
+from guardrail.launch.side_threads import SideThreads
 from guardrail.launch.supervisor import Supervisor
+from guardrail.launch.supervisor_settings import read_settings
 from guardrail.rundir import run_directory
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import SupervisorSignals
@@ -67,6 +69,12 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file() and path.name not in (".lock", "position.json")
     }
+
+
+def side_threads(run: RunDirectory) -> SideThreads:
+    """The threads of the supervisor of this run."""
+    settings = read_settings(run, node_rank=0, secrets={})
+    return Supervisor(run, settings, SupervisorSignals())._threads
 
 
 @contextlib.contextmanager
@@ -162,8 +170,7 @@ def test_a_line_in_the_list_is_all_that_a_new_tracker_needs(
     monkeypatch.setattr(registry, "TRACKERS", (*registry.TRACKERS, JsonLines))
     config = read_toml(stored.path / "config.toml", of_run=True)
     assert JsonLines in enabled_trackers(config)
-    supervisor = Supervisor(stored, SupervisorSignals())
-    with supervisor._feed_trackers():
+    with side_threads(stored).feed_trackers():
         pass  # the ranks would run here
     view = stored.metrics()
     is_current = view.current()
@@ -286,8 +293,7 @@ def test_a_tracker_with_a_fault_is_noted_in_the_journal_and_the_others_go_on(
 
     write_rows(run, 1, 2)
     monkeypatch.setattr(registry, "TRACKERS", (Faulty, JsonLines))
-    supervisor = Supervisor(run, SupervisorSignals())
-    with supervisor._feed_trackers():
+    with side_threads(run).feed_trackers():
         threading.Event().wait(0.1)
     (note,) = run.events()
     assert note.kind == "note" and note.data["text"] == "faulty"
