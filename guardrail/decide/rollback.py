@@ -12,12 +12,12 @@ class Rollback(Record, frozen=True, kw_only=True):
     Attributes:
         from_step: applied steps when it was decided.
         to_step: applied steps of the state that was restored.
-        onset: first step of the trouble.
-        window: positions [first, last) that it left out.
+        onset: first step of the anomaly.
+        window: positions [first, last) that it skipped.
         escalation: action of the escalation step that it was, "" for a user's.
-        incident: that it answered, None without one.
+        incident: that it answered; None: none.
         new_timeline: that it began.
-        by_person: commanded, not decided by the guard; such a rollback is outside the budget.
+        by_person: a user commanded it. It does not count towards the budget of rollbacks.
     """
 
     from_step: int
