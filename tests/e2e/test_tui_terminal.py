@@ -372,12 +372,12 @@ def test_a_log_of_another_tool_is_plain_lines_too(tmp_path: Path, opened: list[T
 def test_gone() -> None:
     master, slave = os.openpty()
     try:
-        assert not terminal.gone(slave)
+        assert not terminal.is_gone(slave)
         os.close(master)
         master = -1
-        assert terminal.gone(slave)
+        assert terminal.is_gone(slave)
     finally:
         for descriptor in (master, slave):
             if descriptor >= 0:
                 os.close(descriptor)
-    assert terminal.gone(slave), "a closed descriptor counts as gone"
+    assert terminal.is_gone(slave), "a closed descriptor counts as gone"

@@ -1,5 +1,6 @@
-"""Start-up and wiring of the screen: reader -> two frames a second, or five while something happens
--> dashboard.
+"""Start-up and refresh of the screen.
+
+A frame is drawn twice a second, or five times a second while something happens.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from guardrail.tui.terminal import hangup as terminal
 from guardrail.tui.terminal.key_queue import NOW, KeyQueue
 from guardrail.tui.terminal.themed_app import ThemedApp
 
-# between two frames while something happens: to the run, or by the viewer's hand
+# between two frames while something happens to the run, or the viewer does something
 FRAME_SECONDS = 0.2
-QUIET_SECONDS = 0.5  # ... and while there is nothing new but a few rows more
-TICK_SECONDS = 1.0  # ages and silence grow without news
-LIVELY_SECONDS = 5.0  # after the last thing that happened
+QUIET_SECONDS = 0.5  # ... and while only a few rows come
+TICK_SECONDS = 1.0  # between two frames without news: ages grow all the same
+LIVELY_SECONDS = 5.0  # how long frames come faster after something has happened
 
 
 class GuardrailApp(ThemedApp[None]):
@@ -41,7 +42,7 @@ class GuardrailApp(ThemedApp[None]):
     Args:
         reader: where snapshots come from and commands go.
         clock: wall time.
-        read_only: control keys only say that they do nothing.
+        read_only: control keys only show that they do nothing.
         theme: one of `palette.THEMES`; None: what suits the terminal.
     """
 
@@ -51,9 +52,7 @@ class GuardrailApp(ThemedApp[None]):
     ]
 
     class Fresh(Message):
-        """The reader has something new. At most one is under way: what came meanwhile is in
-        `latest` too.
-        """
+        """The reader has a new snapshot. At most one message waits: `latest` has all the news."""
 
     def __init__(
         self,
@@ -66,11 +65,11 @@ class GuardrailApp(ThemedApp[None]):
         super().__init__(theme)
         self._reader, self._clock, self._read_only = reader, clock, read_only
         self._under_way = False
-        self._drawn, self._happened = -math.inf, -math.inf  # by the clock that never goes back
+        self._drawn, self._happened = -math.inf, -math.inf  # monotonic seconds
         self._monotonic = time.monotonic
         self._shown = reader.latest()
         self._commands = SentCommands(reader, clock)
-        self._typing = KeyQueue(super().on_event, self._takes, self._busy)
+        self._keys = KeyQueue(super().on_event, self._takes, self._busy)
 
     def get_default_screen(self) -> Dashboard:
         return Dashboard(self._view(), self._commands)
@@ -95,18 +94,19 @@ class GuardrailApp(ThemedApp[None]):
         if isinstance(event, InputEvent):
             self._happened = self._monotonic()
         if isinstance(event, Key) and not event.is_forwarded:
-            await self._typing.press(event)
+            await self._keys.press(event)
         else:
             await super().on_event(event)
 
     def _takes(self, key: Key) -> str:
-        """What whoever has the keys does with one: only a dialog does not take each at once."""
+        """Return what is done with a key; only a dialog may not take it at once."""
         top = self.screen
         return top.takes(key) if isinstance(top, Dialog) else NOW
 
     def _busy(self) -> Iterable[MessagePump]:
-        """Whoever may have to do with a key: what has it, what holds that, and what has opened the
-        dialog on top.
+        """Return the parts that a key may give something to do.
+
+        These are the focused part, the parts around it, and the screen below a dialog.
         """
         target = self.focused or self.screen
         return [*target.ancestors_with_self, self, *self.screen_stack[:1], self]
@@ -119,15 +119,12 @@ class GuardrailApp(ThemedApp[None]):
             self._draw()
 
     def _pace(self) -> float:
-        """Seconds between two frames: more of them where there is something to see than all day
-        long.
-        """
+        """Return the seconds between two frames."""
         latest = self._reader.latest()
         if not latest.loaded or _news(self._shown, latest):
             self._happened = self._monotonic()
-        return (
-            FRAME_SECONDS if self._monotonic() - self._happened < LIVELY_SECONDS else QUIET_SECONDS
-        )
+        is_lively = self._monotonic() - self._happened < LIVELY_SECONDS
+        return FRAME_SECONDS if is_lively else QUIET_SECONDS
 
     def _tick(self) -> None:
         if self._monotonic() - self._drawn >= TICK_SECONDS - FRAME_SECONDS:
@@ -139,25 +136,35 @@ class GuardrailApp(ThemedApp[None]):
         self._show()
 
     def _show(self) -> None:
-        # A timer may fire once more while the screens are being taken down.
+        # A timer may fire once more while the screens are being removed.
         for dashboard in self.screen_stack[:1]:
             if isinstance(dashboard, Dashboard):
                 dashboard.show(self._view())
 
 
 def _news(before: Snapshot, now: Snapshot) -> bool:
-    """Whether there is more to see than a few rows more and a later heartbeat."""
+    """Return whether more is new than a few rows and a later heartbeat."""
     if before is now:
         return False
-    if before.story is not now.story:
-        return True
-    told = [
-        (one.problem, one.recorded, one.looking_up, one.unsent, one.previews, one.columns,
-         one.series.details, len(one.series.abandoned),
-         one.status and (one.status.phase, one.status.mode, one.status.question, one.status.disk))
-        for one in (before, now)
-    ]  # fmt: skip
-    return told[0] != told[1]
+    return before.story is not now.story or _visible_state(before) != _visible_state(now)
+
+
+def _visible_state(one: Snapshot) -> tuple[object, ...]:
+    """Return what of a snapshot is drawn at once when it changes, but for the story."""
+    state: tuple[object, ...] = ()
+    if one.status is not None:
+        state = (one.status.phase, one.status.mode, one.status.question, one.status.disk)
+    return (
+        one.problem,
+        one.recorded,
+        one.looking_up,
+        one.unsent,
+        one.previews,
+        one.columns,
+        one.series.details,
+        len(one.series.abandoned),
+        state,
+    )
 
 
 def run_screen(
@@ -167,11 +174,11 @@ def run_screen(
     theme: str | None = None,
     mouse: bool = True,
 ) -> int:
-    """Show a run until the viewer leaves; returns 0. Training never notices.
+    """Show a run until the viewer leaves; return 0. Training is not affected.
 
     Args:
         theme: one of `guardrail.cli.theme_names.THEMES`; None: what suits the terminal.
-        mouse: ask the terminal for the mouse; without, it selects text as everywhere else.
+        mouse: ask the terminal for the mouse. Without it, the mouse selects text.
 
     Raises:
         RunDirectoryError: there is no run at `path`.
@@ -182,7 +189,7 @@ def run_screen(
 
 
 def run_log(log: Recorded, *, theme: str | None = None, mouse: bool = True) -> int:
-    """Show a recorded log until the viewer leaves; returns 0."""
+    """Show a recorded log until the viewer leaves; return 0."""
     return _run(GuardrailApp(RecordedReader(log), read_only=True, theme=theme), mouse=mouse)
 
 

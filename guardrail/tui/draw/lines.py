@@ -1,8 +1,7 @@
-"""Rows of toned text, and the widget that draws them and redraws only those that changed.
+"""Rows of toned text, and the widget that draws them and redraws only what changed.
 
-A row is a tuple of pieces (text, tone). There is no markup anywhere: text is cleaned where it
-becomes a strip, the one place that leads to the terminal, so that no log line or file name can send
-it a sequence.
+A row is a tuple of pieces (text, tone), without markup. Text is cleaned where it becomes a strip,
+the only way to the terminal. So no log line or file name can send the terminal a sequence.
 """
 
 from __future__ import annotations
@@ -24,17 +23,26 @@ from guardrail.tui.model.view import View
 Piece = tuple[str, str]
 Row = tuple[Piece, ...]
 Builder = Callable[[View, int, int], Sequence[Row]]
-_MOVE = 4  # cells that are sent again rather than passed over
+_MOVE = 4  # cells that are sent again: moving the cursor over them costs as much
 
 
 def make_row(*pieces: Piece | str) -> Row:
-    """Pieces; a bare string is plain."""
-    return tuple((piece, "plain") if isinstance(piece, str) else piece for piece in pieces if piece)
+    """Return a row of pieces; a bare string is plain, and an empty one is dropped."""
+    row: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, str):
+            if piece:
+                row.append((piece, "plain"))
+        else:
+            row.append(piece)
+    return tuple(row)
 
 
 def text_width(text: str) -> int:
-    """Most texts are plain ones, for which there is nothing to look up."""
-    return len(text) if text.isascii() and text.isprintable() else cell_len(text)
+    """Return the cells of a text; for ASCII, which is most of it, that is its length."""
+    if text.isascii() and text.isprintable():
+        return len(text)
+    return cell_len(text)
 
 
 def row_width(line: Row) -> int:
@@ -42,7 +50,7 @@ def row_width(line: Row) -> int:
 
 
 def fit_row(line: Row, width: int) -> Row:
-    """The row in at most `width` cells, ending in an ellipsis where it was cut."""
+    """Return the row in at most `width` cells, with an ellipsis where it was cut."""
     if row_width(line) <= width:
         return line
     kept: list[Piece] = []
@@ -58,25 +66,29 @@ def fit_row(line: Row, width: int) -> Row:
 
 
 def spread_row(left: Row, right: Row, width: int) -> Row:
-    """`left`, and `right` at the right edge; `right` goes where both have no room."""
+    """Return `left`, and `right` at the right edge; `right` is dropped where both have no room."""
     room = width - row_width(left) - row_width(right)
-    return (*left, (" " * room, "plain"), *right) if right and room >= 2 else fit_row(left, width)
+    if not right or room < 2:
+        return fit_row(left, width)
+    return (*left, (" " * room, "plain"), *right)
 
 
 def title_row(name: str, width: int, *, right: Row = (), tone: str = "dim") -> Row:
-    """`─ name ─────── right ─`; of `right` goes what a narrow one has no room for, the first pieces
-    first.
-    """
+    """Return `─ name ─────── right ─`; a narrow title drops the first pieces of `right`."""
     left: Row = (("─ ", "faint"), (name, tone), (" ", "plain"))
     while right and row_width(left) + row_width(right) + 4 > width:
         right = right[1:]
-    tail: Row = ((" ", "plain"), *right, (" ─", "faint")) if right else (("─", "faint"),)
+    tail: Row = (("─", "faint"),)
+    if right:
+        tail = ((" ", "plain"), *right, (" ─", "faint"))
     room = width - row_width(left) - row_width(tail)
-    return (*left, ("─" * room, "faint"), *tail) if room >= 1 else fit_row(left, width)
+    if room < 1:
+        return fit_row(left, width)
+    return (*left, ("─" * room, "faint"), *tail)
 
 
 def wrap_text(text: str, width: int) -> list[str]:
-    """Words in lines of at most `width` cells; a longer word is broken."""
+    """Return the words in lines of at most `width` cells; a longer word is broken."""
     width = max(1, width)
     lines, line = [], ""
     for word in text.split(" "):
@@ -95,17 +107,15 @@ def wrap_text(text: str, width: int) -> list[str]:
 
 
 def changed_cells(before: Row, after: Row, width: int) -> list[tuple[int, int]]:
-    """(first cell, cells) of the stretches in which two rows differ; the whole row where cells are
-    not characters.
+    """Return (first cell, cells) of the ranges in which two rows differ.
 
-    Stretches with less between them than it takes to move the cursor over it are one.
+    Ranges with less between them than it costs to move the cursor are one. Where cells are not
+    characters, as in wide text, the complete row is one range.
     """
-    cells = [[(char, tone) for text, tone in line for char in text] for line in (before, after)]
-    if any(
-        len(line) != row_width(drawn) for line, drawn in zip(cells, (before, after), strict=True)
-    ):
+    chars = [_toned_chars(line) for line in (before, after)]
+    if len(chars[0]) != row_width(before) or len(chars[1]) != row_width(after):
         return [(0, width)]
-    pairs = itertools.zip_longest(*cells, fillvalue=(" ", "plain"))
+    pairs = itertools.zip_longest(*chars, fillvalue=(" ", "plain"))
     found: list[tuple[int, int]] = []
     for x, (a, b) in enumerate(pairs):
         if a == b:
@@ -117,12 +127,17 @@ def changed_cells(before: Row, after: Row, width: int) -> list[tuple[int, int]]:
     return found
 
 
+def _toned_chars(line: Row) -> list[tuple[str, str]]:
+    """Return (character, tone) of each character."""
+    return [(char, tone) for text, tone in line for char in text]
+
+
 class Lines(Widget):
-    """Draws what `build(view, width, height)` says; what did not change is not drawn again.
+    """Draws the rows of `build(view, width, height)`; rows that did not change are not drawn again.
 
     Args:
         build: rows for a view and a size.
-        reserve: rows of the screen that an automatic height leaves to others.
+        reserve: rows of the screen that an automatic height does not take.
         view: what the first frame shows, so that it is not empty.
     """
 
@@ -141,7 +156,7 @@ class Lines(Widget):
         self._build, self._reserve = build, reserve
         self._view = view
         self._size_built = Size(0, 0)
-        # as `build` gave them, and `_rows`: as they fit into `_fitted` cells
+        # rows of `build`, and in `_rows` cut to `_fitted` cells
         self._built: list[Row] = []
         self._rows: list[Row] = []
         self._fitted = 0
@@ -163,11 +178,11 @@ class Lines(Widget):
             return
         built = list(self._built_rows(self._view, width, height)[:height])
         # Measuring text is most of the work of a frame in which little happens.
-        known = self._built if width == self._fitted else ()
-        rows = [
-            self._rows[y] if y < len(known) and line == known[y] else fit_row(line, width)
-            for y, line in enumerate(built)
-        ]
+        known = self._built if width == self._fitted else []
+        rows: list[Row] = []
+        for y, line in enumerate(built):
+            same = y < len(known) and line == known[y]
+            rows.append(self._rows[y] if same else fit_row(line, width))
         self._built, self._fitted, self._size_built = built, width, self.size
         regions: list[Region] = []
         for y in range(max(len(rows), len(self._rows))):
@@ -183,12 +198,10 @@ class Lines(Widget):
             self.refresh(*regions)
 
     def _built_rows(self, view: View, width: int, height: int) -> Sequence[Row]:
-        """What `build` says; where it fails, a sentence in its place, and the rest of the screen
-        goes on.
-        """
+        """Return the rows of `build`; a sentence where it fails: the rest of the screen works."""
         try:
             return self._build(view, width, height)
-        except Exception as error:  # a part that cannot be drawn must not end the screen
+        except Exception as error:  # every kind: one part must not end the screen
             text = f" ✗ this part cannot be drawn: {type(error).__name__}: {clean_text(str(error), 200)}"
             return [fit_row(((text, "bad"),), width)]
 
@@ -204,8 +217,7 @@ class Lines(Widget):
 
     def render_line(self, y: int) -> Strip:
         if self._view is not None and self.size != self._size_built:
-            # The first paint at a size comes before the message that tells of it: it has the text
-            # already.
+            # The first paint at a size comes before the resize message, and must have the text.
             width, height = self._size_built = self.size
             self._rows = [
                 fit_row(line, width)

@@ -1,8 +1,7 @@
-"""Named tones -> styles, one set for each theme; NO_COLOR leaves their attributes.
+"""Named tones -> styles, one set for each theme; NO_COLOR keeps their attributes only.
 
-A tone is never the only carrier of a meaning: a glyph or a word stands beside it. All sets keep to
-hues that colour-blind eyes tell apart; one has exactly those of Okabe and Ito ("Color Universal
-Design", 2008).
+A tone never carries a meaning alone: a symbol or a word stands beside it. Colour-blind viewers can
+tell all hues apart; one set is exactly that of Okabe and Ito ("Color Universal Design", 2008).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from textual.theme import Theme
 from guardrail.tui.model.view import CHARTS
 
 BAND = ".band"  # suffix of a tone that lies on the detector's band
-TERMINAL = "ansi-dark"  # textual's name of the theme that leaves all colours to the terminal
+TERMINAL = "ansi-dark"  # textual's name of the theme with the colours of the terminal
 
 _DARK = {
     "plain": "#d5dde4",
@@ -138,19 +137,20 @@ _OURS = (
 OURS = tuple(theme for theme, _ in _OURS)
 ANSI = _styles(_ANSI, "")
 _STYLES = {theme.name: styles for theme, styles in _OURS}
-# What a viewer calls a theme -> what textual calls it.
+# Name of a theme -> its name in textual.
 THEMES = {theme.name.removeprefix("guardrail-"): theme.name for theme in OURS} | {
     "terminal": TERMINAL
 }
 
 
 def theme_styles(theme: str) -> Mapping[str, Style]:
-    """The styles of a theme by textual's name; those of the terminal for one that is not ours."""
+    """Return the styles of a theme by its name in textual; else those of the terminal."""
     return _STYLES.get(theme, ANSI)
 
 
 def curve_tone(signal: str, among: Sequence[str]) -> str:
-    """The tone of a curve: its own, else one by its place."""
+    """Return the tone of a curve: its own, else one by its position among the charts."""
     if signal in CHARTS:
         return signal
-    return CHARTS[(among.index(signal) if signal in among else 0) % len(CHARTS)]
+    position = among.index(signal) if signal in among else 0
+    return CHARTS[position % len(CHARTS)]

@@ -1,8 +1,8 @@
-"""The terminal's end: a closed window, a dropped SSH connection, SIGHUP, SIGTERM.
+"""Ends the screen when the terminal goes: closed window, dropped SSH connection, SIGHUP, SIGTERM.
 
-A Textual application dies of SIGHUP with its `finally` unrun, and burns a core when SIGHUP is
-ignored and the terminal gone, since its input is readable for ever. The screen is only a client: it
-restores what it can and goes, at once.
+A Textual application that gets SIGHUP ends without its `finally` blocks. Where SIGHUP is ignored and
+the terminal gone, it uses a full core, since its input is readable for ever. The screen is only a
+client: it restores what it can and ends at once.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ _RESTORE = (
     b"\x1b[?2026l\x1b[<u\x1b[?2004l\x1b[?1000l\x1b[?1003l\x1b[?1015l\x1b[?1006l\x1b[?1016l\x1b[?2048l"
     b"\x1b[?7h\x1b[0m\x1b[?1049l\x1b[?25h\x1b[?1004l"
 )
+_PARENT_KILLED = (
+    b"\r\nguardrail: the monitor's first process was killed; training is not affected\r\n"
+)
 # the process that waits for this one and restores the terminal after it; 0: none. See `waiting`.
 waited_for_by = 0
 
 
-def gone(descriptor: int) -> bool:
-    """The other side of a terminal was closed."""
+def is_gone(descriptor: int) -> bool:
+    """Return whether the other side of a terminal was closed."""
     poll = select.poll()
     poll.register(descriptor, 0)
+    closed = select.POLLHUP | select.POLLERR | select.POLLNVAL
     try:
-        return any(
-            flags & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, flags in poll.poll(0)
-        )
+        return any(flags & closed for _, flags in poll.poll(0))
     except OSError:
         return True
 
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Ends the process with exit code 0 when the terminal goes, or when SIGHUP or SIGTERM asks for
-    it.
-    """
+    """End the process with exit code 0 when the terminal goes, or on SIGHUP or SIGTERM."""
     known = attributes()
     left = threading.Event()
 
@@ -57,15 +57,12 @@ def guarded() -> Iterator[None]:
 
     def watch() -> None:
         while not left.wait(CHECK_SECONDS):
-            if any(gone(descriptor) for descriptor in known):
+            if any(is_gone(descriptor) for descriptor in known):
                 os._exit(0)
             if waited_for_by and os.getppid() != waited_for_by:
-                # Killed, and the shell has its terminal back: how it reads keys is its own business
-                # by now.
-                _show_shell(
-                    known,
-                    b"\r\nguardrail: the monitor's first process was killed; training is not affected\r\n",
-                )
+                # The parent was killed, and the shell has its terminal back. Its settings for keys
+                # are not restored: the shell may have changed them by now.
+                _show_shell(known, _PARENT_KILLED)
                 os._exit(0)
 
     before = {number: signal.signal(number, leave) for number in (signal.SIGHUP, signal.SIGTERM)}
@@ -79,25 +76,24 @@ def guarded() -> Iterator[None]:
 
 
 def attributes() -> Attributes:
-    """The settings of the terminal that keys come from and that is drawn on, by descriptor; empty
-    without one.
-    """
-    descriptors = [
-        d for d in (_descriptor(sys.__stdin__), _descriptor(sys.__stderr__)) if d is not None
-    ]
-    return {d: termios.tcgetattr(d) for d in descriptors}
+    """Return descriptor -> settings of the terminal of keys and of the one that is drawn on."""
+    found: dict[int, list[Any]] = {}
+    for stream in (sys.__stdin__, sys.__stderr__):
+        descriptor = _descriptor(stream)
+        if descriptor is not None:
+            found[descriptor] = termios.tcgetattr(descriptor)
+    return found
 
 
 def restore(known: Attributes) -> None:
-    """Restore the terminal if it still listens; the process ends by an alarm if anything blocks on
-    the way.
+    """Restore the terminal if it still responds; an alarm ends the process where a call blocks.
 
     Args:
         known: settings by descriptor.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, _STUCK_SECONDS)
-    # setting a terminal from the background would stop us
+    # setting a terminal from the background would stop this process
     background = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     for descriptor, saved in known.items():
         with contextlib.suppress(OSError, termios.error):
@@ -112,13 +108,13 @@ def restore(known: Attributes) -> None:
 def _show_shell(known: Attributes, words: bytes = b"") -> None:
     for descriptor in list(known)[-1:]:
         with contextlib.suppress(OSError):
-            # a slow one is drained meanwhile
+            # a slow terminal is drained while this waits
             if select.select([], [descriptor], [], _STUCK_SECONDS / 2)[1]:
                 os.write(descriptor, _RESTORE + words)
 
 
 def _descriptor(stream: object) -> int | None:
-    """The descriptor of a stream that is a terminal."""
+    """Return the descriptor of a stream; None where it is no terminal."""
     try:
         descriptor = int(stream.fileno())  # type: ignore[attr-defined]
         return descriptor if os.isatty(descriptor) else None

@@ -1,7 +1,6 @@
-"""Keys in the order in which they were pressed: each is handed on when the one before has done all
-that it does.
+"""Handles keys in the order in which they were pressed, one after the other.
 
-A key may open a dialog, which takes some frames until it stands. Keys that were typed ahead wait
+A key may open a dialog, which needs some frames until it is drawn. Keys that were typed ahead wait
 for it. A dialog that opened by itself takes no key that was pressed before it was drawn: that key
 was meant for something else.
 """
@@ -16,19 +15,21 @@ from collections.abc import Awaitable, Callable, Iterable
 from textual.events import Key
 from textual.message_pump import MessagePump
 
-LEAVING = ("escape", "ctrl+c", "ctrl+q")  # these wait for no dialog that does not come
-PATIENCE = 0.5  # seconds after which they stop waiting
-_LOOK_SECONDS = 0.01  # between two looks whether a dialog stands
-_SETTLE_SECONDS = 2.0  # longest wait for a part of the screen that answers no more
+LEAVING = ("escape", "ctrl+c", "ctrl+q")  # these do not wait for a dialog for ever
+PATIENCE = 0.5  # seconds that they wait
+_LOOK_SECONDS = 0.01  # between two checks whether a dialog is drawn
+_SETTLE_SECONDS = 2.0  # longest wait for a part of the screen that does not respond
 
 NOW, LATER, NEVER = "now", "later", "never"
 
 
 class KeyQueue:
-    """Args:
-    hand_on: gives a key to whatever has the keys.
-    takes: what the dialog on top does with a key: NOW, LATER or NEVER.
-    busy: the parts of the screen that may have something left to do for the last key, in order.
+    """Keys that were pressed and are not handled yet.
+
+    Args:
+        hand_on: gives a key to the focused part.
+        takes: what the dialog on top does with a key: NOW, LATER or NEVER.
+        busy: the parts of the screen that may still have work to do for the last key, in order.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class KeyQueue:
         self._task: asyncio.Task[None] | None = None
 
     async def press(self, key: Key) -> None:
-        """A key was pressed; it is handed on at once where nothing is in its way."""
+        """Take a key that was pressed; handle it at once where no other key waits."""
         if self._task is None and self._takes(key) == NOW:
             parts = list(self._busy())
             await self._hand_on(key)
@@ -67,7 +68,7 @@ class KeyQueue:
             self._task = None
 
     async def _wait(self) -> None:
-        """Until the first key can be handed on; what nothing takes is dropped."""
+        """Wait until the first key can be handled; keys that nothing takes are dropped."""
         waited = 0.0
         while self._keys:
             takes = self._takes(self._keys[0])
@@ -84,9 +85,9 @@ class KeyQueue:
             waited += _LOOK_SECONDS
 
     async def _settle(self, parts: list[MessagePump]) -> None:
-        """Until these parts, and those that are there now, have done what a key gave them to do.
+        """Wait until these parts, and those that exist now, have finished their work for a key.
 
-        Twice: what the first round did may have given something to do to another part.
+        This is done twice: the work of one part may give work to another.
         """
         for _ in range(2):
             for part in [*parts, *self._busy()]:
@@ -94,7 +95,7 @@ class KeyQueue:
 
 
 async def _done(part: MessagePump) -> None:
-    """Until a part has worked through all that waits for it now."""
+    """Wait until a part has handled all messages that wait for it now."""
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def done() -> None:

@@ -1,7 +1,7 @@
-"""A screen in a process of its own. The process that was started waits for it, and restores the
-terminal where the screen dies of a signal that nothing can catch: SIGKILL, SIGSEGV, SIGABRT.
+"""Runs the screen in a child process. The parent restores the terminal if the child is killed.
 
-Made before the large imports, it costs one fork, and neither of the two imports anything twice.
+SIGKILL, SIGSEGV and SIGABRT cannot be caught, so the screen cannot restore the terminal itself. The
+process forks before the large imports: that costs one fork, and no module is imported twice.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from types import FrameType
 from guardrail.core.errors import ExitCode, GuardrailError
 from guardrail.tui.terminal import hangup as terminal
 
-# What leaves the screen when it reaches only the process that was started, as `kill PID` and a
-# batch system send it.
+# Signal to the parent -> signal to the child. `kill PID` and batch systems reach the parent only.
 _PASSED = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGHUP: signal.SIGHUP,
@@ -28,9 +27,9 @@ _PASSED = {
 
 
 def in_child(screen: Callable[[], int]) -> int:
-    """Run `screen` in a child and return its exit code, or 128 + the signal that has killed it.
+    """Run `screen` in a child; return its exit code, or 128 + the signal that killed it.
 
-    To be called while this process has one thread. Without a terminal, `screen` runs right here.
+    Call it while this process has one thread. Without a terminal, `screen` runs in this process.
     """
     attributes = terminal.attributes()
     if not attributes:
@@ -44,10 +43,10 @@ def in_child(screen: Callable[[], int]) -> int:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, _PASSED[signal.Signals(signum)])
 
-    with _handlers(pass_on) as restore:
+    with _passing_on(pass_on) as restore:
         with warnings.catch_warnings():
-            # Python warns of threads of any library; those of numpy hold no lock that the fork
-            # would want.
+            # Python warns of threads of any library. Those of numpy hold no lock that the child
+            # needs.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
@@ -65,7 +64,7 @@ def in_child(screen: Callable[[], int]) -> int:
 
 
 def _code_of(screen: Callable[[], int]) -> int:
-    """Run the screen; what it raises ends this process, so it is printed here."""
+    """Run the screen and return the exit code; errors are printed here, as this process ends."""
     try:
         code = screen()
     except GuardrailError as error:
@@ -83,10 +82,10 @@ def _code_of(screen: Callable[[], int]) -> int:
 
 
 def _wait(child: int, attributes: terminal.Attributes) -> int:
-    """The wait status of the child once it has ended.
+    """Return the wait status of the child once it has ended.
 
-    Where it is stopped, this process stops as well, so that the shell gets its terminal back. A
-    child that SIGSTOP has stopped could not restore the terminal itself.
+    When the child is stopped, this process stops as well, so that the shell gets its terminal back.
+    A child that was stopped by SIGSTOP could not restore the terminal itself.
 
     Args:
         attributes: of the terminal before the child, by descriptor.
@@ -103,10 +102,8 @@ def _wait(child: int, attributes: terminal.Attributes) -> int:
 
 
 @contextlib.contextmanager
-def _handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[Callable[[], None]]:
-    """Pass signals on for a while; an ignored one (nohup) stays ignored. Gives what takes the
-    handlers back.
-    """
+def _passing_on(handler: Callable[[int, FrameType | None], None]) -> Iterator[Callable[[], None]]:
+    """Pass signals on; an ignored one (nohup) stays ignored. Yield what restores the handlers."""
     numbers = [number for number in _PASSED if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in numbers}
 
