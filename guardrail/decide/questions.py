@@ -1,6 +1,4 @@
-"""The guard's questions and what a command was shown for: which question is open, and what has
-changed since. Pure.
-"""
+"""The guard's question, and whether a command still does what its sender was shown. Pure."""
 
 from __future__ import annotations
 
@@ -25,72 +23,92 @@ class ParkResult(Enum):
 
 
 class Open(NamedTuple):
-    """The question that is open, by the number of its journal line (0: none), and what ended those
-    before it.
+    """Which question is open.
+
+    Attributes:
+        number: of its journal line; 0: none is open.
+        over: earlier question -> how it ended: "answer continue by ann@vm at step 20".
     """
 
     number: int
-    over: dict[int, str]  # question -> what ended it: "answer continue by ann@vm at step 20"
+    over: dict[int, str]
 
 
 def open_question(events: Iterable[Event]) -> Event | None:
-    """The `paused` line of the question that is open at the end of these events; None where none
-    is.
-    """
+    """Return the `paused` line of the question that is open after these events; None: none is."""
     newest = None
     for event in events:
         if event.kind in _TURNS:
             newest = event
-    return newest if newest is not None and asks(newest) else None
+    if newest is None or not asks(newest):
+        return None
+    return newest
 
 
 def asks(event: Event) -> bool:
-    """Whether a `paused` line is a question, not a pause by a command."""
+    """Return whether a line is a question, not a pause by a command."""
     return event.kind == "paused" and bool(event.data.get("asks", event.data.get("proposals")))
 
 
 def how_to_answer(number: int) -> str:
-    """Why `resume` does nothing while a question is open, as the end of a sentence."""
-    line = f" (journal line {number})" if number else ""
+    """Return why `resume` does nothing while a question is open, as the end of a sentence."""
+    line = ""
+    if number:
+        line = f" (journal line {number})"
     return f"the guard asks{line}: use answer accept, answer continue or answer stop"
 
 
 def question_changed(shown_for: int | None, now: Open) -> str:
-    """Why a command that was given while question `shown_for` was open (0: none) does not hold now;
-    "" if it does.
+    """Return why a command does not hold for the question that is open now; "" if it does.
+
+    Args:
+        shown_for: the question that was open when it was given; 0: none was; None: not known.
+        now: the present question.
     """
     if shown_for is None or shown_for == now.number:
         return ""
     if not shown_for:
-        return f"it was given before the guard asked the question of line {now.number}: look at that first"
-    over = f"the question of line {shown_for} is over"
+        return f"it was given before the guard asked the question of line {now.number}: read that first"
+    reason = f"the question of line {shown_for} is over"
     if how := now.over.get(shown_for):
-        over += f": {how}"
-    return over + (f"; the question of line {now.number} is open now" if now.number else "")
+        reason += f": {how}"
+    if now.number:
+        reason += f"; the question of line {now.number} is open now"
+    return reason
 
 
 def target_changed(shown: Shown | None, *, to_step: int, tier: str, steps_lost: int) -> str:
-    """What is not as it was shown about the state that a command goes back to; "" if nothing is."""
+    """Return what differs from the state that was shown to be restored; "" if nothing does.
+
+    Args:
+        shown: to the sender of the command; None: nothing was.
+        to_step, tier: of the state that it would restore now.
+        steps_lost: applied steps that it would discard now.
+    """
     if shown is None or shown.to_step is None:
         return ""
     if (shown.to_step, shown.tier) != (to_step, tier):
-        return f"it would go back to step {to_step} ({tier}) now, not to step {shown.to_step} ({shown.tier}) as shown"
+        was = f"step {shown.to_step} ({shown.tier}) as shown"
+        return f"it would restore step {to_step} ({tier}) now, not {was}"
     if steps_lost > shown.steps_lost_most:
         return f"it would lose {steps_lost} steps now, not {shown.steps_lost} as shown"
     return ""
 
 
 def timeline_changed(shown: Shown | None, *, timeline: int, step: int) -> str:
-    """Whether the run has gone back since a command was shown; "" if it has not."""
+    """Return that the run was rolled back since a command was shown; "" if it was not."""
     if shown is None or shown.timeline is None or shown.timeline == timeline:
         return ""
-    return f"the run has gone back meanwhile: it is at step {step} of timeline {timeline} now"
+    return f"the run was rolled back meanwhile: it is at step {step} of timeline {timeline} now"
 
 
 def setting_changed(shown: Shown | None, now: float, words: str) -> str:
-    """Whether the setting that a command replaces is another one than was shown; `words` say what
-    it is now.
+    """Return that the setting which a command replaces has changed; "" if it has not.
+
+    Args:
+        now: the present setting.
+        words: the present setting in words.
     """
     if shown is None or shown.instead_of is None or shown.instead_of == now:
         return ""
-    return f"somebody else has changed it: it is {words} now"
+    return f"another user has changed it: it is {words} now"

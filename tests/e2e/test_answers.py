@@ -276,7 +276,7 @@ def test_of_two_that_change_a_setting_at_once_one_wins(tmp_path: Path) -> None:
             ]
             winner, loser = at_once(asking, *given)
             factor = float(asking.answer(winner).data["value"])
-            assert asking.reason(loser) == f"somebody else has changed it: it is x{factor:g} now"
+            assert asking.reason(loser) == f"another user has changed it: it is x{factor:g} now"
         for wanted in (Mode.AUTO, Mode.ADVISE):
             command = {
                 "kind": "mode",
@@ -284,7 +284,7 @@ def test_of_two_that_change_a_setting_at_once_one_wins(tmp_path: Path) -> None:
                 "shown": records.Shown(instead_of=float(list(Mode).index(mode))),
             }
             loser = at_once(asking, command, command)[1]
-            assert asking.reason(loser) == f"somebody else has changed it: it is {wanted.value} now"
+            assert asking.reason(loser) == f"another user has changed it: it is {wanted.value} now"
             mode = wanted
 
 
@@ -297,12 +297,12 @@ def test_a_command_whose_target_or_cost_has_changed_is_refused(tmp_path: Path) -
         assert shown.to_step is not None and shown.steps_lost_most >= shown.steps_lost + 10
         replace = msgspec.structs.replace
         refused = {
-            "it would go back to step": replace(shown, to_step=3),
+            "it would restore step": replace(shown, to_step=3),
             "as shown": replace(shown, tier="disk"),
             "steps now, not 0 as shown": replace(
                 shown, to_step=0, tier="disk", steps_lost=0, steps_lost_most=0
             ),
-            "the run has gone back meanwhile": replace(shown, timeline=7),
+            "the run was rolled back meanwhile": replace(shown, timeline=7),
         }
         for words, one in refused.items():
             value = 0.0 if one.to_step == 0 else float("nan")
@@ -312,7 +312,7 @@ def test_a_command_whose_target_or_cost_has_changed_is_refused(tmp_path: Path) -
         first = replace(shown, to_step=0, tier="disk", steps_lost_most=1 << 40)
         given = {"kind": "rollback", "value": 0.0, "shown": first}
         loser = at_once(asking, given, given)[1]
-        assert "the run has gone back meanwhile" in asking.reason(loser)
+        assert "the run was rolled back meanwhile" in asking.reason(loser)
         assert "of timeline 1 now" in asking.reason(loser) and len(asking.lines("rollback")) == 1
 
 
@@ -368,7 +368,7 @@ def test_two_that_roll_back_from_the_command_line_at_once_go_back_once(tmp_path:
         effects = asking.outcomes(*(command.id for command in commands))
         assert sorted(effects) == ["applied", "refused"] and len(asking.lines("rollback")) == 1
         refused = commands[effects.index("refused")].id
-        assert "the run has gone back meanwhile" in asking.reason(refused)
+        assert "the run was rolled back meanwhile" in asking.reason(refused)
         # What is sent after it holds again; and what waits for a step holds on any timeline.
         again = control.bind_to_present(asking.run, control.parse_command("rollback", None))
         asking.run.send(again)
