@@ -1,7 +1,7 @@
-"""One rank: `python -m trainer`, started by torch elastic, told its run by GUARDRAIL_RUN.
+"""One rank: `python -m trainer`, started by torch elastic. GUARDRAIL_RUN names the run directory.
 
-Every deliberate end exits with 0, so that elastic restarts failures only; how the run ended stands
-in status.json and the journal.
+The exit status is 0 for every intended end, so that elastic restarts failures only. status.json and
+the journal say how the run ended.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import KILLED, StopSignals
 
 SUPERVISOR_VARIABLE = "GUARDRAIL_SUPERVISOR_PID"
-SUPERVISOR_SECONDS = 2.0  # within which a supervisor that was asked to stop hands it on
+SUPERVISOR_SECONDS = 2.0  # within which a supervisor passes a stop request on to its ranks
 
 
 def has_supervisor() -> bool:
-    """Whether the supervisor that has started this rank lives."""
+    """Return whether the supervisor that started this rank is alive."""
     try:
         os.kill(int(os.environ[SUPERVISOR_VARIABLE]), 0)
     except (KeyError, ValueError, OSError):
@@ -43,15 +43,15 @@ def record_failure(error: BaseException) -> None:
         get_error_handler().record_exception(error)
 
 
-REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what a disk says that takes nothing
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors of a disk that cannot be written
 
 
 def write_end(run: RunDirectory, error: GuardrailError, phase: Phase) -> None:
-    """Journal the end of a start that has trained nothing, at the step that the starts before it
-    have reached.
-    """
+    """Write the end of a start without any training to the journal, at the last step of the run."""
     events = run.events()
-    step, timeline = (events[-1].step, events[-1].timeline) if events else (0, 0)
+    step, timeline = 0, 0
+    if events:
+        step, timeline = events[-1].step, events[-1].timeline
     code, text = int(error.exit_code), str(error)
     run.append(
         "ended", text, step=step, timeline=timeline, phase=phase.value, exit_code=code, reason=text
@@ -71,9 +71,9 @@ def main() -> int:
     signals = StopSignals()
     heartbeat = Heartbeat(run, rank)
     try:
-        # Before torch is imported: a stop must not find the default action, which kills.
+        # Before torch is imported: the default action of a stop signal kills the process.
         signals.install(run.logs / f"rank-{rank}.stacks")
-        if rank == 0:  # with nowhere to keep what is trained, training does not begin
+        if rank == 0:  # training does not begin if its results cannot be saved
             run.check_writable()
         heartbeat.start()
         from guardrail.core.config import load_trainer_config
@@ -84,14 +84,16 @@ def main() -> int:
         assert isinstance(config, Config)
         train(config, run=run, signals=signals, heartbeat=heartbeat)
     except (Interrupted, UsageError) as error:
-        phase = Phase.STOPPED if isinstance(error, Interrupted) else Phase.FAILED
+        phase = Phase.FAILED
+        if isinstance(error, Interrupted):
+            phase = Phase.STOPPED
         print(error, file=sys.stderr)
         if (
             phase is Phase.STOPPED
             and has_supervisor()
             and not signals.came_from_supervisor(seconds=SUPERVISOR_SECONDS)
         ):
-            # nobody has stopped the run: another rank has failed, and all are about to start again
+            # The run was not stopped: another rank has failed, and all ranks start again.
             return KILLED
         if rank == 0:
             with contextlib.suppress(OSError):  # a full disk must not turn a stop into a failure
@@ -102,8 +104,7 @@ def main() -> int:
         record_failure(error)
         return int(error.exit_code)
     except OSError as error:
-        # A first write that a disk refuses is no fault of the program: a traceback would hide the
-        # reason.
+        # The first write failed because of the disk: a traceback would hide the reason.
         if error.errno not in REFUSED:
             raise
         print(DiskRefuses(run.path, error.strerror or str(error)), file=sys.stderr)
@@ -114,8 +115,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Straight out, because daemon threads and process groups may hold an orderly interpreter exit
-    # up for minutes; after an error too, since the other ranks wait for this process to be gone.
+    # os._exit: daemon threads and process groups may delay a normal interpreter exit for minutes.
+    # After an error too, since the other ranks wait for the end of this process.
     try:
         code = main()
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: objective, model, stabilisers."""
+"""Builds the parts of a run from its configuration: objective, model, stabilisers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from trainer.stabilisers.zclip import ZClip
 
 
 def build_objective(config: Config, *, vocabulary: int) -> Objective:
-    """The objective that [train] names.
+    """Return the objective that train.objective names.
 
     Args:
-        vocabulary: first id that the tokenizer leaves free.
+        vocabulary: token ids of the tokenizer; those of the objective follow.
     """
     train, model = config.train, config.model
     length, encoder = config.data.sequence_length, model.kind == "encoder-decoder"
@@ -51,33 +51,37 @@ def build_objective(config: Config, *, vocabulary: int) -> Objective:
 
 
 def build_model(config: Config, *, vocabulary: int) -> Decoder:
-    """The model, its weights drawn from torch's global generator: seed it alike on every rank.
+    """Return the model. Its weights are drawn from torch's RNG: seed it alike on every rank.
 
     Args:
-        vocabulary: token ids that it must know, those of the objective included.
+        vocabulary: token ids of the tokenizer and of the objective.
     """
     length = config.data.sequence_length
     if config.model.hf:
-        # No Decoder, and has the part of its interface that a run uses.
+        # Not a Decoder, but it has the part of its interface that a run uses.
         return cast(
             Decoder, HuggingFace(config.model, vocabulary=vocabulary, sequence_length=length)
         )
-    kind = EncoderDecoder if config.model.kind == "encoder-decoder" else Decoder
+    kind: type[Decoder] = Decoder
+    if config.model.kind == "encoder-decoder":
+        kind = EncoderDecoder
     return kind(config.model, vocabulary=vocabulary, sequence_length=length)
 
 
 def build_clip(config: Config) -> float | ZClip:
-    """What the guard clips with: a global norm (0: none), or ZClip within it."""
+    """Return the clipping of the guard: a global norm (0: none), or ZClip with that norm."""
     optim = config.optim
-    return ZClip(z_limit=optim.zclip, clip=optim.clip) if optim.zclip else optim.clip
+    if optim.zclip:
+        return ZClip(z_limit=optim.zclip, clip=optim.clip)
+    return optim.clip
 
 
 def attach_stabilisers(
     model: nn.Module, optimizers: Sequence[Optimizer], config: Config
 ) -> QKClip | None:
-    """Hang the configured stabilisers around the optimizers' steps."""
+    """Attach the configured stabilisers to the optimizers; return QK-clip if it is one of them."""
     if config.optim.stable:
         UpdateClipping(optimizers[0])
-    return (
-        QKClip(model, optimizers[-1], limit=config.optim.qk_clip) if config.optim.qk_clip else None
-    )
+    if config.optim.qk_clip:
+        return QKClip(model, optimizers[-1], limit=config.optim.qk_clip)
+    return None

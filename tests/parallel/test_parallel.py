@@ -409,7 +409,7 @@ def test_backward_by_accelerate_scales_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_one_process_where_two_are_configured_is_refused() -> None:
-    with pytest.raises(WorkersFailed, match=r"1 process\(es\) take part.* = 2: start the run with"):
+    with pytest.raises(WorkersFailed, match=r"1 process\(es\) take part.* = 2"):
         make_accelerator(settings(2))
 
 
@@ -430,7 +430,7 @@ def test_settings_from_the_environment_are_refused(tmp_path: Path) -> None:
     (message,) = run_ranks(
         _with_environment, 1, settings(), environment, folder=tmp_path, init=False
     )
-    assert message.startswith("Accelerate chose device 'meta' where the configuration means 'cpu'")
+    assert message.startswith("Accelerate chose device 'meta'")
     assert "ACCELERATE_TORCH_DEVICE" in message
 
 

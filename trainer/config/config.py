@@ -29,7 +29,9 @@ from trainer.config.sections import (
     DataSection,
     FaultSection,
     TrainSection,
+    check_faults,
 )
+from trainer.config.sizes import state_bytes
 from trainer.optim.registry import names_of
 from trainer.sources.registry import builtin_names, source_of_entry
 
@@ -108,7 +110,7 @@ class Config(GuardConfig, frozen=True, kw_only=True):
         self._check_batch()
         self._check_ramp()
         self._check_data(base)
-        self._check_faults()
+        check_faults(self.faults, world=self.world)
         self.model.check(base=base)
         strategy = "ddp"
         if self.layout.sharded:
@@ -201,9 +203,7 @@ class Config(GuardConfig, frozen=True, kw_only=True):
             if ramp.start:
                 key = "tokens"
             raise ConfigError(
-                "start and tokens both above 0, or neither",
-                key=f"train.batch_ramp.{key}",
-                value=0,
+                "start and tokens both above 0, or neither", key=f"train.batch_ramp.{key}", value=0
             )
         if not ramp.start:
             return
@@ -314,25 +314,6 @@ class Config(GuardConfig, frozen=True, kw_only=True):
                 "a folder that can be created", key="data.cache", value=self.data.cache, hint=why
             )
 
-    def _check_faults(self) -> None:
-        for index, fault in enumerate(self.faults):
-            key = f"faults[{index}]"
-            if fault.rank >= self.world:
-                raise ConfigError(
-                    f"a rank below {self.world}, or -1 for all", key=f"{key}.rank", value=fault.rank
-                )
-            if not fault.step and fault.last <= fault.first:
-                raise ConfigError(
-                    f"more than {key}.first ({fault.first}), or {key}.step for a fault at one step",
-                    key=f"{key}.last",
-                    value=fault.last,
-                    hint="the fault would never be injected",
-                )
-            if fault.kind in ("flip_weight", "flip_moment") and fault.value not in range(32):
-                raise ConfigError("a bit from 0 to 31", key=f"{key}.value", value=fault.value)
-            if fault.kind == "scale_lr" and fault.value <= 0:
-                raise ConfigError("a factor above 0", key=f"{key}.value", value=fault.value)
-
     def check_machine(self) -> None:
         """Raise ConfigError for missing packages, or for snapshots that exceed this node's memory."""
         for package in ("accelerate", "tokenizers"):
@@ -343,8 +324,6 @@ class Config(GuardConfig, frozen=True, kw_only=True):
                     value=self.launch.trainer,
                     hint=install_hint(package),
                 )
-        from trainer.config.sizes import state_bytes
-
         layout = self.layout
         # A pipeline stage counts as an equal part of the model.
         shards = layout.dp_shard * layout.tp * layout.pp

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
+from guardrail.core.errors import ConfigError
 from guardrail.core.section import (
     Fraction,
     Natural,
@@ -182,3 +184,24 @@ class FaultSection(Section, frozen=True, kw_only=True):
     entry: Natural = 0
     # Micro-batch of the step into which it is injected; -1: all.
     micro: Annotated[int, Meta(ge=-1)] = -1
+
+
+def check_faults(faults: Sequence[FaultSection], *, world: int) -> None:
+    """Raise ConfigError for a fault that cannot be injected."""
+    for index, fault in enumerate(faults):
+        key = f"faults[{index}]"
+        if fault.rank >= world:
+            raise ConfigError(
+                f"a rank below {world}, or -1 for all", key=f"{key}.rank", value=fault.rank
+            )
+        if not fault.step and fault.last <= fault.first:
+            raise ConfigError(
+                f"more than {key}.first ({fault.first}), or {key}.step for a fault at one step",
+                key=f"{key}.last",
+                value=fault.last,
+                hint="the fault would never be injected",
+            )
+        if fault.kind in ("flip_weight", "flip_moment") and fault.value not in range(32):
+            raise ConfigError("a bit from 0 to 31", key=f"{key}.value", value=fault.value)
+        if fault.kind == "scale_lr" and fault.value <= 0:
+            raise ConfigError("a factor above 0", key=f"{key}.value", value=fault.value)

@@ -1,6 +1,4 @@
-"""Attention of a row to itself and to the encoder's output, with heads of keys and values shared or
-not.
-"""
+"""Attention of a row to itself and to the encoder's output; heads of keys and values may be shared."""
 
 from __future__ import annotations
 
@@ -16,15 +14,15 @@ from trainer.model.positions import Rotary
 
 
 class AttentionMask(NamedTuple):
-    """Who sees whom in one forward pass; the same for all blocks of a stack.
+    """Which tokens attend to which in a forward pass; the same for all blocks of a stack.
 
     Attributes:
-        causal: a token sees itself and those before it; used where there is no mask.
-        mask: what is added to the scores, broadcast to [B, H, T, T]: position biases, -inf where
-        nothing is seen.
-        rotary: turns queries and keys. A module and no table, so that mixed precision does not
-        round its angles.
-        positions_BT: for `rotary`, where they are not 0, 1, 2, ...
+        causal: whether a token attends to itself and earlier ones only; used without a mask.
+        mask: added to the scores, broadcast to [B, H, T, T]: position biases, -inf where a token
+            does not attend.
+        rotary: rotates queries and keys. A module, not a table, so that mixed precision does not
+            round its angles.
+        positions_BT: for `rotary`; None: 0, 1, 2, ...
         memory_BSD: output of the encoder.
     """
 
@@ -36,30 +34,31 @@ class AttentionMask(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Self-attention. Queries, keys and values are matrices of their own, so that each can be split
-    by heads.
+    """Self-attention. Queries, keys and values have separate matrices, so each is split by heads.
 
-    That costs a CPU nothing: a step takes 0.95 to 1.00 of what it takes with one matrix for all
-    three, and one for gate and up (0.9, 10 and 29 M parameters, medians of 16 pairs).
+    That costs nothing on a CPU. A step takes 0.95 to 1.00 times as long as with one matrix for all
+    three and one for gate and up (0.9, 10 and 29 M parameters, medians of 16 pairs).
     """
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
         self.heads, self.groups, self.head_width = section.heads, section.groups, section.head_width
         self.dropout = section.dropout
-        # Largest score of each head since it was last set to 0, for QK-clip; None: not watched.
+        # Largest score of each head since it was last set to 0, for QK-clip; None: not recorded.
         self.peaks_H: Tensor | None = None
         self.q = Linear(section.width, section.heads * section.head_width, bias=section.bias)
         self.k = Linear(section.width, section.groups * section.head_width, bias=section.bias)
         self.v = Linear(section.width, section.groups * section.head_width, bias=section.bias)
-        self.query_norm = build_norm(section, section.head_width) if section.qk_norm else None
-        self.key_norm = build_norm(section, section.head_width) if section.qk_norm else None
+        self.query_norm = self.key_norm = None
+        if section.qk_norm:
+            self.query_norm = build_norm(section, section.head_width)
+            self.key_norm = build_norm(section, section.head_width)
         self.out = Linear(section.width, section.width, bias=section.bias)
 
     def _heads(self, x_BTD: Tensor, sight: AttentionMask) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, K], keys and values [B, T, G, K], normed and turned.
+        """Return queries [B, T, H, K], keys and values [B, T, G, K], normed and rotated.
 
-        Under tensor parallelism these are the heads of this rank.
+        With tensor parallelism these are the heads of this rank.
         """
         q_BTHK, k_BTGK, v_BTGK = (
             project(x_BTD).unflatten(-1, (-1, self.head_width))
@@ -82,11 +81,15 @@ class Attention(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None
     ) -> Tensor:
-        """[B, H, T, K] x [B, G, S, K] -> [B, T, D]."""
+        """Return the attention output: [B, H, T, K] x [B, G, S, K] -> [B, T, D]."""
         if self.peaks_H is not None and self.training:
-            self._watch(q.detach(), k.detach(), causal=causal, mask=mask)
-        options: dict[str, Any] = {} if self.heads == self.groups else {"enable_gqa": True}
-        dropout = self.dropout if self.training else 0.0
+            self._record_scores(q.detach(), k.detach(), causal=causal, mask=mask)
+        options: dict[str, Any] = {}
+        if self.heads != self.groups:
+            options = {"enable_gqa": True}
+        dropout = 0.0
+        if self.training:
+            dropout = self.dropout
         if mask is None:
             y_BHTK = F.scaled_dot_product_attention(
                 q, k, v, is_causal=causal, dropout_p=dropout, **options
@@ -98,9 +101,11 @@ class Attention(nn.Module):
         return cast(Tensor, self.out(y_BHTK.transpose(1, 2).flatten(-2)))
 
     @torch.no_grad()
-    def _watch(self, q: Tensor, k: Tensor, *, causal: bool, mask: Tensor | None) -> None:
-        """Note the largest score of each head, position biases apart. Forms all scores, which
-        attention itself does not."""
+    def _record_scores(self, q: Tensor, k: Tensor, *, causal: bool, mask: Tensor | None) -> None:
+        """Record the largest score of each head, without position biases.
+
+        It computes all scores, which attention itself does not.
+        """
         assert self.peaks_H is not None
         k = k.repeat_interleave(self.heads // self.groups, dim=1)
         scores = (q @ k.transpose(-1, -2)).float() / self.head_width**0.5
@@ -111,17 +116,15 @@ class Attention(nn.Module):
         torch.maximum(self.peaks_H, scores.amax((0, 2, 3)), out=self.peaks_H)
 
     def query_key_rows(self, *, keys: bool) -> list[tuple[Tensor, int]]:
-        """(weight or bias that makes the queries, its first row for them); with `keys` also those
-        of the keys.
-        """
-        linears = [self.q, self.k] if keys else [self.q]
+        """Return (weight or bias of the queries, its first row for them); with `keys` also of the keys."""
+        linears = [self.q]
+        if keys:
+            linears.append(self.k)
         return [(p, 0) for linear in linears for p in (linear.weight, linear.bias) if p is not None]
 
 
 class CrossAttention(Attention):
-    """Attention of the decoder to the encoder's output, which knows no positions of its own (Raffel
-    et al. 2020).
-    """
+    """Attention of the decoder to the encoder's output, without positions (Raffel et al. 2020)."""
 
     def forward(self, x_BTD: Tensor, sight: AttentionMask) -> Tensor:
         memory_BSD = sight.memory_BSD

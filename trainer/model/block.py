@@ -1,6 +1,4 @@
-"""A block of the stack: attention and feed-forward, with their norms, added to the residual
-stream.
-"""
+"""A block: attention and feed-forward with their norms, added to the residual stream."""
 
 from __future__ import annotations
 
@@ -13,22 +11,28 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.config.recipe import ModelSection
 from trainer.model.attention import Attention, AttentionMask, CrossAttention
-from trainer.model.feed_forward import feed_forward
+from trainer.model.feed_forward import build_feed_forward
 from trainer.model.layers import build_norm
 
 
-class Block(nn.Module):
-    """Attention, attention to an encoder with `cross`, and feed-forward.
+def _norm_if(condition: bool, section: ModelSection) -> nn.Module | None:
+    if not condition:
+        return None
+    return build_norm(section)
 
-    Where the norms stand (y = sublayer, x = stream):
+
+class Block(nn.Module):
+    """Attention, with `cross` attention to an encoder, and feed-forward.
+
+    Place of the norms (y: sublayer, x: stream):
         pre       x + y(norm(x))            Xiong et al. 2020; with RMSNorm LLaMA
         post      norm(x + y(x))            Vaswani et al. 2017
         sandwich  x + norm(y(norm(x)))      CogView, Ding et al. 2021
         parallel  x + attention(norm(x)) + feed_forward(norm(x)) with one norm; PaLM
 
-    `recompute` drops the activations after the forward pass and makes them again in the backward
-    pass. It stands inside the block, so that names of parameters stay and fsdp gathers a block's
-    weights around both passes.
+    With `recompute`, activations are dropped after the forward pass and computed again in the
+    backward pass. It is inside the block, so that names of parameters do not change and fsdp
+    gathers a block's weights for both passes.
     """
 
     def __init__(self, section: ModelSection, *, cross: bool = False) -> None:
@@ -40,24 +44,24 @@ class Block(nn.Module):
         sandwich = section.norm_place == "sandwich"
         self.attention_norm = build_norm(section)
         self.attention = Attention(section)
-        self.attention_after = build_norm(section) if sandwich else None
-        self.cross_norm = build_norm(section) if cross else None
-        self.cross = CrossAttention(section) if cross else None
-        self.cross_after = build_norm(section) if cross and sandwich else None
-        self.feed_forward_norm = None if section.parallel else build_norm(section)
-        self.feed_forward = feed_forward(section)
-        self.feed_forward_after = build_norm(section) if sandwich else None
+        self.attention_after = _norm_if(sandwich, section)
+        self.cross_norm = _norm_if(cross, section)
+        self.cross: CrossAttention | None = None
+        if cross:
+            self.cross = CrossAttention(section)
+        self.cross_after = _norm_if(cross and sandwich, section)
+        self.feed_forward_norm = _norm_if(not section.parallel, section)
+        self.feed_forward = build_feed_forward(section)
+        self.feed_forward_after = _norm_if(sandwich, section)
 
     def forward(self, x_BTD: Tensor, sight: AttentionMask) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            # saving their state costs, and without dropout none are thrown
-            dice = self.training and self.dropout > 0
-            return cast(
-                Tensor,
-                checkpoint(
-                    self._forward, x_BTD, sight, use_reentrant=False, preserve_rng_state=dice
-                ),
+            # Saving the RNG state takes time; without dropout no random number is drawn.
+            uses_rng = self.training and self.dropout > 0
+            output = checkpoint(
+                self._forward, x_BTD, sight, use_reentrant=False, preserve_rng_state=uses_rng
             )
+            return cast(Tensor, output)
         return self._forward(x_BTD, sight)
 
     def _forward(self, x_BTD: Tensor, sight: AttentionMask) -> Tensor:
@@ -81,7 +85,11 @@ class Block(nn.Module):
         if self.post:
             return cast(Tensor, norm(x_BTD + self._drop(sublayer(x_BTD, *sight))))
         y_BTD = sublayer(norm(x_BTD), *sight)
-        return x_BTD + self._drop(y_BTD if after is None else after(y_BTD))
+        if after is not None:
+            y_BTD = after(y_BTD)
+        return x_BTD + self._drop(y_BTD)
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
-        return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD
+        if not self.dropout:
+            return x_BTD
+        return F.dropout(x_BTD, self.dropout, self.training)

@@ -1,4 +1,4 @@
-"""The decoder: causal, or with a prefix that is seen in both directions."""
+"""The decoder: causal, or with a prefix whose tokens attend to each other in both directions."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Decoder(nn.Module):
     """Token ids to logits.
 
     The weights are a function of (section, vocabulary, seed): the same on every rank, for every
-    world size and device. On the meta device nothing is drawn; `to_empty` and
-    `reset_parameters(seed)` finish such a model.
+    world size and device. On the meta device no weights are drawn; call `to_empty` and
+    `reset_parameters(seed)` afterwards.
 
     Args:
         section: architecture, sizes, dropout and constants.
         vocabulary: number of token ids, V.
-        sequence_length: most tokens of a sample, T.
-        seed: of the initial weights; None draws it from torch's global generator.
+        sequence_length: largest number of tokens of a sample, T.
+        seed: of the initial weights; None: drawn from torch's global RNG.
     """
 
     def __init__(
@@ -57,26 +57,26 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.section = section
-        self.stream_parts = 1  # ranks that share out the tokens of the stream
+        self.stream_parts = 1  # ranks that split the tokens of the stream
         self.embedding = Embedding(vocabulary, section.width)
-        self.embedding_norm = build_norm(section) if section.embedding_norm else None
-        self.rotary = (
-            Rotary(
+        self.embedding_norm = None
+        if section.embedding_norm:
+            self.embedding_norm = build_norm(section)
+        self.rotary: Rotary | None = None
+        if section.positions == "rope":
+            self.rotary = Rotary(
                 head_width=section.head_width,
                 sequence_length=sequence_length,
                 base=section.rope_base,
             )
-            if section.positions == "rope"
-            else None
-        )
         self.absolute = build_positions(section, sequence_length)
-        self.blank_positions = (
-            LearnedPositions(length=sequence_length, width=section.width)
-            if section.blank_positions
-            else None
-        )
+        self.blank_positions: LearnedPositions | None = None
+        if section.blank_positions:
+            self.blank_positions = LearnedPositions(length=sequence_length, width=section.width)
         self._build_stacks()
-        self.head = None if section.tied else Linear(section.width, vocabulary)
+        self.head: Linear | None = None
+        if not section.tied:
+            self.head = Linear(section.width, vocabulary)
         if not self.embedding.weight.is_meta:
             self.reset_parameters(seed)
 
@@ -84,19 +84,23 @@ class Decoder(nn.Module):
         section = self.section
         self.bias = build_score_bias(section, both=section.kind == "prefix")
         self.blocks = nn.ModuleList(Block(section) for _ in range(section.layers))
-        # Post-norm blocks end in a norm of their own.
-        self.norm = None if section.norm_place == "post" else build_norm(section)
+        self.norm = None  # post-norm blocks end in a norm
+        if section.norm_place != "post":
+            self.norm = build_norm(section)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
-        """GPT-2's initial weights (Radford et al. 2019, section 2.3): normal, projections into the
-        residual stream scaled down by the square root of their number; biases 0, norms 1."""
+        """Draw the initial weights of GPT-2 (Radford et al. 2019, section 2.3).
+
+        Weights are normal; projections into the residual stream are divided by the square root of
+        their number; biases are 0, norms 1.
+        """
+        if seed is None:
+            seed = int(torch.randint(1 << 62, ()))
         generator = torch.Generator()  # on the CPU, for the same weights on every device
-        generator.manual_seed(int(torch.randint(1 << 62, ())) if seed is None else seed)
-        std, residual_std = (
-            self.section.init_std,
-            self.section.init_std / math.sqrt(2 * self.section.layers),
-        )
+        generator.manual_seed(seed)
+        std = self.section.init_std
+        residual_std = std / math.sqrt(2 * self.section.layers)
         residual = self._residual_projections()
         for module in self.modules():
             if isinstance(module, NORMS):
@@ -104,7 +108,9 @@ class Decoder(nn.Module):
             elif isinstance(module, TABLES):
                 module.reset_parameters()
             elif isinstance(module, DRAWN):
-                scale = residual_std if module in residual else std
+                scale = std
+                if module in residual:
+                    scale = residual_std
                 module.weight.copy_(draw_weight(module.weight.shape, scale, generator))
             bias = getattr(module, "bias", None)
             if isinstance(bias, nn.Parameter):
@@ -122,13 +128,13 @@ class Decoder(nn.Module):
         return cast("list[Block]", list(self.blocks))
 
     def set_recompute(self, recompute: bool) -> None:
-        """Activation checkpointing of every block, on or off."""
+        """Switch activation checkpointing of every block on or off."""
         for block in self._all_blocks():
             block.recompute = recompute
 
     @property
     def root_weight(self) -> Tensor:
-        """A weight outside of the blocks that takes part in every forward pass."""
+        """A weight outside the blocks that every forward pass uses."""
         return (self.norm or self.head or self.embedding).weight
 
     def forward(
@@ -139,13 +145,13 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         blanks_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] of the token that follows each of `tokens_BT`, int64 in [0, V).
+        """Return logits [B, T, V] of the token after each of `tokens_BT`, int64 in [0, V).
 
         Args:
-            prefix_B: tokens of each row that see one another in both directions; None: a causal
-            row.
-            positions_BT: where each token stands; None: 0, 1, 2, ...
-            blanks_BT: its place within its blank, 0 outside of one; None: all 0.
+            prefix_B: number of first tokens of each row that attend to each other in both
+                directions; None: all rows are causal.
+            positions_BT: position of each token; None: 0, 1, 2, ...
+            blanks_BT: position of each token within its blank, 0 outside; None: all 0.
         """
         x_BTD = self.embed(tokens_BT, positions_BT, blanks_BT)
         mask = self.mask(tokens_BT.shape[1], tokens_BT.device, prefix_B)
@@ -155,14 +161,14 @@ class Decoder(nn.Module):
     def embed(
         self, tokens_BT: Tensor, positions_BT: Tensor | None = None, blanks_BT: Tensor | None = None
     ) -> Tensor:
-        """[B, T, D]: what enters the first block."""
+        """Return the input of the first block, [B, T, D]."""
         x_BTD = self.embedding(tokens_BT)
         if self.absolute is not None:
             x_BTD = x_BTD + self.absolute(tokens_BT.shape[1], positions_BT)
         if self.blank_positions is not None:
-            x_BTD = x_BTD + self.blank_positions(
-                1, torch.zeros_like(tokens_BT) if blanks_BT is None else blanks_BT
-            )
+            if blanks_BT is None:
+                blanks_BT = torch.zeros_like(tokens_BT)
+            x_BTD = x_BTD + self.blank_positions(1, blanks_BT)
         if self.embedding_norm is not None:
             x_BTD = self.embedding_norm(x_BTD)
         x_BTD = self.enter(x_BTD)
@@ -171,7 +177,7 @@ class Decoder(nn.Module):
         return x_BTD
 
     def enter(self, x_BTD: Tensor) -> Tensor:
-        """The part of the stream that this rank has; sequence parallelism puts its cut here."""
+        """Return this rank's part of the stream; sequence parallelism replaces this method."""
         return x_BTD
 
     @staticmethod
@@ -181,23 +187,23 @@ class Decoder(nn.Module):
         return x_BTD
 
     def logits(self, x_BTD: Tensor) -> Tensor:
-        """What leaves the last block -> [B, T, V]."""
+        """Return logits [B, T, V] of the output of the last block."""
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
         return self.project(x_BTD)
 
     def project(self, x_BTD: Tensor) -> Tensor:
-        return (
-            F.linear(x_BTD, self.embedding.weight)
-            if self.head is None
-            else cast(Tensor, self.head(x_BTD))
-        )
+        """Apply the output matrix."""
+        if self.head is None:
+            return F.linear(x_BTD, self.embedding.weight)
+        return cast(Tensor, self.head(x_BTD))
 
     def mask(
         self, length: int, device: torch.device, prefix_B: Tensor | None = None
     ) -> Tensor | None:
-        """What is added to the scores of `length` tokens, [1 or B, 1 or H, T, T]; None for a plain
-        causal row.
+        """Return what is added to the scores of `length` tokens, [1 or B, 1 or H, T, T].
+
+        None for causal rows without a bias.
         """
         if self.bias is None and prefix_B is None:
             return None
@@ -205,5 +211,7 @@ class Decoder(nn.Module):
         seen = (at <= at[:, None])[None, None]
         if prefix_B is not None:
             seen = seen | (at < prefix_B[:, None, None, None])
-        bias = torch.zeros((), device=at.device) if self.bias is None else self.bias(length)[None]
+        bias = torch.zeros((), device=at.device)
+        if self.bias is not None:
+            bias = self.bias(length)[None]
         return torch.where(seen, bias, -torch.inf)

@@ -49,5 +49,8 @@ class PlainFeedForward(nn.Module):
         return cast(Tensor, self.down(self.activation(self.up(x_BTD))))
 
 
-def feed_forward(section: ModelSection) -> GatedFeedForward | PlainFeedForward:
-    return GatedFeedForward(section) if section.activation in GATED else PlainFeedForward(section)
+def build_feed_forward(section: ModelSection) -> GatedFeedForward | PlainFeedForward:
+    """Return the configured feed-forward block."""
+    if section.activation in GATED:
+        return GatedFeedForward(section)
+    return PlainFeedForward(section)

@@ -1,5 +1,6 @@
-"""Any causal language model of Hugging Face's transformers, from a folder or its config.json;
-nothing is fetched.
+"""Any causal language model of Hugging Face's transformers, from a folder or a config.json.
+
+Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,15 +20,14 @@ _KEY = "model.hf"
 class HuggingFace(nn.Module):
     """The interface of `trainer.model.Decoder` around an AutoModelForCausalLM.
 
-    From scratch its weights are drawn from torch's global generator, and its embedding is as high
-    as the vocabulary needs. Pretrained, the ids of [data] tokenizer must be those that it was
-    trained with: give its tokenizer.json.
+    Without `pretrained` its weights are drawn from torch's global RNG, and its embedding has a row
+    for each token id. With `pretrained`, data.tokenizer must be the tokenizer.json of the model.
 
     Args:
-        section: `hf` names a folder with config.json (and weights, for `pretrained`) or a
-        config.json.
-        vocabulary: number of token ids that it must know.
-        sequence_length: most tokens of a sample.
+        section: `hf` names a folder with a config.json (and weights, for `pretrained`), or a
+            config.json.
+        vocabulary: number of token ids.
+        sequence_length: largest number of tokens of a sample.
 
     Raises:
         ConfigError: transformers is missing, or the model does not fit the data.
@@ -37,44 +37,43 @@ class HuggingFace(nn.Module):
         super().__init__()
         self.section = section
         self.recompute = False
-        self.lm = _built(section, vocabulary, sequence_length)
+        self.lm = _load_model(section, vocabulary, sequence_length)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """Its repeated blocks: the list of modules with most of the parameters."""
-        lists = [
-            module
-            for module in self.lm.modules()
-            if isinstance(module, nn.ModuleList) and len(module)
-        ]
-        if not lists:
-            return nn.ModuleList()
-        return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
+        """Its repeated blocks: the list of modules with the most parameters."""
+        lists = [module for module in self.lm.modules() if isinstance(module, nn.ModuleList)]
+        return max(filter(len, lists), key=_parameter_count, default=nn.ModuleList())
 
     @property
     def root_weight(self) -> Tensor:
-        """A weight outside of the blocks that takes part in every forward pass."""
+        """A weight outside the blocks that every forward pass uses."""
         return cast(Tensor, self.lm.get_input_embeddings().weight)
 
     def set_recompute(self, recompute: bool) -> None:
-        """Activation checkpointing by the model's own means."""
-        if recompute != self.recompute:
-            # transformers 5 has renamed it, and warns about the old name.
-            what = (
-                "activation" if hasattr(self.lm, "activation_checkpointing_enable") else "gradient"
-            )
-            if recompute:
-                getattr(self.lm, f"{what}_checkpointing_enable")({"use_reentrant": False})
-            else:
-                getattr(self.lm, f"{what}_checkpointing_disable")()
-            self.recompute = recompute
+        """Switch the model's own activation checkpointing on or off."""
+        if recompute == self.recompute:
+            return
+        # transformers 5 has renamed it, and warns of the old name.
+        prefix = "gradient"
+        if hasattr(self.lm, "activation_checkpointing_enable"):
+            prefix = "activation"
+        if recompute:
+            getattr(self.lm, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+        else:
+            getattr(self.lm, f"{prefix}_checkpointing_disable")()
+        self.recompute = recompute
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits [B, T, V] of the token that follows each of `tokens_BT`."""
+        """Return logits [B, T, V] of the token after each of `tokens_BT`."""
         return cast(Tensor, self.lm(input_ids=tokens_BT, use_cache=False).logits)
 
 
-def _built(section: ModelSection, vocabulary: int, sequence_length: int) -> Any:
+def _parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _load_model(section: ModelSection, vocabulary: int, sequence_length: int) -> Any:
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
@@ -91,7 +90,7 @@ def _built(section: ModelSection, vocabulary: int, sequence_length: int) -> Any:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         if not section.pretrained and vocabulary > config.vocab_size:
             config.vocab_size = vocabulary
-        _check(config, section, vocabulary, sequence_length)
+        _check_sizes(config, section, vocabulary, sequence_length)
         if not section.pretrained:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         return AutoModelForCausalLM.from_pretrained(
@@ -104,10 +103,10 @@ def _built(section: ModelSection, vocabulary: int, sequence_length: int) -> Any:
         ) from error
 
 
-def _check(config: Any, section: ModelSection, vocabulary: int, sequence_length: int) -> None:
+def _check_sizes(config: Any, section: ModelSection, vocabulary: int, sequence_length: int) -> None:
     if vocabulary > config.vocab_size:
         raise ConfigError(
-            f"a model that knows the {vocabulary} ids of the tokenizer; it knows {config.vocab_size}",
+            f"a model with the {vocabulary} ids of the tokenizer; it has {config.vocab_size}",
             key=_KEY,
             value=section.hf,
             hint="set data.tokenizer to the tokenizer.json of the model",
@@ -115,7 +114,7 @@ def _check(config: Any, section: ModelSection, vocabulary: int, sequence_length:
     longest = getattr(config, "max_position_embeddings", None) or sequence_length
     if sequence_length > longest:
         raise ConfigError(
-            f"at most {longest}, the positions of {section.hf}",
+            f"at most {longest}, the number of positions of {section.hf}",
             key="data.sequence_length",
             value=sequence_length,
         )

@@ -1,7 +1,7 @@
-"""Linear, embedding and norm as the models use them: a model draws all of its weights at once, from
-one generator.
+"""Linear, embedding and norm as the models use them.
 
-torch's own draw at construction would only move the global dice, so it is left out.
+A model draws all of its weights at once, from one generator. torch's initialisation at construction
+is skipped, since it would only change the global RNG state.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ class Embedding(nn.Embedding):
 
 
 def build_norm(section: ModelSection, width: int = 0) -> nn.RMSNorm | nn.LayerNorm:
-    """The configured norm over the last dimension, `section.width` wide unless said otherwise.
+    """Return the configured norm over the last dimension.
 
-    RMSNorm (Zhang & Sennrich 2019) divides by the root mean square and has no bias; LayerNorm (Ba
-    et al. 2016) takes the mean away as well.
+    RMSNorm (Zhang & Sennrich 2019) divides by the root mean square and has no bias. LayerNorm (Ba et
+    al. 2016) subtracts the mean too.
+
+    Args:
+        width: of the last dimension; 0: section.width.
     """
     width = width or section.width
     if section.norm == "rms":

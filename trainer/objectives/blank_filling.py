@@ -1,6 +1,4 @@
-"""GLM's blank filling: the text with blanks in it, then what stood in the blanks, one token after
-the other.
-"""
+"""GLM's blank filling: a text with blanks, then the content of the blanks, token by token."""
 
 from __future__ import annotations
 
@@ -14,24 +12,26 @@ from trainer.objectives.examples import IGNORED, Examples, draw_bits, stack_rows
 
 
 class BlankFilling:
-    """GLM (Du et al. 2022): part A is the text with blanks, seen in both directions, part B fills
-    them in.
+    """GLM (Du et al. 2022): part A is the text with blanks, part B is their content.
 
-    A share of the samples has one blank from an evenly drawn place to the end ([gMASK], as GLM-130B
-    has it), the rest has short ones ([MASK]): lengths are drawn from a Poisson distribution without
-    its zero until `noise` of the tokens are taken out, places evenly with a token or more between
-    two blanks, and part B has them in shuffled order. A filling starts with [sop] and stands at the
-    position of its mask; its own count, from 1, goes to the second dimension of positions. With one
-    dimension (GLM-130B) a [gMASK] is counted on from. Short ones end with [eop]; the text behind a
-    [gMASK] goes on where the sample ends, and has none.
+    The tokens of part A attend to each other in both directions. A share of the samples has one
+    blank from a random place to the end ([gMASK], as in GLM-130B). The others have short blanks
+    ([MASK]). Their lengths follow a Poisson distribution without zero, until `noise` of the tokens
+    are removed. Their places are uniform, with at least one token between two blanks. Part B has
+    them in a random order.
 
-    Rows are full: the more blanks a sample gets, the fewer of its tokens are used. Ids: [MASK],
-    [gMASK], [sop], [eop].
+    The content of a blank starts with [sop] and has the position of its mask. The tokens of a blank
+    are counted from 1 in the second dimension of positions. With one dimension (GLM-130B) the
+    positions of a [gMASK] count up from it. Short blanks end with [eop]; a [gMASK] has none, since
+    its text ends with the sample.
+
+    Rows are full: with more blanks, fewer tokens of a sample are used. Ids: [MASK], [gMASK], [sop],
+    [eop].
 
     Args:
-        seed: of all draws, with the position of a sample.
+        seed: of all random choices, with the position of a sample.
         length: of a row, L.
-        first_id: of the four.
+        first_id: of the four ids.
         noise: least share of the tokens in short blanks (published: 0.15).
         span_length: lambda of the Poisson distribution (published: 3).
         tail_share: of the samples that have a [gMASK].
@@ -57,8 +57,7 @@ class BlankFilling:
         self._up_to = _poisson(span_length)
         if length < 4:
             raise ValueError(f"a row of {length} tokens is too short for blanks")
-        # Blanks: one is its mask, its start and a token, and there is a kept token before the next
-        # one.
+        # A blank takes at least its mask, its start and a token, and a kept token before the next one.
         self._most = min(int(noise * length) + 1, (length + 1) // 4)
 
     def __call__(self, rows: np.ndarray, positions: Sequence[int]) -> Examples:
@@ -81,19 +80,17 @@ class BlankFilling:
         draws = raw[2:].reshape(4, self._most)
         lengths = self._lengths(draws[0])
         count = len(lengths)
-        # the last one drawn is a longer one than others
+        # The last length is larger on average, since it ends the draw; so the order is shuffled.
         lengths = lengths[_order(draws[1, :count])]
         text = row[: self.length - 2 * count]
-        # tokens beyond the one between two blanks
+        # Tokens besides the one between two blanks.
         spaces = len(text) - int(lengths.sum()) - (count - 1)
         places = np.sort((draws[2, :count] % np.uint64(spaces + 1)).astype(np.int64))
         firsts = places + np.concatenate([[0], lengths[:-1] + 1]).cumsum()
         return self._short(text, firsts, firsts + lengths, _order(draws[3, :count]))
 
     def _lengths(self, raw: np.ndarray) -> np.ndarray:
-        """Of the blanks, until enough is taken out of the tokens that a row with so many blanks
-        holds.
-        """
+        """Return the lengths of the blanks: as many as `noise` of the row's tokens need."""
         drawn = 1 + np.searchsorted(self._up_to, (raw >> np.uint64(11)) * 2.0**-53, side="right")
         found: list[int] = []
         gone = 0
@@ -101,7 +98,7 @@ class BlankFilling:
             tokens = self.length - 2 * len(found)
             if found and gone >= int(self.noise * tokens):
                 break
-            # something is kept, and a token between two blanks
+            # At least one token is kept, and one between two blanks.
             room = tokens - 2 - gone - max(1, len(found))
             if room < 1:
                 break
@@ -112,7 +109,7 @@ class BlankFilling:
     def _short(
         self, text: np.ndarray, firsts: np.ndarray, lasts: np.ndarray, order: np.ndarray
     ) -> _Row:
-        """Blanks at [first, last), which part B has in `order`."""
+        """Return a row with blanks at [first, last); part B has them in `order`."""
         count = len(firsts)
         pieces = np.split(text, np.stack([firsts, lasts], axis=1).flatten())
         kept, blanks = pieces[::2], pieces[1::2]
@@ -130,10 +127,12 @@ class BlankFilling:
         return _joined(part_a, tokens, labels, positions, counts)
 
     def _tail(self, text: np.ndarray, at: int) -> _Row:
-        """One blank from `at` to the end."""
+        """Return a row with one blank, from `at` to the end."""
         blank = text[at:]
         counts = np.arange(1, len(blank) + 1)
-        positions = np.full(len(blank), at) if self.two_dimensional else at + counts
+        positions = at + counts
+        if self.two_dimensional:
+            positions = np.full(len(blank), at)
         part_a = [text[:at], np.array([self.tail_mask])]
         return _joined(part_a, [np.array([self.start]), blank[:-1]], [blank], [positions], [counts])
 
@@ -153,9 +152,7 @@ def _joined(
     positions: Sequence[np.ndarray],
     counts: Sequence[np.ndarray],
 ) -> _Row:
-    """Part A, of which nothing is learnt and which counts its tokens, then part B as it is
-    given.
-    """
+    """Return part A, whose labels are ignored and whose positions count up, followed by part B."""
     length = sum(map(len, part_a))
     return _Row(
         tokens=np.concatenate([*part_a, *tokens]),
@@ -167,16 +164,16 @@ def _joined(
 
 
 def _order(raw: np.ndarray) -> np.ndarray:
-    """A shuffled order, each equally likely."""
+    """Return a uniform random order."""
     return np.argsort(raw, kind="stable")
 
 
 def _poisson(mean: float) -> np.ndarray:
-    """P(1), P(1 or 2), ... of a Poisson distribution from 1 to 13 times its mean, without the last,
-    which is 1.
+    """Return the cumulative probabilities P(1), P(1 or 2), ... of a Poisson distribution.
 
-    For a mean of 3 that is GLM's own range, 1 to 39; what it leaves out is less than 1e-11 at any
-    mean. Only products, sums and quotients, outwards from the mode: the same bits on every machine,
+    The range is 1 to 13 times the mean; the last value, which is 1, is dropped. For a mean of 3
+    that is GLM's range, 1 to 39. The probability outside is below 1e-11 for any mean. Only
+    products, sums and quotients are used, outwards from the mode: the same bits on every machine,
     and no overflow.
     """
     mode, longest = int(mean), math.ceil(13 * mean)

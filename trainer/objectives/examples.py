@@ -1,8 +1,8 @@
-"""What a model is shown of a sample and what it is to say: language modelling, prefix LM, spans.
+"""Inputs and labels of a sample: language modelling, prefix LM, span denoising.
 
-Each draw is a function of (seed, position of the sample in the order), so that the same sample at
-the same position is corrupted in the same way after a rollback, a restart, and on any number of
-ranks. Shapes are constant.
+Each random choice is a function of (seed, position of the sample in the order). The same sample at
+the same position is therefore corrupted in the same way after a rollback, after a restart and on
+any number of ranks. Shapes are constant.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ import numpy as np
 from guardrail.decide.sample_order import mix64
 
 IGNORED = -100  # label that no loss counts: the default `ignore_index` of torch's cross_entropy
-_DICE = 0x5EED0BEC  # keeps these draws apart from others of the same seed and position
+_STREAM = 0x5EED0BEC  # separates these random numbers from others of the same seed and position
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Attributes:
-    tokens, labels: int64 [B, T]; labels[b, t] is what follows tokens[b, t], or IGNORED.
-    extra: further arguments of the model by name, int64, the first dimension B.
+    """Inputs and labels of some samples.
+
+    Attributes:
+        tokens: int64 [B, T].
+        labels: int64 [B, T]; labels[b, t] is the token after tokens[b, t], or IGNORED.
+        extra: further arguments of the model by name, int64, the first dimension B.
     """
 
     tokens: np.ndarray
@@ -32,19 +35,21 @@ class Examples:
 
 
 class Objective(Protocol):
-    """Attributes:
-    extra_ids: token ids that it needs beyond the tokenizer's.
+    """Makes inputs and labels of samples.
+
+    Attributes:
+        extra_ids: token ids that it needs besides the tokenizer's.
     """
 
     extra_ids: int
 
     def __call__(self, rows: np.ndarray, positions: Sequence[int]) -> Examples:
-        """Samples [B, L + 1] and their positions in the order -> what the model is given."""
+        """Return inputs and labels of samples [B, L + 1], given their positions in the order."""
         ...
 
 
 class LanguageModelling:
-    """Each token from those before it."""
+    """Predicts each token from the tokens before it."""
 
     extra_ids = 0
 
@@ -53,11 +58,11 @@ class LanguageModelling:
 
 
 class PrefixLM:
-    """The rest of a sample from its beginning (Raffel et al. 2020, section 3.2.3).
+    """Predicts the rest of a sample from its prefix (Raffel et al. 2020, section 3.2.3).
 
-    With a prefix decoder the beginning has a length drawn evenly from 1 .. L - 1; with an encoder
-    it is the first half, since rows of a constant shape have no padding, and the decoder starts
-    from its last token.
+    With a prefix decoder the length of the prefix is uniform in 1 .. L - 1. With an encoder the
+    prefix is the first half, since rows of a constant shape have no padding. The decoder starts
+    with the last token of the prefix.
     """
 
     extra_ids = 0
@@ -71,21 +76,23 @@ class PrefixLM:
             return Examples(rows[:, half - 1 : -1], rows[:, half:], {"source_BS": rows[:, :half]})
         draws = [int(draw_bits(self.seed, position, 1)[0]) for position in positions]
         prefix_B = np.array([1 + draw % (self.length - 1) for draw in draws], dtype=np.int64)
-        # What follows a token inside the prefix is in sight; what follows its last one is not.
-        seen = np.arange(self.length) < prefix_B[:, None] - 1
-        return Examples(rows[:, :-1], np.where(seen, IGNORED, rows[:, 1:]), {"prefix_B": prefix_B})
+        # Inside the prefix the model sees the next token; after its last token it does not.
+        is_visible = np.arange(self.length) < prefix_B[:, None] - 1
+        labels = np.where(is_visible, IGNORED, rows[:, 1:])
+        return Examples(rows[:, :-1], labels, {"prefix_B": prefix_B})
 
 
 class SpanDenoising:
-    """T5 (Raffel et al. 2020, section 3.1.4): spans of a sample are replaced by one sentinel each,
-    and said in turn behind their sentinels.
+    """T5 (Raffel et al. 2020, section 3.1.4): spans of a sample are replaced by one sentinel each.
 
-    The number of tokens taken out and of spans is constant, their places are drawn: lengths of
-    spans and of what is between them are even compositions, as in T5's random_spans_noise_mask. The
-    target ends with one more sentinel, as in the paper's figure 2 (T5's code has its EOS there, and
-    another one behind the source). Ids: the one that the decoder starts from, then the sentinels,
-    the first of them the last id of the vocabulary and the others before it, as T5's <extra_id_0>,
-    <extra_id_1>, ... For a prefix decoder source and target stand in one row.
+    The target has each sentinel, followed by its span. The numbers of removed tokens and of spans
+    are constant, their places are random: the lengths of spans and of the text between them are
+    uniform compositions, as in T5's random_spans_noise_mask. The target ends with one more
+    sentinel, as in the paper's figure 2 (T5's code has EOS there, and another one after the source).
+    For a prefix decoder, source and target are one row.
+
+    Ids: first the one that the decoder starts with, then the sentinels. The first sentinel is the
+    last id of the vocabulary, the others precede it, as T5's <extra_id_0>, <extra_id_1>, ...
     """
 
     def __init__(
@@ -109,11 +116,11 @@ class SpanDenoising:
         if self.encoder:
             start = np.full((len(pairs), 1), self.first_id)
             return Examples(np.hstack([start, target[:, :-1]]), target, {"source_BS": source})
-        whole = np.hstack([source, target])
-        labels = whole[:, 1:].copy()
+        joined = np.hstack([source, target])
+        labels = joined[:, 1:].copy()
         labels[:, : source.shape[1] - 1] = IGNORED
         prefix_B = np.full(len(pairs), source.shape[1], dtype=np.int64)
-        return Examples(whole[:, :-1], labels, {"prefix_B": prefix_B})
+        return Examples(joined[:, :-1], labels, {"prefix_B": prefix_B})
 
     def _pair(self, row: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
         raw = draw_bits(self.seed, position, self.cut.noise + self.cut.kept)
@@ -130,7 +137,7 @@ class SpanDenoising:
 
 
 class _Cut(NamedTuple):
-    """How many tokens of a sample are used, taken out, and in how many spans."""
+    """Numbers of a sample's tokens that are used and removed, and of spans."""
 
     tokens: int
     noise: int
@@ -142,36 +149,42 @@ class _Cut(NamedTuple):
 
 
 def _largest_cut(length: int, noise: float, span_length: float, *, one_row: bool) -> _Cut:
-    """The most tokens of a sample that fit into rows of `length`.
+    """Return the cut with the most tokens of a sample that fits into rows of `length`.
 
     Args:
-        one_row: source and target share a row, in which each span costs two tokens; else each has
-        its own.
+        one_row: whether source and target share a row, in which each span needs two tokens more.
     """
     for tokens in range(length, 1, -1):
         gone = min(max(round(tokens * noise), 1), tokens - 1)
         spans = min(max(round(gone / span_length), 1), gone, tokens - gone)
-        longest = tokens + 2 * spans if one_row else max(tokens - gone + spans, gone + spans + 1)
+        longest = max(tokens - gone + spans, gone + spans + 1)
+        if one_row:
+            longest = tokens + 2 * spans
         if spans >= 1 and longest <= length:
             return _Cut(tokens, gone, spans)
     raise ValueError(f"a row of {length} tokens is too short for spans")
 
 
 def _composition(total: int, parts: int, raw: np.ndarray) -> np.ndarray:
-    """`parts` lengths >= 1 that make up `total`, each such choice equally likely; `raw`: at least
-    `total` - 1 draws.
+    """Return `parts` lengths >= 1 with the sum `total`, uniform over all such choices.
+
+    Args:
+        raw: at least `total` - 1 random numbers.
     """
     cuts = np.sort(np.argsort(raw[: total - 1], kind="stable")[: parts - 1]) + 1
     return np.diff(np.concatenate([[0], cuts, [total]]))
 
 
 def draw_bits(seed: int, position: int, count: int) -> np.ndarray:
-    """uint64 draws [count]. The bit stream itself, which numpy promises to keep; its distributions
-    may change.
+    """Return uint64 random numbers [count].
+
+    They are the bit stream itself, which numpy promises not to change; its distributions may change.
     """
-    return np.asarray(np.random.PCG64(mix64(seed, position, _DICE)).random_raw(count))
+    return np.asarray(np.random.PCG64(mix64(seed, position, _STREAM)).random_raw(count))
 
 
 def stack_rows(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """int64 [B, length], also of no rows."""
-    return np.stack(rows).astype(np.int64) if rows else np.empty((0, length), dtype=np.int64)
+    """Return rows as int64 [B, length]; B may be 0."""
+    if not rows:
+        return np.empty((0, length), dtype=np.int64)
+    return np.stack(rows).astype(np.int64)

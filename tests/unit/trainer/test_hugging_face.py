@@ -344,7 +344,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         assert caught.value.key == key
 
     folder, pretrained = small(tmp_path), True
-    refused("model.hf", "knows the 5000 ids", vocabulary=5000)
+    refused("model.hf", "5000 ids", vocabulary=5000)
     refused("data.sequence_length", "at most 64", sequence_length=65)
     refused("model.hf", "a causal language model")  # no weights
     (folder / "config.json").write_text("{}")
