@@ -30,7 +30,8 @@ from guardrail.detectors import (
     spikes,
     stuck,
 )
-from tests.bench.detection import by_guardrail, read_traces, score
+from guardrail.backtest.scoring import score_runs
+from tests.bench.detection import by_guardrail, read_traces
 
 MODULES = (
     baseline,
@@ -88,7 +89,7 @@ def main() -> None:
     labels, logs = read_traces(arguments.traces)
 
     def row(name: str, value: float, settings: GuardOptions) -> None:
-        figures = score(labels, by_guardrail(logs, settings)[1])[0]
+        figures = score_runs(labels, by_guardrail(logs, settings)[1])[0]
         cells = " ".join(f"{figures[key]:>12.4g}" for key in FIGURES)
         print(f"{name:28} {value:>10.4g} {cells}", flush=True)
 

@@ -102,7 +102,7 @@ BAD = [
     ),
     (
         ["launch", "good.toml", "--set", "model.width=65536", "--set", "snapshots.keep=9"],
-        ["--set: snapshots.keep = 9", "a ring that fits", "of memory"],
+        ["--set: snapshots.keep = 9", "20739.5 GiB", "of memory"],
     ),
     (["launch", "--resume", "words/1999-01-01-01"], ["no such run: words/1999-01-01-01"]),
     (["launch", "--resume", "words", "--run-dir", "x"], ["--run-dir", "--resume"]),

@@ -222,12 +222,12 @@ def test_a_device_that_is_not_here_and_a_run_without_steps(
     with run.metrics_writer() as writer:
         writer.append({"step": 1, "timeline": 0, "verdict": 0})
     run.append("started", world=1, device="cuda", versions={"torch": "1.0.0"})
-    monkeypatch.setattr(replay_plan, "cuda_devices", lambda: 0)
+    monkeypatch.setattr(replay_plan, "count_cuda_devices", lambda: 0)
     with pytest.raises(UsageError, match="CUDA devices"):
         plan_replay(run)
     (said,) = machine_remarks(run)
     assert said.startswith("torch was 1.0.0 and is ")
-    monkeypatch.setattr(replay_plan, "cuda_devices", lambda: 1)
+    monkeypatch.setattr(replay_plan, "count_cuda_devices", lambda: 1)
     assert plan_replay(run) == ReplayPlan(None, 0, 1)
     with pytest.raises(UsageError, match="not started by `guardrail launch`"):
         make_scratch_run(run, plan_replay(run))

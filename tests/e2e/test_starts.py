@@ -20,10 +20,11 @@ from tests.support.places import ROOT
 # its children.
 SUPERVISOR = """
 import sys
-from guardrail.launch import supervisor
-from guardrail.launch import torchrun as elastic
-elastic.command = lambda launch, **_: [sys.executable, "-c", sys.argv[2]]
-supervisor.POLL_SECONDS, supervisor.SURVIVOR_SECONDS, supervisor.SETUP_SURVIVOR_SECONDS = 0.1, 0.5, 0.2
+from guardrail.launch import supervisor, survivors, torchrun
+assert torchrun.build_command and supervisor.POLL_SECONDS and survivors.SURVIVOR_SECONDS
+torchrun.build_command = lambda launch, **_: [sys.executable, "-c", sys.argv[2]]
+supervisor.POLL_SECONDS = 0.1
+survivors.SURVIVOR_SECONDS, survivors.SETUP_SURVIVOR_SECONDS = 0.5, 0.2
 sys.exit(supervisor.main([sys.argv[1]]))
 """
 # What the agents of these tests have in common. A rank is a process that ignores the signal that
