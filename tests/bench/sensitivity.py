@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from guardrail.backtest.scoring import score_runs
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.section import replace_key
 from guardrail.detectors import (
@@ -30,7 +31,6 @@ from guardrail.detectors import (
     spikes,
     stuck,
 )
-from guardrail.backtest.scoring import score_runs
 from tests.bench.detection import by_guardrail, read_traces
 
 MODULES = (
