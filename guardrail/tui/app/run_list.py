@@ -1,6 +1,4 @@
-"""The list of runs to choose from: state, how far, loss as a curve of one line. Enter watches, q
-leaves.
-"""
+"""The list of runs: state, progress, and the loss as a curve of one row. Enter watches a run."""
 
 from __future__ import annotations
 
@@ -20,15 +18,15 @@ from textual.message import Message
 from guardrail.core.format import clean_and_shorten, format_age, format_count, format_plural
 from guardrail.operate.run_summary import RunSummary, read_losses
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.tui.draw.lines import Lines, Row, fit_row, make_row, row_width, spread_row
+from guardrail.tui.draw.lines import Lines, Piece, Row, fit_row, make_row, row_width, spread_row
 from guardrail.tui.model.failures import format_reason
 from guardrail.tui.model.view import Snapshot, View
 from guardrail.tui.numerics.scales import format_short
 from guardrail.tui.terminal import hangup as terminal
 from guardrail.tui.terminal.themed_app import ThemedApp
 
-LOOK_SECONDS = 2.0
-# state -> glyph, word, tone; a phase that a newer version writes is shown as it is called.
+LOOK_SECONDS = 2.0  # between two reads of the list
+# state -> symbol, word, tone; a state of a newer version is shown by its name.
 STATES = {
     "new": ("○", "no status", "calm"),
     "starting": ("○", "starting", "calm"),
@@ -45,14 +43,19 @@ STATES = {
     "failed": ("✗", "failed", "bad"),
     "lost": ("?", "lost", "bad"),
 }
+# States in which the processes of a run train, or wait for an answer.
+_ALIVE = ("step", "eval", "save", "rollback", "paused", "asking")
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_NAME, _SPARK, _WHEN = 44, 40, 12  # most cells of a name and of a curve; those of the last sign
+_NAME, _SPARK = 44, 40  # most cells of a name, and of a curve
+_WHEN = 12  # cells of the age of the last heartbeat
 _HINT = (("↑ ↓", "move"), ("Enter", "watch"), ("/", "filter"), ("q", "leave"))
 
 
 def draw_curve(points: Sequence[float], width: int) -> str:
-    """Losses as at most `width` blocks, the newest at the right: `×` for NaN and Inf, `▲` far above
-    nine of ten.
+    """Return losses as at most `width` blocks, the newest at the right.
+
+    `×` stands for NaN and Inf. The scale ends at the ninth decile; `▲` stands for a value that is
+    twice as far above the least one.
     """
     count = min(width, len(points))
     shown = [points[(index + 1) * len(points) // count - 1] for index in range(count)]
@@ -67,13 +70,15 @@ def draw_curve(points: Sequence[float], width: int) -> str:
         elif value > high + (high - low):
             cells.append("▲")
         else:
-            share = (min(value, high) - low) / (high - low) if high > low else 0.0
+            share = 0.0
+            if high > low:
+                share = (min(value, high) - low) / (high - low)
             cells.append(_BLOCKS[min(7, int(8 * share))])
     return "".join(cells)
 
 
 def matching_runs(runs: Sequence[RunSummary], words: str) -> list[RunSummary]:
-    """Runs in whose name, host or state every word occurs."""
+    """Return the runs with all words in their name, host or state."""
     wanted = words.lower().split()
 
     def text(one: RunSummary) -> str:
@@ -85,48 +90,61 @@ def matching_runs(runs: Sequence[RunSummary], words: str) -> list[RunSummary]:
 def draw_run(
     one: RunSummary, points: Sequence[float], *, name: int, width: int, now: float, marked: bool
 ) -> Row:
-    """One run in one row of `width` cells; a narrow one drops the curve first, then speed, then the
-    last sign.
+    """Return one run in one row of `width` cells.
+
+    A narrow row drops the curve first, then the loss, then the progress.
+
+    Args:
+        points: losses of the curve.
+        name: cells of the name.
     """
-    glyph, word, tone = STATES.get(one.state, ("·", clean_and_shorten(one.state, 12), "calm"))
     label = fit_row(((clean_and_shorten(one.run), "strong" if marked else "plain"),), name)
     line: Row = (
         (" ▸ " if marked else "   ", "key"),
         *label,
         (" " * (name - row_width(label) + 1), "plain"),
     )
-    step = format_count(one.step) + (
-        f" / {format_count(one.total_steps)}" if one.total_steps else ""
-    )
-    share = f"{min(100, 100 * one.step // one.total_steps)} %" if one.total_steps else ""
-    loss = format_short(one.loss) if one.loss is not None else "–"
-    parts = (
-        (f"{glyph} {word:<12}", tone),
+    for part in _progress_pieces(one):
+        if row_width(line) + row_width((part,)) > width:
+            return fit_row(line, width)
+        line = (*line, part)
+    cells = min(_SPARK, width - row_width(line) - _WHEN)
+    if cells >= 8:
+        line = (*line, (f"{draw_curve(points, cells):<{cells}}", "loss"))
+    if not one.heartbeat:
+        return line
+    age = f"{format_age(max(0.0, now - one.heartbeat))} ago "
+    return spread_row(line, ((age, "dim"),), width)
+
+
+def _progress_pieces(one: RunSummary) -> tuple[Piece, ...]:
+    """Return state, step, share of the run and loss, in fixed columns."""
+    symbol, word, tone = STATES.get(one.state, ("·", clean_and_shorten(one.state, 12), "calm"))
+    step, share = format_count(one.step), ""
+    if one.total_steps:
+        step += f" / {format_count(one.total_steps)}"
+        share = f"{min(100, 100 * one.step // one.total_steps)} %"
+    loss = "–" if one.loss is None else format_short(one.loss)
+    return (
+        (f"{symbol} {word:<12}", tone),
         (f"{step:>15} ", "plain"),
         (f"{share:>5} ", "dim"),
         (f" loss {loss:<7}", "plain"),
     )
-    for part in parts:
-        if row_width(line) + row_width((part,)) > width:
-            return fit_row(line, width)
-        line = (*line, part)
-    when = ""
-    if one.heartbeat:
-        when = f"{format_age(max(0.0, now - one.heartbeat))} ago "
-    cells = min(_SPARK, width - row_width(line) - _WHEN)
-    if cells >= 8:
-        line = (*line, (f"{draw_curve(points, cells):<{cells}}", "loss"))
-    return spread_row(line, ((when, "dim"),), width) if when else line
 
 
 class RunList(ThemedApp[str]):
-    """Returns the path of the chosen run, or None.
+    """An app that returns the path of the chosen run, or None.
 
     Args:
-        look: lists the runs, newest first; called on a thread of its own, so that a slow disk
-        leaves the keys alive.
-        points: losses of one run for its curve; asked only for runs in sight, on a thread of its
-        own as well.
+        look: lists the runs, newest first. It is called in a thread, so that keys work also while a
+            disk is slow.
+        points: returns the losses of one run for its curve; called for runs in view, in a thread.
+        marked: path of the run that is selected at first.
+
+    Attributes:
+        marked: path of the selected run; it stays selected while the list changes around it.
+        words: the filter.
     """
 
     CSS = "Screen { background: $background; } #head, #foot { height: 1; background: $panel; }"
@@ -163,10 +181,9 @@ class RunList(ThemedApp[str]):
         self._wanted: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
         self._asked: dict[str, int] = {}  # path -> the step for which its curve was asked last
         self.runs: list[RunSummary] = []
-        # path of the marked run: it stays marked while the list changes around it
         self.marked = marked
         self.words = ""
-        self._typing, self._loaded, self._trouble = False, False, ""
+        self._typing, self._loaded, self._problem = False, False, ""
         self._leaving = threading.Event()
 
     def compose(self) -> ComposeResult:
@@ -187,10 +204,10 @@ class RunList(ThemedApp[str]):
     def _keep_looking(self) -> None:
         while not self._leaving.is_set():
             try:
-                self.runs, self._trouble = self._look(), ""
-            # a thread that dies without a word looks like runs that stand still
+                self.runs, self._problem = self._look(), ""
+            # Every kind: a thread that dies without a message looks like runs that do not move.
             except Exception as error:
-                self._trouble = clean_and_shorten(format_reason(error), 200)
+                self._problem = clean_and_shorten(format_reason(error), 200)
             self._loaded = True
             self.post_message(self.Fresh())
             self._leaving.wait(LOOK_SECONDS)
@@ -201,7 +218,7 @@ class RunList(ThemedApp[str]):
             try:
                 self._known[path] = (step, self._points(path))
             except Exception as error:
-                self._trouble = clean_and_shorten(f"{path}: {format_reason(error)}", 200)
+                self._problem = clean_and_shorten(f"{path}: {format_reason(error)}", 200)
             self.post_message(self.Fresh())
 
     def on_run_list_fresh(self) -> None:
@@ -214,7 +231,10 @@ class RunList(ThemedApp[str]):
         return matching_runs(self.runs, self.words)
 
     def _at(self, shown: Sequence[RunSummary]) -> int:
-        return next((index for index, one in enumerate(shown) if one.path == self.marked), 0)
+        for index, one in enumerate(shown):
+            if one.path == self.marked:
+                return index
+        return 0
 
     def _draw(self) -> None:
         view = View(Snapshot(self._root), self._clock())
@@ -222,36 +242,35 @@ class RunList(ThemedApp[str]):
             lines.show(view)
 
     def _head(self, width: int) -> list[Row]:
-        living = sum(
-            one.state in ("step", "eval", "save", "rollback", "paused", "asking")
-            for one in self.runs
-        )
-        told = (
-            f"{format_plural(len(self.runs), 'run')} in {self._root}, {living} at work"
-            if self._loaded
-            else "reading …"
-        )
-        right = ((f"✗ {self._trouble} ", "bad"),) if self._trouble else ()
-        return [
-            spread_row(make_row((" guardrail ", "strong"), (f" {told}", "plain")), right, width)
-        ]
+        text = "reading …"
+        if self._loaded:
+            alive = sum(one.state in _ALIVE for one in self.runs)
+            text = f"{format_plural(len(self.runs), 'run')} in {self._root}, {alive} running"
+        right = ((f"✗ {self._problem} ", "bad"),) if self._problem else ()
+        left = make_row((" guardrail ", "strong"), (f" {text}", "plain"))
+        return [spread_row(left, right, width)]
 
     def _body(self, width: int, height: int) -> list[Row]:
         shown = self.shown
         if not shown:
-            why = "no run matches" if self.runs else "no runs here yet" if self._loaded else ""
-            return [(), make_row((f"   {why}", "dim"))]
+            return [(), make_row((f"   {self._why_empty()}", "dim"))]
         at = self._at(shown)
         self.first = max(0, min(at - height // 2, len(shown) - height))
         name = min(_NAME, max(row_width(((clean_and_shorten(one.run), "plain"),)) for one in shown))
         now = self._clock()
-        return [
-            draw_run(one, self._curve(one), name=name, width=width, now=now, marked=index == at)
-            for index, one in enumerate(shown[self.first : self.first + height], self.first)
-        ]
+        rows = []
+        for index, one in enumerate(shown[self.first : self.first + height], self.first):
+            points, marked = self._curve(one), index == at
+            rows.append(draw_run(one, points, name=name, width=width, now=now, marked=marked))
+        return rows
+
+    def _why_empty(self) -> str:
+        if self.runs:
+            return "no run matches the filter"
+        return "no runs here yet" if self._loaded else ""
 
     def _curve(self, one: RunSummary) -> list[float]:
-        """As far as it has been read; a newer one is asked for."""
+        """Return the curve that was read last; ask for a newer one where the run has moved on."""
         step, points = self._known.get(one.path, (-1, []))
         if step != one.step and self._asked.get(one.path) != one.step:
             self._asked[one.path] = one.step
@@ -262,12 +281,11 @@ class RunList(ThemedApp[str]):
         if self._typing:
             text = make_row((" / ", "key"), (self.words, "strong"), ("▏", "key"))
             return [spread_row(text, (("Enter keep   Esc clear ", "dim"),), width)]
-        line = [
-            piece for key, what in _HINT for piece in ((f" {key} ", "key"), (f"{what} ", "dim"))
-        ]
-        return [
-            spread_row(tuple(line), ((f"/ {self.words} ", "accent"),) if self.words else (), width)
-        ]
+        line: list[Piece] = []
+        for key, what in _HINT:
+            line += [(f" {key} ", "key"), (f"{what} ", "dim")]
+        words: Row = ((f"/ {self.words} ", "accent"),) if self.words else ()
+        return [spread_row(tuple(line), words, width)]
 
     # -- keys
 
@@ -317,7 +335,7 @@ class RunList(ThemedApp[str]):
         self.exit(None)
 
     def on_click(self, event: Click) -> None:
-        """A click marks; Enter watches."""
+        """Select the run that was clicked; Enter watches it."""
         body = self.query_one("#body", Lines)
         index = event.screen_y - body.region.y + self.first
         shown = self.shown
@@ -334,8 +352,10 @@ def choose_and_watch(
     theme: str | None = None,
     mouse: bool = True,
 ) -> int:
-    """The list, the screen of the run that is chosen, the list again, until somebody leaves the
-    list; returns 0.
+    """Show the list, then the chosen run, then the list again, until the user leaves the list.
+
+    Returns:
+        0.
     """
     from guardrail.core.errors import RunDirectoryError
     from guardrail.tui.app.app import run_screen
@@ -349,5 +369,5 @@ def choose_and_watch(
             try:
                 run_screen(Path(marked), read_only=read_only, theme=theme, mouse=mouse)
             except RunDirectoryError:
-                continue  # it was deleted while the list stood there; the next list says so
+                continue  # the run was deleted meanwhile; the next list does not have it
     return 0

@@ -1,9 +1,9 @@
-"""The screen in a browser, by textual-serve: on this machine only, for whoever has the link only.
+"""The screen in a browser, by textual-serve: on this machine only, for owners of the link only.
 
 A page of any site may open a WebSocket to 127.0.0.1, and so may every user of this machine. So the
 server answers only to the link that it prints: its token becomes a cookie that no other site can
-send, and names other than 127.0.0.1, and origins other than its own, are refused (DNS rebinding,
-cross-site WebSocket hijacking).
+send. Host names other than 127.0.0.1, and other origins, are refused (DNS rebinding, cross-site
+WebSocket hijacking).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from guardrail.core.errors import UsageError
 HOST = "127.0.0.1"
 PORT = 8765
 MISSING = "--web needs textual-serve\n  hint: pip install 'guardrail[web]'"
-# The page of textual-serve asks Google for a font; nothing here is anybody else's business.
+# The page of textual-serve loads a font from Google; nothing may be loaded from other sites.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'wasm-unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; connect-src 'self' ws://{place}; "
@@ -31,21 +31,21 @@ _POLICY = (
 
 
 def screen_command(path: str, *, read_only: bool, theme: str | None = None) -> str:
-    """The shell command that runs one screen for one visitor."""
-    words = [
-        sys.executable,
-        "-m",
-        "guardrail",
-        "attach",
-        "--in-browser",
-        *(["--read-only"] if read_only else []),
-    ]
-    words += ["--theme", theme] if theme else []
+    """Return the shell command that runs one screen for one visitor."""
+    words = [sys.executable, "-m", "guardrail", "attach", "--in-browser"]
+    if read_only:
+        words.append("--read-only")
+    if theme:
+        words += ["--theme", theme]
     return shlex.join([*words, "--", path])
 
 
 def check_port(port: int) -> int:
-    """The port, or a free one for 0. Raises UsageError if it is taken."""
+    """Return the port, or a free one for 0.
+
+    Raises:
+        UsageError: the port is taken.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -61,7 +61,7 @@ def check_port(port: int) -> int:
 def serve_screen(
     path: str, *, name: str, port: int = PORT, read_only: bool = False, theme: str | None = None
 ) -> int:
-    """Serve the screen of the run at `path` until Ctrl-C; returns 0. Training never notices.
+    """Serve the screen of the run at `path` until Ctrl-C; return 0. Training is not affected.
 
     Raises:
         UsageError: textual-serve is not installed, or the port is taken.
@@ -74,7 +74,11 @@ def serve_screen(
 
 
 def make_server(command: str, *, title: str, port: int) -> Any:
-    """A server of textual-serve behind a guard. Raises UsageError without textual-serve."""
+    """Return a server of textual-serve that checks each request.
+
+    Raises:
+        UsageError: textual-serve is not installed, or has no place for the check.
+    """
     try:
         from aiohttp import web
         from textual_serve.server import Server
@@ -82,27 +86,27 @@ def make_server(command: str, *, title: str, port: int) -> Any:
         raise UsageError(MISSING) from error
     if not hasattr(Server, "_make_app"):
         raise UsageError(
-            "this textual-serve lets nobody guard its pages\n  hint: pip install 'textual-serve<2'"
+            "this version of textual-serve cannot be protected\n  hint: pip install 'textual-serve<2'"
         )
 
     class Guarded(Server):  # type: ignore[misc]
-        """Attributes:
-        token: what a visitor must bring.
+        """The server of one screen.
+
+        Attributes:
+            token: what the first request of a visitor must contain.
         """
 
         token = secrets.token_urlsafe(24)
 
         def initialize_logging(self) -> None:
-            """Ours says all that there is to say."""
+            """Do nothing: guardrail prints its own messages."""
 
         async def on_startup(self, app: Any) -> None:
-            self._telling = asyncio.create_task(self._tell())
+            self._printing = asyncio.create_task(self._print_link())
 
-        async def _tell(self) -> None:
-            """Print the link once somebody answers behind it: the socket listens only after the
-            start.
-            """
-            await _answering(port)
+        async def _print_link(self) -> None:
+            """Print the link once the socket accepts connections, some time after the start."""
+            await _wait_until_open(port)
             print(f"{self.title}: {self.public_url}/?token={self.token}")
             print("only on this machine; Ctrl-C ends it, and training goes on", flush=True)
 
@@ -141,7 +145,7 @@ def make_server(command: str, *, title: str, port: int) -> Any:
     return Guarded(command, host=HOST, port=port, title=title)
 
 
-async def _answering(port: int) -> None:
+async def _wait_until_open(port: int) -> None:
     while True:
         try:
             _, writer = await asyncio.open_connection(HOST, port)
