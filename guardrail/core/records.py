@@ -170,7 +170,7 @@ class Finding(Record, frozen=True, kw_only=True):
     ranks: tuple[int, ...] = ()
 
     def sentence(self) -> str:
-        """Return one line: "loss 11.50 against 2.31, score 41.2 (limit 8)".
+        """Return one line: "loss 11.5 (normal 2.31), score 41.2 (limit 8)".
 
         The detector of its kind has the wording.
         """

@@ -199,8 +199,8 @@ class Detector:
     def sentence(cls, finding: Finding) -> str:
         """Return the finding in one line, for the journal and the screen."""
         return (
-            f"{finding.signal} {finding.value:.4g} against {finding.baseline:.4g}"
-            f"{format_ranks(finding)}, {score_words(finding.score, finding.threshold)}"
+            f"{finding.signal} {finding.value:.4g}{format_ranks(finding)} "
+            f"(normal {finding.baseline:.4g}), {score_words(finding.score, finding.threshold)}"
         )
 
     @classmethod

@@ -178,9 +178,9 @@ collapses.
     def sentence(cls, finding: Finding) -> str:
         text = f"{finding.signal} {finding.value:.6g}"
         if finding.baseline:
-            text += f" against {finding.baseline:.6g}"
+            text += f" (normal {finding.baseline:.6g})"
         if finding.severity is Severity.WEIGHTS_DAMAGED:
-            text += f", {finding.score:.0f} overflows in a row"
+            text += f", {finding.score:.0f} consecutive overflows"
         return text + format_ranks(finding)
 
     @classmethod

@@ -32,4 +32,4 @@ class NoTokens(Detector):
 
     @classmethod
     def sentence(cls, finding: Finding) -> str:
-        return "no label token in the whole batch"
+        return "no label token in the batch"

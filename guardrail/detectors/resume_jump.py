@@ -63,6 +63,6 @@ downward.
     @classmethod
     def sentence(cls, finding: Finding) -> str:
         return (
-            f"{finding.signal} {finding.value:.4g} after the resume "
-            f"against {finding.baseline:.4g} before it"
+            f"{finding.signal} {finding.value:.4g} after the resume, "
+            f"{finding.baseline:.4g} before it"
         )

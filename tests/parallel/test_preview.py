@@ -379,7 +379,7 @@ def test_each_rung_does_what_was_foretold(tmp_path: Path) -> None:
             f"3 consecutive rejections{again if tried else ''}: restore a state from before step"
             in question.message
         )
-        assert "against" in question.message and "score" in question.message
+        assert "normal" in question.message and "score" in question.message
     assert (
         "halt after 6 rollbacks without 200 healthy steps between them, the limit" in last.message
     )

@@ -60,7 +60,7 @@ def test_a_spike_is_left_out_with_its_own_samples() -> None:
     assert verdict.window == ((step - 1) * BATCH, step * BATCH)
     assert verdict.onset == step and verdict.would is None
     assert [f.kind for f in verdict.findings] == [FindingKind.LOSS_SPIKE]
-    assert "loss 9 against 2" in verdict.reason and "rejection 1 of 3" in verdict.reason
+    assert "loss 9 (normal 2" in verdict.reason and "rejection 1 of 3" in verdict.reason
 
 
 def test_rejections_in_a_row_roll_back_from_the_batch_before_the_onset() -> None:
@@ -788,7 +788,7 @@ def test_sentences_say_what_happened() -> None:
         threshold=8.0,
         onset=7,
     )
-    assert spike.sentence() == "loss 11.5 against 2.31, score 41.2 (limit 8)"
+    assert spike.sentence() == "loss 11.5 (normal 2.31), score 41.2 (limit 8)"
     assert msgspec.structs.replace(
         spike, kind=FindingKind.NONFINITE, value=math.nan, ranks=(2,)
     ).sentence() == ("loss is nan on rank 2")

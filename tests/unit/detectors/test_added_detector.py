@@ -24,7 +24,8 @@ from guardrail.core.errors import ConfigError
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.controller import Controller
-from guardrail.rundir.run_directory import RunDirectory, findings_of
+from guardrail.rundir.journal import findings_of
+from guardrail.rundir.run_directory import RunDirectory
 from tests.support.class_docs import fill_detection
 from tests.support.feed import healthy_loss, obs
 

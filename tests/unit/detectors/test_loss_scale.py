@@ -90,7 +90,7 @@ def test_overflow_after_overflow_is_a_collapse() -> None:
     assert (
         verdicts[-1].findings[0].kind is FindingKind.SCALE_COLLAPSE and verdicts[-1].incident == 1
     )
-    assert "loss_scale 512 against 65536, 8 overflows in a row" in verdicts[-1].reason
+    assert "loss_scale 512 (normal 65536), 8 consecutive overflows" in verdicts[-1].reason
     assert "of which 7 may be the search for a scale" in verdicts[-1].reason
 
 

@@ -51,5 +51,5 @@ def test_small_and_large_and_missing_numbers_are_none_of_its_business() -> None:
 def test_a_batch_without_label_tokens_is_no_trouble_of_the_weights() -> None:
     (finding,) = NoTokens().observe(obs(3, math.nan, 0.0, tokens=0))
     assert finding.kind is FindingKind.NO_TOKENS and finding.severity is Severity.REJECT
-    assert finding.sentence() == "no label token in the whole batch"
+    assert finding.sentence() == "no label token in the batch"
     assert NoTokens().observe(obs(3, 2.0, 1.0, tokens=1)) == []

@@ -38,7 +38,7 @@ def test_a_loss_that_is_off_after_a_resume_is_noted_once_up_or_down(factor: floa
     assert [v.step for v in verdicts if jumps(v)] == [step]
     assert verdicts[0].action is Action.APPLY
     names = [f.sentence() for f in verdicts[0].findings if f.kind is FindingKind.RESUME_JUMP]
-    assert "after the resume against 2" in names[0]
+    assert "after the resume, 2" in names[0]
 
 
 def test_a_norm_that_is_off_is_named_beside_it() -> None:
