@@ -34,7 +34,7 @@ from guardrail.core.records import (
 from guardrail.decide.control_commands.base import ReplayTarget
 from guardrail.decide.control_commands.registry import replay_line
 from guardrail.decide.controller import Controller
-from guardrail.decide.diagnoses import diagnosis_of
+from guardrail.decide.diagnoses import read_diagnosis
 from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.run_directory import RunDirectory
 
@@ -213,7 +213,7 @@ class Rejudge:
             before = controller.state_dict()
         verdict = controller.observe(obs)
         if causes and controller.needs_cause_test(verdict):
-            verdict = controller.apply_diagnosis(obs, verdict, diagnosis_of(causes.popleft()))
+            verdict = controller.apply_diagnosis(obs, verdict, read_diagnosis(causes.popleft()))
         if before is not None and verdict.accepted:
             controller.load_state_dict(before)
         elif applied and self._own and verdict.action is not Action.APPLY:
@@ -297,7 +297,7 @@ class Rejudge:
         """Forget the rejections in `gone`; the line of that index restored the state of `step`."""
         self._rejected = [one for one in self._rejected if not _is_within(one, gone)]
         if self._own:
-            past = RunHistory.of(self._events[: index + 1])
+            past = RunHistory.from_events(self._events[: index + 1])
             self._controller.memory.go_back(step, past.rollbacks)
             self._controller.memory.allowlist = [*self._settings.allowlist, *past.pardons]
 
@@ -309,7 +309,7 @@ class Rejudge:
         earlier = self._events[:index]
         self._controller = Controller(self._settings)
         self._controller.rebuild(earlier)
-        mode = RunHistory.of(earlier).mode
+        mode = RunHistory.from_events(earlier).mode
         if mode is not None:
             self._controller.set_mode(mode)
 

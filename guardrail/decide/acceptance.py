@@ -26,16 +26,16 @@ class Acceptance:
         """Apply a step as healthy: it enters the baselines and counts towards recovery."""
         state = self._state
         advice, incidents = state.advice, state.memory.incidents
-        skipped = advice.left_out
+        skipped = advice.skipped
         for update in active.update:
             update(obs, skipped)
         state.steps.add(obs, is_accepted=not state.detectors.loss_is_signed)
         state.overflows = 0
         if skipped or advice.streak:
-            advice.accepted()
+            advice.note_accepted()
         if not findings and not incidents.open and not incidents.unresolved:
             return Verdict(action=Action.APPLY, step=obs.step)
-        number, incident_state = incidents.healthy(
+        number, incident_state = incidents.note_healthy(
             obs.step, state.steps.losses, every_step=state.mode is not Mode.ADVISE
         )
         return Verdict(

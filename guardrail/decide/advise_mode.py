@@ -1,6 +1,4 @@
-"""The counts of `advise`: what rejections and rollbacks leave elsewhere when they are really done.
-Pure.
-"""
+"""The counts of the mode `advise`, in which rejections and rollbacks are not carried out. Pure."""
 
 from __future__ import annotations
 
@@ -18,31 +16,38 @@ from guardrail.detectors.build import find_detector
 
 
 class AdviseSimulation:
-    """Would-be rejections and rollbacks. Part of the state: in `advise` no ledger and no journal
-    holds them.
+    """Advised rejections and rollbacks.
+
+    They are part of a snapshot, because in `advise` neither the cursor nor the journal has them.
+
+    Attributes:
+        streak: advised rejections of anomalies since the last accepted step or advised rollback.
+        since: step of the first of them.
+        skipped: jumps of each advised rejection since the last accepted step.
+        rollbacks: advised rollbacks, the newest last.
     """
 
-    KEEP = 64  # would-be rollbacks; more than any sensible budget
+    KEEP = 64  # advised rollbacks; more than any budget
 
     def __init__(self) -> None:
-        # troubled would-be rejections since the last accepted step or would-be rollback
         self.streak = 0
-        self.since = 0  # the step of the first of them
-        self.left_out: list[
-            LogJumps
-        ] = []  # of each would-be rejection since the last accepted step
+        self.since = 0
+        self.skipped: list[LogJumps] = []
         self.rollbacks: deque[Rollback] = deque(maxlen=self.KEEP)
 
-    def accepted(self) -> None:
-        self.streak, self.left_out = 0, []
+    def note_accepted(self) -> None:
+        """Take in an accepted step."""
+        self.streak, self.skipped = 0, []
 
-    def book(
+    def note_response(
         self, done: Response, obs: Observation, findings: Sequence[Finding], onset: int
     ) -> bool:
-        """What `auto` would have done about a rejected step; returns whether it would have gone
-        back or halted.
+        """Take in what `auto` would do about a rejected step.
+
+        Returns:
+            Whether it would roll back or halt.
         """
-        self.rejected(obs.step, trouble=is_anomaly(findings), jumps=jumps_of(findings))
+        self.note_rejected(obs.step, anomaly=is_anomaly(findings), jumps=collect_jumps(findings))
         if done.action not in (Action.ROLLBACK, Action.HALT):
             return False
         self.streak = 0
@@ -59,42 +64,45 @@ class AdviseSimulation:
             )
         return True
 
-    def rejected(self, step: int, *, trouble: bool, jumps: LogJumps) -> None:
-        if trouble and not self.streak:
+    def note_rejected(self, step: int, *, anomaly: bool, jumps: LogJumps) -> None:
+        """Take in an advised rejection."""
+        if anomaly and not self.streak:
             self.since = step
-        self.streak += trouble
-        self.left_out.append(jumps)
+        self.streak += anomaly
+        self.skipped.append(jumps)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the JSON-able state; "left_out" holds `skipped`."""
         return {
             "streak": self.streak,
             "since": self.since,
-            "left_out": [dict(jumps) for jumps in self.left_out],
+            "left_out": [dict(jumps) for jumps in self.skipped],
             "rollbacks": [
                 [r.from_step, r.to_step, r.onset, *r.window, r.escalation] for r in self.rollbacks
             ],
         }
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> AdviseSimulation:
+    def from_state(cls, state: Mapping[str, Any]) -> AdviseSimulation:
+        """Return the counts of a state that `state_dict` returned."""
         advice = cls()
         advice.streak, advice.since = int(state["streak"]), int(state["since"])
-        advice.left_out = [dict(jumps) for jumps in state["left_out"]]
-        for from_step, to_step, onset, first, last, *rung in state["rollbacks"]:
+        advice.skipped = [dict(jumps) for jumps in state["left_out"]]
+        for from_step, to_step, onset, first, last, *escalation in state["rollbacks"]:
             advice.rollbacks.append(
                 Rollback(
                     from_step=from_step,
                     to_step=to_step,
                     onset=onset,
                     window=(first, last),
-                    escalation="".join(rung),
+                    escalation="".join(escalation),
                 )
             )
         return advice
 
 
-def jumps_of(findings: Iterable[Finding]) -> LogJumps:
-    """The spikes among findings of positive signals: signal -> log(value / baseline)."""
+def collect_jumps(findings: Iterable[Finding]) -> LogJumps:
+    """Return the spikes of positive signals: signal -> log(value / baseline)."""
     jumps = {}
     for finding in findings:
         is_spike = find_detector(finding.kind).judges_one_value

@@ -96,8 +96,8 @@ class Controller:
         if batches and obs.step < batches[-1].step:
             findings += state.detectors.restart.observe(obs)
             self._follow_restart(obs.step)
-        if state.mode is Mode.ADVISE and state.advice.left_out:
-            obs = structs.replace(obs, streak=len(state.advice.left_out))
+        if state.mode is Mode.ADVISE and state.advice.skipped:
+            obs = structs.replace(obs, streak=len(state.advice.skipped))
         active = state.detectors.select(obs)
         if obs.tokens > 0:
             for observe in active.observe:
@@ -358,7 +358,7 @@ class Controller:
         state.advice = AdviseSimulation()
         resumed = ()
         if state.mode is Mode.ADVISE:
-            state.advice = AdviseSimulation.of(saved["advice"])
+            state.advice = AdviseSimulation.from_state(saved["advice"])
             resumed = saved.get("resumed") or ()
         self._resume.load_state(resumed)
         return anew

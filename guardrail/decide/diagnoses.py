@@ -1,10 +1,9 @@
-"""What replays have told about the causes of incidents: facts that outlive a rollback, in the
-journal. Pure.
+"""The causes of incidents that replays have found: facts of the journal that a rollback keeps.
 
-A cause belongs to the trouble for which it was told. An incident holds together what happens
-without enough healthy steps in between, and that may be several kinds of trouble: the cause is
-asked for again where another signal is in it, where it began at another place, or where going back
-for that cause was in vain.
+Pure. A cause belongs to the anomaly for which it was found. One incident holds all that happens
+without enough healthy steps in between, and that may be several anomalies. So the cause is tested
+again if another signal is anomalous, if the anomaly began at another step, or if a rollback for
+that cause did not help.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from guardrail.decide.rollback import Rollback
 
 
 class DiagnosisKey(NamedTuple):
-    """For which trouble a cause was told.
+    """The anomaly for which a cause was found.
 
     Attributes:
-        onset, step: it began there, and was rejected there.
-        signals: that were in it.
-        answers: rollbacks that had answered the incident up to then.
+        onset, step: the step at which it began, and at which it was rejected.
+        signals: that were anomalous.
+        answers: number of rollbacks of the incident up to then.
     """
 
     onset: int
@@ -37,19 +36,21 @@ class DiagnosisKey(NamedTuple):
 
 
 class Diagnoses:
-    """Attributes:
-    of: incident -> its cause, as far as a replay has told it; of several, the last one.
+    """The diagnoses of one run.
+
+    Attributes:
+        by_incident: incident -> its diagnosis, if there is one; of several, the last one.
     """
 
     def __init__(self) -> None:
-        self.of: dict[int, Diagnosis] = {}
-        self._told: dict[int, DiagnosisKey] = {}
+        self.by_incident: dict[int, Diagnosis] = {}
+        self._keys: dict[int, DiagnosisKey] = {}
         # incident -> (position of the batch, its cause)
         self._places: dict[int, list[tuple[int, Diagnosis]]] = {}
-        # steps at which the hardware gave other numbers the second time
-        self._unsound: list[int] = []
+        # Steps at which a second pass gave other numbers.
+        self._hardware_faults: list[int] = []
 
-    def learn(
+    def add(
         self,
         incident: int,
         diagnosis: Diagnosis,
@@ -60,95 +61,94 @@ class Diagnoses:
         signals: Iterable[str],
         rollbacks: Sequence[Rollback],
     ) -> None:
-        """Args:
-        onset, step: of the trouble for which the replay was made: where it began, and was rejected.
-        place: first position of the rejected batch.
-        signals: in trouble there.
-        rollbacks: of the run up to then.
-        """
-        self.of[incident] = diagnosis
-        self._places.setdefault(incident, []).append((place, diagnosis))
-        self._told[incident] = DiagnosisKey(
-            onset, step, frozenset(signals), _answers(rollbacks, incident)
-        )
-        if diagnosis.cause is Cause.HARDWARE:
-            self._unsound.append(step)
+        """Add a diagnosis.
 
-    def now(self, incident: int, rollbacks: Sequence[Rollback]) -> Diagnosis | None:
-        """What is known of an incident; an update that a rollback has taken out since is in the
-        weights no more.
+        Args:
+            onset, step: of the anomaly for which the replay was made: where it began, and was
+                rejected.
+            place: first position of the rejected batch.
+            signals: anomalous there.
+            rollbacks: of the run up to then.
         """
-        known = self.of.get(incident)
-        if (
-            known is not None
-            and known.applied
-            and _answers(rollbacks, incident) > self._told[incident].answers
-        ):
+        self.by_incident[incident] = diagnosis
+        self._places.setdefault(incident, []).append((place, diagnosis))
+        answers = _count_rollbacks(rollbacks, incident)
+        self._keys[incident] = DiagnosisKey(onset, step, frozenset(signals), answers)
+        if diagnosis.cause is Cause.HARDWARE:
+            self._hardware_faults.append(step)
+
+    def current(self, incident: int, rollbacks: Sequence[Rollback]) -> Diagnosis | None:
+        """Return the diagnosis of an incident; None if there is none.
+
+        After a rollback since then, its bad update is no longer in the weights.
+        """
+        known = self.by_incident.get(incident)
+        if known is None or not known.applied:
+            return known
+        if _count_rollbacks(rollbacks, incident) > self._keys[incident].answers:
             return structs.replace(known, applied=False, positions=())
         return known
 
     def up_to(self, incident: int, place: int) -> Diagnosis | None:
-        """The last cause told for a batch that lies not behind this position.
+        """Return the last diagnosis for a batch that begins at this position or before.
 
-        Positions say where a run stands, and steps do not: after a rollback, or in a process that
-        starts again from an older state, steps come by once more whose batches were judged before
-        anybody knew.
+        Positions are compared, not steps: after a rollback, or in a process that starts again from
+        an older state, steps are made again whose batches were judged before the diagnosis.
         """
-        found = [diagnosis for at, diagnosis in self._places.get(incident, ()) if at <= place]
-        return found[-1] if found else None
+        for position, diagnosis in reversed(self._places.get(incident, [])):
+            if position <= place:
+                return diagnosis
+        return None
 
     def needs_diagnosis(self, verdict: Verdict, rollbacks: Sequence[Rollback]) -> bool:
-        """Whether no replay has told the cause of this trouble: none of its incident, or of another
-        trouble.
+        """Return whether the cause of this anomaly is not known yet.
 
-        That the hardware does not repeat itself says nothing of the next time.
+        A hardware fault is tested again each time: it says nothing about the next anomaly.
         """
         assert verdict.incident is not None
-        known, told = self.of.get(verdict.incident), self._told.get(verdict.incident)
-        if known is None or told is None or known.cause in (Cause.HARDWARE, Cause.UNKNOWN):
+        known, key = self.by_incident.get(verdict.incident), self._keys.get(verdict.incident)
+        if known is None or key is None or known.cause in (Cause.HARDWARE, Cause.UNKNOWN):
             return True
-        elsewhere = verdict.onset is not None and not told.onset <= verdict.onset <= told.step
-        in_vain = _answers(rollbacks, verdict.incident) > told.answers
-        return elsewhere or in_vain or not signals_of(verdict.findings) <= told.signals
+        if verdict.onset is not None and not key.onset <= verdict.onset <= key.step:
+            return True
+        if _count_rollbacks(rollbacks, verdict.incident) > key.answers:
+            return True
+        return not rejecting_signals(verdict.findings) <= key.signals
 
-    def unsound(
+    def answer_hardware_fault(
         self, verdict: Verdict, diagnosis: Diagnosis, *, settings: GuardOptions, mode: Mode
     ) -> Verdict:
-        """The verdict where the hardware is to blame: form the same batch again, and halt where
-        that is too often.
-        """
+        """Return the verdict for a hardware fault: repeat the batch; halt after max_retries."""
         count = count_close_together(
-            self._unsound, at=verdict.step, healthy_after=settings.reset_budget_after
+            self._hardware_faults, at=verdict.step, healthy_after=settings.reset_budget_after
         )
-        who = (
-            f"rank {diagnosis.rank} on {diagnosis.host}" if diagnosis.rank >= 0 else "the hardware"
-        )
+        where = "the hardware"
+        if diagnosis.rank >= 0:
+            where = f"rank {diagnosis.rank} on {diagnosis.host}"
         if count <= settings.max_retries:
-            action = Action.RETRY
-            reason = f"{who} does not repeat itself: form the batch again, time {count} of {settings.max_retries}"
-        else:
-            action = Action.HALT
-            reason = (
-                f"{who} has not repeated itself {count} times without "
-                f"{settings.reset_budget_after} healthy steps between them: halt, "
-                f"since guard.max_retries allows {settings.max_retries}"
+            return reject_without_skip(
+                verdict,
+                Action.RETRY,
+                f"but {where} did not reproduce it; batch repeated "
+                f"(retry {count} of {settings.max_retries})",
+                cause=diagnosis.cause,
             )
-        asked = mode is Mode.ASK and action is Action.HALT
-        return leaving_nothing_out(
-            verdict,
-            Action.PAUSE if asked else action,
-            f"but {reason}",
-            would=action if asked else None,
-            cause=diagnosis.cause,
+        reason = (
+            f"but {where} did not reproduce it {count} times without "
+            f"{settings.reset_budget_after} healthy steps in between, and guard.max_retries = "
+            f"{settings.max_retries}: halt"
         )
+        if mode is Mode.ASK:
+            return reject_without_skip(
+                verdict, Action.PAUSE, reason, would=Action.HALT, cause=diagnosis.cause
+            )
+        return reject_without_skip(verdict, Action.HALT, reason, cause=diagnosis.cause)
 
 
-def leaving_nothing_out(
+def reject_without_skip(
     verdict: Verdict, action: Action, why: str, *, cause: Cause, would: Action | None = None
 ) -> Verdict:
-    """A rejection whose batch is not to blame, so that neither it nor a window is left out and
-    nothing goes back.
-    """
+    """Return a rejection whose batch is not the cause: no data is skipped, no state restored."""
     return structs.replace(
         verdict,
         action=action,
@@ -161,19 +161,19 @@ def leaving_nothing_out(
     )
 
 
-def _answers(rollbacks: Sequence[Rollback], incident: int) -> int:
+def _count_rollbacks(rollbacks: Sequence[Rollback], incident: int) -> int:
     return sum(one.incident == incident for one in rollbacks)
 
 
-def signals_of(findings: Iterable[Finding]) -> frozenset[str]:
-    """The signals for which an update is rejected."""
+def rejecting_signals(findings: Iterable[Finding]) -> frozenset[str]:
+    """Return the signals for which an update is rejected."""
     return frozenset(
         finding.signal for finding in findings if finding.severity is not Severity.NOTE
     )
 
 
-def diagnosis_of(event: Diagnosed) -> Diagnosis:
-    """Return the diagnosis of a journal line. Raises ValueError where its cause is unknown."""
+def read_diagnosis(event: Diagnosed) -> Diagnosis:
+    """Return the diagnosis of a journal line; ValueError if its cause is unknown."""
     event.check_readable("positions")
     return Diagnosis(
         cause=Cause(event.cause),

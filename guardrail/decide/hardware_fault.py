@@ -28,7 +28,7 @@ class RankNumbers(Record, frozen=True, kw_only=True):
     host: str = ""
 
 
-# What a rank computed, in the order in which it is compared: (field, name, factor of the tolerance).
+# What is compared, in this order: (field, name, factor of the tolerance).
 _COMPARED = (
     ("loss_sum", "the loss", 1),
     ("before", "the gradient", 1),
@@ -83,7 +83,7 @@ def diagnose_hardware(
         sums: the reduced loss of both passes. If each rank's own numbers are equal and these are
             not, the reduction between the ranks is wrong.
     """
-    repeats = "the same batch from the same state, with the same dice, gave another number"
+    text = "the same batch from the same state and RNG state gave another number"
     differing = find_differing_ranks(first, again, tolerance)
     if differing is None:
         if is_same_number(*sums, tolerance):
@@ -91,7 +91,7 @@ def diagnose_hardware(
         place = "in the reduction between the ranks"
         return Diagnosis(
             cause=Cause.HARDWARE,
-            reason=f"{repeats} {place}: loss {sums[0]:.6g} at first and {sums[1]:.6g} then",
+            reason=f"{text} {place}: loss {sums[0]:.6g}, then {sums[1]:.6g}",
             passes=passes,
             evidence=_not_repeated("loss", *sums, where=place),
         )
@@ -107,7 +107,7 @@ def diagnose_hardware(
         where += f" ({host})"
     return Diagnosis(
         cause=Cause.HARDWARE,
-        reason=f"{repeats} on {where}: {name} {one:.6g} at first and {other:.6g} then",
+        reason=f"{text} on {where}: {name} {one:.6g}, then {other:.6g}",
         rank=-1 if is_everyone else worst,
         host=host,
         passes=passes,

@@ -1,18 +1,20 @@
-"""Numbers incidents, says when one is over and how it ended, and which states lie within one. Pure.
+"""Numbers incidents, decides when one is over and how it ended, and which states are part of one.
 
-An incident is open from the first rejecting finding until `confirm` healthy steps have been applied
-from its last one on. A loss that is still above what was expected then gets `PATIENCE` times as
-long to come back. An incident outlives rollbacks, so it is no part of a snapshot; after a crash the
-journal gives it back (`resume`).
+Pure. An incident is open from the first rejecting finding until `confirm` healthy steps have been
+applied from its last finding on. If the loss is still above the trend then, the incident stays open
+up to `PATIENCE` times as long. An incident continues over rollbacks, so it is not part of a
+snapshot; after a crash the journal restores it (`resume`).
 
-    open        trouble, and what is done about it
-    recurred    the same place has spiked again behind a rollback: the next rung of the ladder; it stays open
-    recovered   the loss is where its curve before the onset leads, or nothing says otherwise
-    offset      it has ended, but the loss has stayed above that curve: it is unresolved until the loss is back
-                ("recovered") or a user accepts the loss ("accepted")
+    open        an anomaly, and what is done about it
+    repeated    the same place has spiked again after a rollback: the next remedy is used; it stays
+                open
+    recovered   the loss is on its trend from before the onset, or there is no trend to compare
+    recovered with higher loss
+                it has ended, but the loss has stayed above that trend. It is unresolved until the
+                loss is back ("recovered") or a user accepts the loss ("accepted")
 
 No state from the onset on becomes good before the incident has recovered or is accepted, whoever
-had its updates applied. A state from within it never does: only states that are made later.
+had its updates applied. A state from within the incident never becomes good, only later ones do.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import NamedTuple
 
 from guardrail.core.events.decisions import ACCEPTED, HIGHER_LOSS, OPEN, RECOVERED
 from guardrail.core.records import LossTrend, RecoveryResult
-from guardrail.decide.recovery import LEAST, MOST, compare
+from guardrail.decide.recovery import LEAST, MOST, compare_with_trend
 
 PATIENCE = 4
 
@@ -31,9 +33,9 @@ class Ended(NamedTuple):
     """An incident that is no longer open.
 
     Attributes:
-        onset: its first step; the states from there on hold what went wrong.
+        onset: its first step; the states from there on are damaged.
         until: the state after this step is the first that may become good. None: unresolved.
-        curve: of the loss before the onset.
+        curve: trend of the loss before the onset.
         accepted: by a user.
     """
 
@@ -45,19 +47,29 @@ class Ended(NamedTuple):
 
 
 class Incidents:
-    """Args:
-    confirm: healthy applied steps after the last finding that end an incident.
+    """The incidents of one run.
+
+    Args:
+        confirm: healthy applied steps after the last finding that end an incident.
+
+    Attributes:
+        number: of the last incident.
+        open: whether it is open.
+        onset, curve: its first step, and the trend of the loss before that.
+        outcome: how the loss compared at the end of the last incident.
+        ended: incidents by their end; unresolved ones come last.
+        unresolved: those that have ended with a loss above the trend, which is not back and which
+            no user has accepted.
     """
 
     def __init__(self, *, confirm: int) -> None:
         self.confirm = max(1, confirm)
-        self.number = 0  # of the last incident
+        self.number = 0
         self.open = False
         self.onset = 0
-        self.curve: LossTrend | None = None  # of the loss before the onset
-        self.outcome: RecoveryResult | None = None  # of the last incident that was closed
-        self.ended: tuple[Ended, ...] = ()  # by their end; those that are unresolved come last
-        # Have ended with a loss above the curve, which is not back and which no one has accepted.
+        self.curve: LossTrend | None = None
+        self.outcome: RecoveryResult | None = None
+        self.ended: tuple[Ended, ...] = ()
         self.unresolved: tuple[Ended, ...] = ()
         self._last = 0  # step of the last finding
         self._healthy = 0
@@ -71,23 +83,25 @@ class Incidents:
         step: int = 0,
         curve: LossTrend | None = None,
     ) -> None:
-        """Go on after `number` incidents, the last one still open if `is_open`; `step` is that of
-        its last finding.
-        """
-        self.number, self.open, self.onset, self._last, self._healthy = (
-            number,
-            is_open,
-            onset,
-            step,
-            0,
-        )
-        self.curve = curve if is_open else None
-
-    def trouble(self, step: int, onset: int, *, curve: LossTrend | None = None) -> tuple[int, str]:
-        """A rejecting finding. Returns (number, "open" if it is a new incident else "").
+        """Continue after `number` incidents.
 
         Args:
-            curve: of the loss before the onset, for an incident that begins.
+            is_open: the last one is still open.
+            onset: its first step.
+            step: of its last finding.
+            curve: its trend.
+        """
+        self.number, self.open, self.onset = number, is_open, onset
+        self._last, self._healthy = step, 0
+        self.curve = curve if is_open else None
+
+    def note_anomaly(
+        self, step: int, onset: int, *, curve: LossTrend | None = None
+    ) -> tuple[int, str]:
+        """Take in a rejecting finding; return (number, "open" if it is a new incident, else "").
+
+        Args:
+            curve: trend of the loss before the onset, for a new incident.
         """
         self._last, self._healthy = max(step, self._last), 0
         if self.open:
@@ -97,28 +111,31 @@ class Incidents:
         self.curve, self.outcome = curve, None
         return self.number, OPEN
 
-    def healthy(
+    def note_healthy(
         self, step: int, losses: Sequence[tuple[int, float]] = (), *, every_step: bool = False
     ) -> tuple[int | None, str]:
-        """A healthy applied step. Returns (number or None, how it ended if that was the last one
-        needed else "").
+        """Take in a healthy applied step; return (number or None, how the incident ended or "").
 
-        Steps that are run again after a rollback count from the place of the trouble on. Where no
+        Steps that are run again after a rollback count from the step of the last finding on. If no
         incident is open, an unresolved one recovers when the loss is back.
 
         Args:
             losses: (step, loss) of accepted steps, this one included.
-            every_step: each step from the place of the trouble up to this one was applied, which a
-                crash in between cannot change; else those are counted that have been told.
+            every_step: each step from the last finding up to this one was applied, which a crash in
+                between does not change; else the calls of this method are counted.
         """
         if not self.open:
-            return self._recovered_late(step, losses) if self._is_checked(step) else (None, "")
-        if step >= self._last:
-            self._healthy = step - self._last + 1 if every_step else self._healthy + 1
+            if not self._is_checked(step):
+                return None, ""
+            return self._recover_late(step, losses)
+        if step >= self._last and every_step:
+            self._healthy = step - self._last + 1
+        elif step >= self._last:
+            self._healthy += 1
         if self._healthy < self.confirm:
             return self.number, ""
         after = [pair for pair in losses if pair[0] >= self._last][-self.compared :]
-        outcome = compare(self.curve, after, until=self.onset + MOST)
+        outcome = compare_with_trend(self.curve, after, until=self.onset + MOST)
         lasting = outcome is not None and outcome.lasting
         if lasting and self._healthy < PATIENCE * self.compared:
             return self.number, ""
@@ -129,14 +146,14 @@ class Incidents:
 
     @property
     def compared(self) -> int:
-        """How many of the newest losses are held against the curve."""
+        """How many of the newest losses are compared with the trend."""
         return max(self.confirm, LEAST)
 
     def _is_checked(self, step: int) -> bool:
-        """Whether this step is one of those at which it is asked whether the loss is back."""
+        """Return whether unresolved incidents are checked at this step."""
         return step % self.compared == 0
 
-    def _recovered_late(
+    def _recover_late(
         self, step: int, losses: Sequence[tuple[int, float]]
     ) -> tuple[int | None, str]:
         for one in self.unresolved:
@@ -150,48 +167,50 @@ class Incidents:
     def _is_back(
         self, one: Ended, losses: Sequence[tuple[int, float]]
     ) -> tuple[bool, RecoveryResult | None]:
-        """Whether the loss is where the curve before an unresolved incident leads.
+        """Return whether the loss is on the trend from before an unresolved incident.
 
-        The curve is followed for as many steps as it was fitted over at most. Further on its own
-        error would be so large that any loss would fit, and the level that it had reached counts.
+        The trend is extrapolated over as many steps as it is fitted over at most. After that its
+        error would be so large that any loss would fit, so its last level counts.
         """
         newest = list(losses)[-self.compared :]
         if one.curve is not None and len(newest) < self.compared:
             return False, None
-        outcome = compare(one.curve, newest, until=one.onset + MOST)
+        outcome = compare_with_trend(one.curve, newest, until=one.onset + MOST)
         return outcome is None or not outcome.lasting, outcome
 
     def may_recover(self, step: int, losses: Sequence[tuple[int, float]]) -> bool:
-        """Whether the loss of the next step, `step`, could make an unresolved incident recover,
-        however low it is.
+        """Return whether any loss of the next step, `step`, would make an unresolved incident
+        recover.
         """
         if self.open or not self.unresolved or not self._is_checked(step):
             return False
         low = min((loss for _, loss in losses), default=1.0)
         return any(self._is_back(one, [*losses, (step, low)])[0] for one in self.unresolved)
 
-    # -- which states lie within an incident -------------------------------------------------------
+    # -- which states are part of an incident ------------------------------------------------------
 
     @property
     def since(self) -> int | None:
-        """The first step of the earliest incident that is not over, open or unresolved. None: there
-        is none such.
-        """
-        onsets = [one.onset for one in self.unresolved] + [self.onset] * self.open
+        """First step of the earliest incident that is open or unresolved; None if there is none."""
+        onsets = [one.onset for one in self.unresolved]
+        if self.open:
+            onsets.append(self.onset)
         return min(onsets, default=None)
 
-    def within(self, step: int, *, but_unresolved: bool = False) -> bool:
-        """Whether the state after `step` updates lies within an incident, be it over or not.
+    def is_within(self, step: int, *, but_unresolved: bool = False) -> bool:
+        """Return whether the state after `step` updates is part of an incident, over or not.
 
         Args:
-            but_unresolved: those do not count that have ended with a loss above its curve.
+            but_unresolved: do not count incidents that have ended with a loss above the trend.
         """
-        since = (self.onset if self.open else None) if but_unresolved else self.since
+        since = self.since
+        if but_unresolved:
+            since = self.onset if self.open else None
         if since is not None and step >= since:
             return True
         for one in reversed(self.ended):
             if one.until is not None:
-                if one.until <= step:  # and so are all that ended before it
+                if one.until <= step:  # this holds for all that ended before it too
                     return False
                 if one.onset <= step:
                     return True
@@ -200,7 +219,7 @@ class Incidents:
     def end(
         self, number: int, state: str, *, step: int, onset: int, curve: LossTrend | None
     ) -> None:
-        """An incident has ended, or an unresolved one is resolved, with step `step`."""
+        """End an incident, or resolve an unresolved one, with step `step`."""
         if number == self.number:
             self.open = False
         until = None if state == HIGHER_LOSS else step
@@ -208,10 +227,14 @@ class Incidents:
         self._set([*(one for one in self.ended if one.number != number), ended])
 
     def accept(self, step: int) -> tuple[int, ...]:
-        """A user accepts the run as it is after `step` updates. Returns the numbers of what was not
-        over.
+        """Accept, for a user, the run as it is after `step` updates.
+
+        Returns:
+            The numbers of the incidents that were open or unresolved.
         """
-        numbers = [one.number for one in self.unresolved] + [self.number] * self.open
+        numbers = [one.number for one in self.unresolved]
+        if self.open:
+            numbers.append(self.number)
         for one in self.unresolved:
             self.end(one.number, ACCEPTED, step=step, onset=one.onset, curve=one.curve)
         if self.open:
@@ -219,13 +242,12 @@ class Incidents:
         return tuple(numbers)
 
     def rewind(self, step: int, *, same_steps: bool = False) -> None:
-        """The run has gone back to the state after `step` updates. What began later is no part of
-        it.
+        """Go back to the state after `step` updates; drop incidents that began later.
 
-        A state from within an incident that is over brings it back: it is unresolved again.
+        If the state is part of an incident that is over, that incident is unresolved again.
 
         Args:
-            same_steps: the steps that follow are made once more as they were, as after a crash.
+            same_steps: the next steps are made again as they were, as after a crash.
         """
         kept: list[Ended] = []
         for one in self.ended:
@@ -237,7 +259,6 @@ class Incidents:
         self._set(kept)
 
     def _set(self, ended: list[Ended]) -> None:
-        self.ended = tuple(
-            sorted(ended, key=lambda one: (one.until is None, one.until or 0, one.number))
-        )
+        by_end = sorted(ended, key=lambda one: (one.until is None, one.until or 0, one.number))
+        self.ended = tuple(by_end)
         self.unresolved = tuple(one for one in self.ended if one.until is None)

@@ -20,7 +20,7 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Finding, LossTrend
 from guardrail.decide.control_commands.base import ReplayTarget
 from guardrail.decide.control_commands.registry import replay_line
-from guardrail.decide.diagnoses import diagnosis_of
+from guardrail.decide.diagnoses import read_diagnosis
 from guardrail.decide.memory import ControllerMemory
 from guardrail.decide.rollback import rollback_of
 from guardrail.detectors.build import find_detector
@@ -88,14 +88,14 @@ class _Rebuild(ReplayTarget):
         memory.incidents.rewind(event.to_step)
 
     def _add_diagnosis(self, event: Diagnosed) -> None:
-        diagnosis = diagnosis_of(event)
+        diagnosis = read_diagnosis(event)
         if event.incident is None:
             raise ValueError(f"line {event.seq}: a diagnosis of no incident")
         at = event.at_step or event.step + 1
         batch = event.batch or (0, 0)
         self._last = max(self._last, at)
         self.memory.note_cause(diagnosis, batch)
-        self.memory.diagnoses.learn(
+        self.memory.diagnoses.add(
             event.incident,
             diagnosis,
             onset=event.onset or at,

@@ -1,9 +1,9 @@
-"""Was the remedy enough: has the loss come back to where it was heading before the trouble? Pure.
+"""Has the loss returned to its trend from before an incident? Pure.
 
-Before the onset the accepted losses are fitted by a power law, a straight line of log loss over log
-step. The slope is the median of the slopes of all pairs (Theil 1950, Sen 1968), so that a handful
-of odd values does not bend it, and no rise is extrapolated. Behind the place of the trouble, the
-median of the healthy losses is held against the line.
+The trend is a power law, fitted to the accepted losses before the onset: a straight line of log
+loss over log step. Its slope is the median of the slopes of all pairs (Theil 1950, Sen 1968), so a
+few outliers do not change it. A rise is not extrapolated. After the incident, the median of the
+healthy losses is compared with the line.
 
 The noise is that of a single loss. The median of n values in normal noise has a standard error of
 1.2533 sigma / sqrt(n); that of the line at a distance d from its middle adds sigma^2 (1/m + d^2 /
@@ -19,26 +19,26 @@ from itertools import combinations
 
 from guardrail.core.records import LossTrend, RecoveryResult
 
-LEAST = 8  # losses from which on a curve is worth something
-MOST = 48  # of the newest losses are fitted: 1,128 slopes
+LEAST = 8  # losses needed for a trend
+MOST = 48  # newest losses that are fitted: 1,128 slopes
 MAD_TO_SIGMA, MEDIAN_ERROR = 1.4826, 1.2533
-# Standard errors above the line that are an offset, and the least share of the loss that is worth
-# the word.
+# A loss counts as higher if it is this many standard errors above the line, and by this share.
 SIGMAS, SHARE = 4.0, 0.01
 
 
 def fit_trend(points: Sequence[tuple[int, float]]) -> LossTrend | None:
-    """The curve of the newest (step, loss in nats) of these; None where there are too few, or
-    losses not positive.
+    """Return the trend of the newest points.
+
+    None if there are too few points with a positive loss.
+
+    Args:
+        points: (step, loss in nats per token), ascending.
     """
-    logs = [
-        (math.log(step), math.log(loss))
-        for step, loss in points[-MOST:]
-        if step > 0 and 0.0 < loss < math.inf
-    ]
+    logs = _logs(points[-MOST:])
     if len(logs) < LEAST:
         return None
-    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(logs, 2) if b[0] != a[0]]
+    pairs = combinations(logs, 2)
+    slopes = [(y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in pairs if x2 != x1]
     if not slopes:
         return None
     slope = min(0.0, statistics.median(slopes))
@@ -55,39 +55,46 @@ def fit_trend(points: Sequence[tuple[int, float]]) -> LossTrend | None:
     )
 
 
-def expected(curve: LossTrend, step: float) -> float:
-    """The loss that a curve leads to at a step, nats a token."""
+def _logs(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    """Return (log step, log loss) of the points with a positive, finite loss."""
+    return [
+        (math.log(step), math.log(loss))
+        for step, loss in points
+        if step > 0 and 0.0 < loss < math.inf
+    ]
+
+
+def expected_loss(curve: LossTrend, step: float) -> float:
+    """Return the loss of a trend at a step, nats per token."""
     return math.exp(curve.level + curve.slope * (math.log(step) - curve.middle))
 
 
-def compare(
+def compare_with_trend(
     curve: LossTrend | None, after: Sequence[tuple[int, float]], *, until: float = math.inf
 ) -> RecoveryResult | None:
-    """How the losses behind the trouble stand to the curve; None where there is nothing to compare.
+    """Return how the losses after an incident compare with the trend; None if there are none.
 
     Args:
-        after: (step, loss) of healthy steps from the place of the trouble on.
-        until: the curve is followed up to this step. Further on the level that it has there counts,
-        and its error.
+        after: (step, loss) of healthy steps after the last finding.
+        until: the trend is extrapolated up to this step. After it, the level at this step counts,
+            and its error.
     """
-    logs = [
-        (math.log(step), math.log(loss))
-        for step, loss in after
-        if step > 0 and 0.0 < loss < math.inf
-    ]
+    logs = _logs(after)
     if curve is None or not logs:
         return None
     last = math.log(until)
     logs = [(min(x, last), y) for x, y in logs]
-    at = statistics.fmean(x for x, _ in logs)
-    apart = statistics.median(y - curve.level - curve.slope * (x - curve.middle) for x, y in logs)
-    line = 1.0 / curve.count + (at - curve.middle) ** 2 / curve.spread if curve.spread else 1.0
-    error = curve.noise * math.sqrt(MEDIAN_ERROR**2 / len(logs) + line)
-    expected = math.exp(curve.level + curve.slope * (at - curve.middle))
+    middle = statistics.fmean(x for x, _ in logs)
+    above = statistics.median(y - curve.level - curve.slope * (x - curve.middle) for x, y in logs)
+    line_variance = 1.0
+    if curve.spread:
+        line_variance = 1.0 / curve.count + (middle - curve.middle) ** 2 / curve.spread
+    error = curve.noise * math.sqrt(MEDIAN_ERROR**2 / len(logs) + line_variance)
+    expected = math.exp(curve.level + curve.slope * (middle - curve.middle))
     return RecoveryResult(
         expected=expected,
-        got=expected * math.exp(apart),
+        got=expected * math.exp(above),
         noise=expected * curve.noise,
-        offset=expected * math.expm1(apart),
-        lasting=apart > max(SIGMAS * error, SHARE),
+        offset=expected * math.expm1(above),
+        lasting=above > max(SIGMAS * error, SHARE),
     )

@@ -21,7 +21,7 @@ from guardrail.core.records import (
 from guardrail.decide import level_shift
 from guardrail.decide.acceptance import Acceptance
 from guardrail.decide.controller_state import ControllerState
-from guardrail.decide.diagnoses import leaving_nothing_out, signals_of
+from guardrail.decide.diagnoses import reject_without_skip, rejecting_signals
 from guardrail.decide.policy import is_anomaly, weights_are_clean
 from guardrail.decide.rejected_step import RejectedStep
 from guardrail.decide.response import Response, respond
@@ -59,7 +59,7 @@ class Rejection:
         if is_anomaly(findings):
             incidents = state.memory.incidents
             trend = None if incidents.open else self._loss_trend(onset)
-            number, incident_state = incidents.trouble(obs.step, onset, curve=trend)
+            number, incident_state = incidents.note_anomaly(obs.step, onset, curve=trend)
         return self._respond(
             obs, findings, onset=onset, number=number, incident_state=incident_state
         )
@@ -118,7 +118,7 @@ class Rejection:
         state, memory = self._state, self._state.memory
         diagnosis = None
         if number is not None:
-            diagnosis = memory.diagnoses.now(number, memory.rollbacks)
+            diagnosis = memory.diagnoses.current(number, memory.rollbacks)
         return RejectedStep(
             obs=obs,
             findings=findings,
@@ -175,13 +175,13 @@ class Rejection:
     ) -> None:
         """Note what `auto` would have done. It was not done: the run continues with the bad state."""
         state, advice = self._state, self._state.advice
-        goes_back = advice.book(response, obs, findings, onset)
+        goes_back = advice.note_response(response, obs, findings, onset)
         if goes_back and any(one.severity is Severity.WEIGHTS_DAMAGED for one in findings):
             state.detectors.reset_weight_detectors()
-        if len(advice.left_out) >= state.settings.detectors.spike.min_history:
+        if len(advice.skipped) >= state.settings.detectors.spike.min_history:
             # The run has been there for so long. Learn that, instead of the same alarm forever.
             state.detectors.reset()
-            advice.left_out.clear()
+            advice.skipped.clear()
 
     # -- the cause ---------------------------------------------------------------------------------
 
@@ -235,17 +235,17 @@ class Rejection:
         """
         assert verdict.incident is not None and verdict.onset is not None
         memory = self._state.memory
-        memory.diagnoses.learn(
+        memory.diagnoses.add(
             verdict.incident,
             diagnosis,
             onset=verdict.onset,
             step=verdict.step,
             place=obs.first,
-            signals=signals_of(verdict.findings),
+            signals=rejecting_signals(verdict.findings),
             rollbacks=memory.rollbacks,
         )
         if diagnosis.cause is Cause.HARDWARE:
-            return memory.diagnoses.unsound(
+            return memory.diagnoses.answer_hardware_fault(
                 verdict, diagnosis, settings=self._state.settings, mode=self._state.mode
             )
         memory.note_cause(diagnosis, (obs.first, obs.last))
@@ -253,7 +253,7 @@ class Rejection:
             why = "of another kind of data: repeat the batch, to learn it"
             if diagnosis.borne:
                 why = "as with every batch: repeat the batch, to apply it"
-            return leaving_nothing_out(verdict, Action.RETRY, why, cause=diagnosis.cause)
+            return reject_without_skip(verdict, Action.RETRY, why, cause=diagnosis.cause)
         return self._respond(
             obs,
             verdict.findings,

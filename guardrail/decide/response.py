@@ -16,7 +16,7 @@ from guardrail.decide.remedies.effects import EMBED_ALPHA, format_effect
 from guardrail.decide.remedies.registry import BY_ACTION
 from guardrail.decide.remedies.shrink_embedding import ShrinkEmbeddingGradients
 from guardrail.decide.response_reason import Plan, format_reason
-from guardrail.decide.rollback_window import window
+from guardrail.decide.rollback_window import compute_rollback_window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def _choose_window(
     obs = case.obs
     if action is Action.SKIP:
         return (obs.first, obs.last), None
-    skipped, before = window(
+    skipped, before = compute_rollback_window(
         case.onset,
         obs,
         history=case.history,

@@ -1,7 +1,7 @@
-"""Which positions a rollback leaves out, and how far it goes back. Pure.
+"""Which positions a rollback skips, and how far it goes back. Pure.
 
-A function of the onset and of applied batches alone, never of which snapshot is at hand: the data
-that a run meets must not depend on what a crash has left of its ring.
+A function of the onset and of applied batches alone, never of the snapshots that exist: which data
+a run reads must not depend on what a crash has left of its ring.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Applied(Struct, frozen=True, gc=False):
     last: int
 
 
-def window(
+def compute_rollback_window(
     onset: int,
     obs: Observation,
     *,
@@ -32,23 +32,25 @@ def window(
     overflows: int = 0,
     widened: int = 1,
 ) -> tuple[tuple[int, int], int]:
-    """(Positions [first, last) that a rollback leaves out, first step whose batch is among them).
+    """Return the positions [first, last) to skip, and the first step whose batch is among them.
 
     Args:
         obs: of the rejected step.
         history: the last applied batches, oldest first.
-        overflows: of the loss scale in a row, up to this step.
-        widened: by how much the window is longer than the plain one, half of that before it and
-            half behind, as far as `window_max` allows.
+        overflows: consecutive overflows of the loss scale up to this step.
+        widened: factor of the window's length: half of the addition comes before it and half after
+            it, as far as `max_window` allows.
     """
     span = min([obs.last - obs.first, *(batch.last - batch.first for batch in history)])
     index = bisect_left(history, onset, key=lambda batch: batch.step) - settings.skip_before
-    behind = settings.skip_after
+    after = settings.skip_after
     if widened > 1:
-        begin = history[max(0, index)].first if history and index < len(history) else obs.first
-        plain = max(1, round((obs.last - begin) / span)) + behind
+        begin = obs.first
+        if history and index < len(history):
+            begin = history[max(0, index)].first
+        plain = max(1, round((obs.last - begin) / span)) + after
         more = max(0, min(widened * plain, settings.max_window) - plain)
-        index, behind = index - more // 2, behind + more - more // 2
+        index, after = index - more // 2, after + more - more // 2
     before = obs.step
     if history and index < len(history):
         batch = history[max(0, index)]
@@ -56,8 +58,8 @@ def window(
     elif history:
         first = history[-1].last
     else:
-        # Nothing was ever applied: the rejected batches reach back to about here, and are left out
+        # Nothing was ever applied. The rejected batches reach back to about here, and are skipped
         # already.
-        passed = obs.streak + max(0, overflows - 1)
-        first = max(0, obs.first - passed * (obs.last - obs.first))
-    return (min(first, obs.first), obs.last + behind * span), before
+        rejected = obs.streak + max(0, overflows - 1)
+        first = max(0, obs.first - rejected * (obs.last - obs.first))
+    return (min(first, obs.first), obs.last + after * span), before

@@ -8,7 +8,7 @@
 
 If the anomaly began before the present step (a divergence, a norm that climbed), the updates of the
 onset are in the weights. Every batch then shows the anomaly, whatever began it. "State" then means
-that the weights are damaged, and the older state tells what damaged them. If one of the batches
+that the weights are damaged, and the older state shows what damaged them. If one of the batches
 from the onset on shows the anomaly there, it was the data. If each of them is healthy there, it was
 the state: the learning rate, the optimizer, a weight.
 """
@@ -62,9 +62,9 @@ def diagnose_passes(
     bad = [one for one in suspects if anomaly.is_shown_by(one, level)]
     is_everywhere = 2 * len(hit) > len(others)
     is_applied = any(one.what != again.what for one in bad)
-    again_text = f"{anomaly.signal} {anomaly.format_value(again)} comes again"
+    again_text = f"{anomaly.signal} {anomaly.format_value(again)} again from the same state"
     others_text = _describe_others(anomaly, others, hit=len(hit))
-    older_text = _describe_older(anomaly, bad or suspects, level, step=older_step)
+    older_text = _describe_older(anomaly, bad or suspects, level, step=older_step, hit=len(bad))
     evidence = CauseEvidence(
         same_batch=_repeated(anomaly, again),
         other_batches=_evidence_of_others(anomaly, others, spiked=len(hit)),
@@ -74,36 +74,34 @@ def diagnose_passes(
     )
 
     def diagnosis(cause: Cause, *sentences: str, applied: bool = False) -> Diagnosis:
-        reason = ", ".join([again_text, *sentences])
+        reason = "; ".join([again_text, *sentences])
         return Diagnosis(
             cause=cause, reason=reason, passes=passes, applied=applied, evidence=evidence
         )
 
     if not others and not suspects:
-        return diagnosis(
-            Cause.UNKNOWN, "and there is neither another batch nor an older state to compare with"
-        )
+        return diagnosis(Cause.UNKNOWN, "no other batch and no older state to compare with")
     if is_everywhere and others:
         if lasting and bad:
-            older_text = f"and {older_text} too: its update is in the weights"
-            return diagnosis(Cause.DATA, others_text, older_text, applied=True)
+            return diagnosis(
+                Cause.DATA, others_text, older_text, "its update is in the weights", applied=True
+            )
         if lasting and suspects:
-            return diagnosis(Cause.STATE, others_text, f"and {older_text} only: no batch did it")
+            return diagnosis(Cause.STATE, others_text, older_text, "no batch is the cause")
         return diagnosis(Cause.STATE, others_text)
     if bad:
         # The state still tolerates it, and each such update makes it a little worse. So the applied
         # ones are rolled back as well.
         sentences = [others_text] if others else []
-        suffix = ": its update is in the weights" if is_applied else ""
-        sentences.append(f"and {older_text} too{suffix}")
+        sentences.append(older_text)
+        if is_applied:
+            sentences.append("its update is in the weights")
         return diagnosis(Cause.DATA, *sentences, applied=is_applied)
     if suspects and others:
-        return diagnosis(Cause.DATA_AND_STATE, others_text, f"and {older_text} only")
+        return diagnosis(Cause.DATA_AND_STATE, others_text, older_text)
     if suspects:
-        return diagnosis(
-            Cause.UNKNOWN, f"{older_text} only", "and there is no other batch to compare with"
-        )
-    return diagnosis(Cause.UNKNOWN, others_text, "and there is no older state to compare with")
+        return diagnosis(Cause.UNKNOWN, older_text, "no other batch to compare with")
+    return diagnosis(Cause.UNKNOWN, others_text, "no older state to compare with")
 
 
 def add_batches_ahead(
@@ -123,12 +121,12 @@ def add_batches_ahead(
     hit = sum(anomaly.is_shown_by(one, all_signals=True) for _, one in far)
     distances = [distance for distance, _ in far]
     nearest, farthest = min(distances), max(distances)
-    text = f"and so do {hit} of {len(far)} batches {nearest} to {farthest} ahead"
+    text = f"{hit} of {len(far)} batches {nearest} to {farthest} ahead show it too"
     ahead = BatchesAhead(tested=len(far), spiked=hit, nearest=nearest, farthest=farthest)
     evidence = diagnosis.evidence or CauseEvidence()
     return structs.replace(
         diagnosis,
-        reason=f"{diagnosis.reason}, {text}",
+        reason=f"{diagnosis.reason}; {text}",
         passes=passes,
         ahead=hit >= LEAST_AHEAD and hit >= len(far) - 1,
         evidence=structs.replace(evidence, batches_ahead=ahead),
@@ -159,10 +157,7 @@ def add_label_order(
     if not measured or level < LEAST_GAIN:
         return structs.replace(diagnosis, passes=passes)
     gain = min(measured)
-    text = (
-        f"with its labels in another order the loss is {gain:.2g} higher, "
-        f"and {level:.2g} with usual batches"
-    )
+    text = f"shuffled labels raise the loss by {gain:.2g} here, by {level:.2g} in normal batches"
     evidence = diagnosis.evidence or CauseEvidence()
     return structs.replace(
         diagnosis,
@@ -218,12 +213,12 @@ def _limit(anomaly: AnomalySignature) -> float | None:
 
 
 def _describe_others(anomaly: AnomalySignature, others: Sequence[ReplayPass], *, hit: int) -> str:
+    """Return "1 of 3 other batches show the anomaly (0.8, 0.9, 67; limit 8.9)"."""
     values = ", ".join(anomaly.format_value(one) for one in others)
-    text = f"{hit} of {len(others)} other batches show it ({values})"
     limit = _limit(anomaly)
     if limit is not None:
-        text += f" over {limit:.4g}"
-    return text
+        values += f"; limit {limit:.4g}"
+    return f"{hit} of {len(others)} other batches show the anomaly ({values})"
 
 
 def _describe_older(
@@ -232,9 +227,11 @@ def _describe_older(
     level: ReplayPass | None,
     *,
     step: int,
+    hit: int,
 ) -> str:
-    named = [f"{one.what} has {anomaly.format_value(one)}" for one in suspects[:2]]
-    text = f"from the state of step {step} {' and '.join(named)}"
+    """Return "the older state of step 160 shows it too (the batch 83; another batch 1.3)"."""
+    values = ", ".join(f"{one.what} {anomaly.format_value(one)}" for one in suspects[:2])
     if level is not None and suspects:
-        text += f", where another batch has {anomaly.format_value(level)}"
-    return text
+        values += f"; another batch {anomaly.format_value(level)}"
+    result = "shows it too" if hit else "does not show it"
+    return f"the older state of step {step} {result} ({values})"

@@ -1,8 +1,8 @@
-"""What the journal says about a run so far: all that outlives a rollback and a crash. Pure.
+"""The run state that only the journal holds: a rollback and a crash do not change it. Pure.
 
-A run's state is checkpoint + journal. The checkpoint holds what rolls back (weights, moments,
-cursor, detectors); the journal what does not: the quarantine, the rollbacks done, rates set by a
-person, which checkpoints are on the present timeline and which are suspect.
+The state of a run is checkpoint + journal. The checkpoint holds what a rollback restores (weights,
+moments, cursor, detectors). The journal holds the rest: the quarantine, the rollbacks, rates that a
+user has set, which checkpoints are on the present timeline and which are suspect.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from guardrail.decide.remedies.effects import CLIP, EMBED_ALPHA, LR, compute_fac
 from guardrail.decide.rollback import Rollback, rollback_of
 from guardrail.decide.step_setting import StepSetting
 
-# Actions by which something is done about an incident.
+# Actions that do something about an incident.
 ACTS = (Action.SKIP, Action.ROLLBACK, Action.RETRY)
 GO_ON = "go_on"  # the answer to a question by which the update is applied
 NEW_DATA = "new data"
@@ -65,25 +65,24 @@ class RunHistory(ReplayTarget):
     """Facts of the journal, in order.
 
     Attributes:
-        spans: what is left out, quarantined again at a start.
+        spans: skipped samples, quarantined again at a start.
         rollbacks: oldest first, without those that were undone.
-        remedies: of the decisions that stand, each with the span or, for a rollback, the timeline
-        that it came with.
-        pardons: stretches [first, last) of positions that the guard must not reject again.
+        remedies: of the decisions that are not undone, each with its span or, for a rollback, its
+            timeline.
+        pardons: ranges [first, last) of positions that the guard must not reject again.
         branches: (timeline, step): that timeline began after that step, so later steps of older
-        ones are abandoned.
+            timelines are abandoned.
         timeline: the newest one.
-        suspects: names of checkpoints that a rollback has found polluted.
+        suspects: names of checkpoints that hold steps which a rollback discarded.
         good: names of checkpoints that were confirmed.
         incident: number of the last incident.
         acted: incidents about which something was done: a batch skipped or repeated, a state
-        restored.
-        let_pass: incident -> why an update that was found bad was applied all the same; see
-        `Unresolved`.
-        lines: of the journal that it was told.
-        unread: of these, lines that make no sense: another version's, or damaged.
-        seq: number of the newest of them.
-        run_id: of this run; "" while its journal has none, as an old one.
+            restored.
+        let_pass: incident -> why an update was applied although it was bad; see `Unresolved`.
+        lines: number of journal lines read.
+        unread: number of those that cannot be read: damaged, or of another version.
+        seq: number of the newest line.
+        run_id: of this run; "" if its journal has none, as an old one.
         saved: steps of the checkpoints that the journal names.
     """
 
@@ -111,22 +110,20 @@ class RunHistory(ReplayTarget):
     saved: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, events: Iterable[Event]) -> RunHistory:
-        """What a journal from the disk says; a line of it that makes no sense is counted and passed
-        over.
-        """
-        past = cls()
+    def from_events(cls, events: Iterable[Event]) -> RunHistory:
+        """Return the history of a journal; lines that cannot be read are counted and skipped."""
+        history = cls()
         for event in events:
             try:
-                past.add(event)
+                history.add(event)
             except SENSELESS:
-                past.unread += 1
-        return past
+                history.unread += 1
+        return history
 
     def add(self, event: Event) -> None:
-        """Learn from one line. Raises one of SENSELESS where it is damaged."""
+        """Read one line. Raises one of SENSELESS if it is damaged."""
         self.lines += 1
-        self.seq = event.seq or self.seq + 1  # what was just written carries no number yet
+        self.seq = event.seq or self.seq + 1  # a line that was just written has no number yet
         self.timeline = max(self.timeline, event.timeline)
         match event:
             case Started():
@@ -189,9 +186,7 @@ class RunHistory(ReplayTarget):
             self.let_pass[incident] = why
 
     def unresolved(self, one: Unresolved) -> Unresolved:
-        """With what the journal says of an incident: whether something was done, and why updates
-        were applied.
-        """
+        """Return an unresolved incident with what was done, and why updates were applied."""
         why, acted = self.let_pass.get(one.incident, ""), one.incident in self.acted
         return msgspec.structs.replace(one, acted=acted, let_pass=why)
 
@@ -200,9 +195,11 @@ class RunHistory(ReplayTarget):
         return {LR: self.lr, EMBED_ALPHA: self.alpha}[factor]
 
     def set_factor(self, factor: str, from_step: int, value: float) -> None:
+        """Record a factor that a user has set."""
         self.setting_of(factor).set(from_step, value)
 
     def set_mode(self, mode: Mode) -> None:
+        """Record a mode that a user has set."""
         self.mode = mode
 
     def _add_span(self, event: Skipped | RolledBack) -> None:
@@ -226,8 +223,8 @@ class RunHistory(ReplayTarget):
         self.rollbacks.append(rollback_of(event))
 
     def _undo(self, event: Undone) -> None:
-        """Take a decision back: its spans are not skipped, its rollbacks do not count, and its
-        batches are allowed.
+        """Undo a decision: its spans are not skipped, its rollbacks do not count, its batches are
+        allowed.
         """
         event.check_readable("spans", "rollbacks", "pardons")
         if event.new_timeline is None or event.to_step is None:
@@ -245,9 +242,7 @@ class RunHistory(ReplayTarget):
         self.alpha.rewind(to_step)
 
     def effects(self, step: int, settings: GuardOptions) -> Effects:
-        """What the update of a step is made with: what a person has set, and the remedies of the
-        guard.
-        """
+        """Return the factors of a step's update: those that users have set, and the remedies."""
         remedies = [*settings.remedies, *(remedy for _, remedy in self.remedies)]
         if not remedies:
             return Effects(self.lr.at(step), self.alpha.at(step), 1.0, False)
@@ -260,23 +255,26 @@ class RunHistory(ReplayTarget):
         )
 
     def why_not_of_this_run(self, identity: Mapping[str, Any], *, timeline: int, step: int) -> str:
-        """Why a checkpoint is none of this run at this point of its journal; "" where it is.
+        """Return why a checkpoint is not of this run at this point of its journal; "" if it is.
 
-        One without a run's id was made by an older version. It counts if the run has no id either,
-        or if the journal names a checkpoint of that step.
+        One without a run id was made by an older version. It is of this run if the run has no id
+        either, or if the journal names a checkpoint of that step.
 
         Args:
             identity, timeline, step: of its manifest.
         """
         run_id, seq = str(identity.get("run_id") or ""), identity.get("journal_seq")
         if run_id != self.run_id and run_id:
-            return f"it belongs to another run ({run_id}; this one is {self.run_id or 'older than run ids'})"
+            own = self.run_id or "older than run ids"
+            return f"it belongs to another run ({run_id}; this one is {own})"
         if not run_id and self.run_id and step not in self.saved:
             return "it does not say which run it belongs to, and the journal does not name it"
         if isinstance(seq, int) and seq > self.seq:
             return f"it was saved after line {seq} of the journal, which ends with line {self.seq}"
         if timeline > self.timeline:
-            return f"it belongs to timeline {timeline}, and the journal knows none after {self.timeline}"
+            return (
+                f"it belongs to timeline {timeline}, and the journal has none after {self.timeline}"
+            )
         return ""
 
     def _branch(self, timeline: int, step: int) -> None:
@@ -284,5 +282,5 @@ class RunHistory(ReplayTarget):
         self.timeline = max(self.timeline, timeline)
 
     def lives(self, *, timeline: int, step: int) -> bool:
-        """Whether a state of (timeline, step) lies on the way to the present."""
+        """Return whether a state of (timeline, step) is part of the present timeline's past."""
         return all(step <= to_step for branch, to_step in self.branches if branch > timeline)

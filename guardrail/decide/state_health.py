@@ -6,7 +6,7 @@ import statistics
 
 from guardrail.core.records import Mode, Unresolved
 from guardrail.decide.controller_state import ControllerState
-from guardrail.decide.recovery import MOST, expected
+from guardrail.decide.recovery import MOST, expected_loss
 
 
 class StateHealth:
@@ -44,7 +44,7 @@ class StateHealth:
         """
         if step + self._state.settings.steps_until_good > self.healthy_through:
             return False
-        return not self._state.memory.incidents.within(step)
+        return not self._state.memory.incidents.is_within(step)
 
     def is_settled(self, step: int) -> bool:
         """Return whether the state after `step` updates were good without unresolved incidents.
@@ -57,7 +57,7 @@ class StateHealth:
             return False
         if step + self._state.settings.steps_until_good > self.unsuspected_through:
             return False
-        return not incidents.within(step, but_unresolved=True)
+        return not incidents.is_within(step, but_unresolved=True)
 
     def find_unresolved(self) -> Unresolved | None:
         """Return the earliest incident that is not over, by the numbers; None: there is none.
@@ -72,15 +72,15 @@ class StateHealth:
         number, curve = incidents.number, incidents.curve
         if ended is not None:
             number, curve = ended.number, ended.curve
-        expected_loss = None
+        expected: float | None = None
         if curve is not None:
             last = steps.last_step or since
-            expected_loss = expected(curve, min(max(last, 1), since + MOST))
+            expected = expected_loss(curve, min(max(last, 1), since + MOST))
         losses = steps.newest_losses(since)
         return Unresolved(
             incident=number,
             since=since,
             is_open=ended is None,
             loss=statistics.median(losses) if losses else None,
-            expected=expected_loss,
+            expected=expected,
         )

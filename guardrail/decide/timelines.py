@@ -1,9 +1,9 @@
-"""Which metric rows tell the present and which were abandoned by a rollback or a restart. Pure.
+"""Which metric rows are current, and which a rollback or a restart has abandoned. Pure.
 
-A timeline begins at the step of the state it was restored from. What earlier timelines did beyond
-that step is abandoned; it stays readable. Both sources of the beginnings agree, and either may come
-first: the journal says it before a row is there, the first row of a timeline says it where a
-journal line was lost to a full disk.
+A timeline begins at the step of the state that was restored. The rows of earlier timelines after
+that step are abandoned; they stay readable. There are two sources of the beginnings, which agree.
+The journal has a beginning before the first row is written. The first row of a timeline has it even
+if a full disk has lost the journal line.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from guardrail.core.files import as_int
 if TYPE_CHECKING:
     import numpy as np
 
-# float64, as which steps and timelines are written, holds whole numbers exactly up to here
+# Steps and timelines are written as float64, which holds whole numbers exactly up to here.
 LARGEST = 2.0**53
 
 
-def sensible(steps: np.ndarray, timelines: np.ndarray) -> np.ndarray:
-    """Mask of the rows whose step and timeline are numbers that a run can have. A damaged file has
-    others too.
+def valid_rows(steps: np.ndarray, timelines: np.ndarray) -> np.ndarray:
+    """Return a mask of the rows whose step and timeline are numbers that a run can have.
 
-    A timeline that is NaN is that of a run without the column.
+    A damaged file has other rows too. A NaN timeline is that of a run without the column.
     """
     import numpy as np
 
@@ -35,27 +34,26 @@ def sensible(steps: np.ndarray, timelines: np.ndarray) -> np.ndarray:
 
 
 class TimelineIndex:
-    """The step at which each timeline began; later timelines cut off earlier ones there."""
+    """The step at which each timeline began; a later timeline ends the earlier ones there."""
 
     def __init__(self) -> None:
         self.begins: dict[int, int] = {}
 
     @property
     def newest(self) -> int:
+        """The newest timeline."""
         return max(self.begins, default=0)
 
     def begin(self, timeline: int, step: int) -> None:
+        """Record that a timeline began after a step."""
         self.begins[timeline] = min(step, self.begins.get(timeline, step))
 
     def add_events(self, events: Iterable[Event]) -> None:
-        """Learn from `rollback` and `undo` (to_step, new_timeline) and `restarted` (step) lines;
-        others say nothing.
-        """
+        """Read the beginnings from `rollback`, `undo` and `restarted` lines."""
         for event in events:
             if event.kind in ("rollback", "undo"):
-                step, timeline = (
-                    as_int(event.data.get(name), -1) for name in ("to_step", "new_timeline")
-                )
+                step = as_int(event.data.get("to_step"), -1)
+                timeline = as_int(event.data.get("new_timeline"), -1)
                 if step >= 0 and timeline >= 0:
                     self.begin(timeline, step)
             elif event.kind == "restarted":
@@ -64,47 +62,48 @@ class TimelineIndex:
     def add_rows(
         self, steps: np.ndarray, timelines: np.ndarray, *, from_start: bool = True
     ) -> None:
-        """Learn from metric rows in file order: the first row of a timeline is the step after its
-        beginning.
+        """Read the beginnings from metric rows, in the order of the file.
+
+        The first row of a timeline is the step after its beginning.
 
         Args:
             steps, timelines: columns of the rows.
-            from_start: the first row given is the first of the file; else it only tells which
-            timeline went before.
+            from_start: the first row given is the first of the file. Else it only says which
+                timeline came before.
         """
         import numpy as np
 
-        known = sensible(steps, timelines)
+        known = valid_rows(steps, timelines)
         if not known.all():
             steps, timelines = steps[known], timelines[known]
         if not len(steps):
             return
         firsts = np.flatnonzero(np.diff(timelines) > 0) + 1
-        firsts = np.concatenate(([0], firsts)) if from_start else firsts
+        if from_start:
+            firsts = np.concatenate(([0], firsts))
         for at in firsts.tolist():
             if steps[at] >= 1 and timelines[at] >= 1:
                 self.begin(int(timelines[at]), int(steps[at]) - 1)
 
     def end(self, timeline: int) -> float:
-        """The last step of `timeline` that is still the present; infinity for the newest."""
-        return min(
-            (step for other, step in self.begins.items() if other > timeline), default=math.inf
-        )
+        """Return the last step of `timeline` that is still current; infinity for the newest."""
+        later = [step for other, step in self.begins.items() if other > timeline]
+        return min(later, default=math.inf)
 
     def current(self, steps: np.ndarray, timelines: np.ndarray) -> np.ndarray:
-        """Mask of the rows that tell the present. Rows of step 0 are the zeros a power failure
-        leaves: never. Nor are rows that are not sensible."""
+        """Return a mask of the rows that are current.
+
+        Rows of step 0 are never current: they are the zeros that a power failure leaves. Rows that
+        are not valid are not current either.
+        """
         import numpy as np
 
         if not len(steps):
             return np.zeros(0, dtype=bool)
-        good = sensible(steps, timelines)
+        valid = valid_rows(steps, timelines)
         known = np.array(sorted(self.begins), dtype=np.float64)
-        # of a timeline in [known[i-1], known[i])
+        # ends[i] is the end of a timeline in [known[i-1], known[i]).
         ends = np.array([self.end(int(t)) for t in (-1, *known)])
+        last = ends[np.searchsorted(known, timelines, side="right")]
         with np.errstate(invalid="ignore"):  # of NaN
-            return (
-                good
-                & (steps <= ends[np.searchsorted(known, timelines, side="right")])
-                & (steps >= 1)
-            )
+            return valid & (steps <= last) & (steps >= 1)

@@ -19,7 +19,7 @@ from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Pha
 from guardrail.core.text import clean_text
 from guardrail.decide.advised_incidents import AdvisedIncidents
 from guardrail.decide.questions import CHOICES
-from guardrail.decide.timelines import LARGEST, sensible
+from guardrail.decide.timelines import LARGEST, valid_rows
 from guardrail.launch.launcher import find_exit_code, format_way_back
 from guardrail.rundir.follow import Follower
 from guardrail.rundir.liveness import HeartbeatObserver
@@ -83,7 +83,7 @@ class LogLines:
         part = slice(first, last)
         step, evaluated = view.column("step")[part], view.column("eval_loss")[part]
         is_applied = view.column("verdict")[part] == list(Action).index(Action.APPLY)
-        is_applied &= sensible(step, view.column("timeline")[part])
+        is_applied &= valid_rows(step, view.column("timeline")[part])
         rows = is_applied.nonzero()[0]
         has_evaluation = evaluated[rows] == evaluated[rows]  # NaN: none
         chosen = (step[rows] % self._every == 0) | has_evaluation

@@ -154,7 +154,7 @@ def compare_weights(
         manifest = manifest_of(folder)
         if manifest is not None:
             theirs[manifest.step] = folder
-    history = RunHistory.of(run.events())
+    history = RunHistory.from_events(run.events())
     for folder in checkpoint_dirs(run.checkpoints):
         manifest = manifest_of(folder)
         if manifest is None or not plan.from_step < manifest.step <= plan.to_step:

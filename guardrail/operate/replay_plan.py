@@ -115,7 +115,7 @@ def _checkpoint_before(
     Raises:
         UsageError: it is pruned.
     """
-    history = RunHistory.of(events)
+    history = RunHistory.from_events(events)
     first = min((span.first for span in incident.spans), default=None)
     left: list[int] = []
     for folder in checkpoint_dirs(run.checkpoints):

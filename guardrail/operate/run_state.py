@@ -86,7 +86,7 @@ class RunState:
         """
         events = run.events()
         status = status or run.known_status()
-        history = RunHistory.of(events)
+        history = RunHistory.from_events(events)
         order = _build_order(events, history)
         settings = _read_options(run)
         if status is None:

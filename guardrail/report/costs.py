@@ -11,7 +11,7 @@ import msgspec
 from guardrail.core.events.event import Event
 from guardrail.core.files import as_int
 from guardrail.core.records import LOSS, Action
-from guardrail.decide.recovery import expected
+from guardrail.decide.recovery import expected_loss
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.report.incident import Cost, Effect, Incident
 from guardrail.rundir.metrics import MetricsView
@@ -84,11 +84,12 @@ def _measure_cost(
     if curve is not None:
         bad = (discarded | tried) & (steps >= onset) & np.isfinite(losses)
         above = [
-            loss - expected(curve, step) for step, loss in zip(steps[bad], losses[bad], strict=True)
+            loss - expected_loss(curve, step)
+            for step, loss in zip(steps[bad], losses[bad], strict=True)
         ]
         if above:
             excess = float(np.median(above))
-        price = expected(curve, onset) - expected(curve, onset + lost)
+        price = expected_loss(curve, onset) - expected_loss(curve, onset + lost)
     measured = math.nan
     if len(took):
         measured = float(np.nansum(took))

@@ -12,7 +12,7 @@ from guardrail.core.events.event import Event
 from guardrail.core.files import as_float, as_int
 from guardrail.core.records import Finding, Span
 from guardrail.core.text import clean_text
-from guardrail.decide.undo import joined, split_span, undone_spans
+from guardrail.decide.undo import merge_ranges, split_span, undone_spans
 from guardrail.report.cause_evidence import evidence_from_line
 from guardrail.report.incident import Incident, IncidentAction, Token
 from guardrail.report.journal_entries import (
@@ -321,7 +321,7 @@ def _count_samples(spans: Iterable[Span]) -> int:
     """Return how many positions are skipped. A span that names some of its positions skips only
     these.
     """
-    pieces = joined(piece for span in spans for piece in split_span(span))
+    pieces = merge_ranges(piece for span in spans for piece in split_span(span))
     return sum(last - first for first, last in pieces)
 
 

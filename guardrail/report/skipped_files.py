@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from guardrail.core.errors import GuardrailError
 from guardrail.core.text import clean_text
-from guardrail.decide.undo import joined
+from guardrail.decide.undo import merge_ranges
 from guardrail.report.formats import relative_path
 from guardrail.report.incident import Document, Incident, SkippedFile
 from guardrail.rundir.run_directory import RunDirectory
@@ -78,7 +78,9 @@ def _make_file(
     ranges: dict[int, list[tuple[int, int]]] = {}
     for document in documents:
         ranges.setdefault(document.record, []).append((document.first_byte, document.last_byte))
-    size = sum(max(0, last - first) for pieces in ranges.values() for first, last in joined(pieces))
+    size = sum(
+        max(0, last - first) for pieces in ranges.values() for first, last in merge_ranges(pieces)
+    )
     excerpts = [document.excerpt for document in documents if document.excerpt]
     return SkippedFile(
         path=path,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from guardrail.core.events.event import Event
 from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action
-from guardrail.decide.recovery import expected
+from guardrail.decide.recovery import expected_loss
 from guardrail.report.incident import Incident
 from guardrail.rundir.metrics import MetricsView
 from guardrail.rundir.run_directory import RunDirectory
@@ -123,7 +123,10 @@ def list_trends(
             )
             if begin < end:
                 steps = np.linspace(begin, end, min(100, int(end - begin) + 1))
-                yield steps, np.array([expected(incident.curve, step) for step in steps.tolist()])
+                yield (
+                    steps,
+                    np.array([expected_loss(incident.curve, step) for step in steps.tolist()]),
+                )
 
 
 def _draw_signal(

@@ -21,7 +21,7 @@ import msgspec
 from guardrail.core.errors import RunDirectoryError
 from guardrail.core.files import FILE_MODE, open_file, read_file, refuse_special, replace_file
 from guardrail.core.records import METRIC_COLUMNS, Record
-from guardrail.decide.timelines import TimelineIndex, sensible
+from guardrail.decide.timelines import TimelineIndex, valid_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -178,7 +178,7 @@ class MetricsView:
         """The rows whose step and timeline are numbers that a run can have; itself where all rows
         are so.
         """
-        good = sensible(self.column("step"), self.column("timeline"))
+        good = valid_rows(self.column("step"), self.column("timeline"))
         return self if good.all() else MetricsView(self.columns, self.array[good], self._timelines)
 
     def current(self, timelines: TimelineIndex | None = None) -> np.ndarray:

@@ -56,7 +56,7 @@ def config_of(
 
 
 def alphas(config: Config, run: RunDirectory, steps: range) -> list[float]:
-    past = RunHistory.of(run.events())
+    past = RunHistory.from_events(run.events())
     return [past.effects(step, config.guard).embed_alpha for step in steps]
 
 

@@ -142,7 +142,7 @@ def pardoning(config: Config, run: RunDirectory) -> Config:
     """As `told`, but with the guard on: it knows from the beginning what `run` pardoned."""
     lines = told(config, run).data.quarantine
     replace = msgspec.structs.replace
-    pardons = tuple(RunHistory.of(run.events()).pardons)
+    pardons = tuple(RunHistory.from_events(run.events()).pardons)
     return replace(
         config,
         guard=replace(config.guard, pardon=pardons),

@@ -80,7 +80,7 @@ SPAN = Span(first=80, last=88, origin="rejected", step=11)
 def test_the_past_of_a_journal() -> None:
     raw = msgspec.to_builtins(SPAN)
     rolled = Span(first=72, last=104, origin="rollback", step=12)
-    past = RunHistory.of(
+    past = RunHistory.from_events(
         [
             event("started", samples=100),
             event("command", step=5, command="lr", value=0.5, effect="applied"),
@@ -125,7 +125,7 @@ def test_the_past_of_a_journal() -> None:
 
 
 def test_a_checkpoint_whose_name_is_used_again_is_judged_again() -> None:
-    past = RunHistory.of(
+    past = RunHistory.from_events(
         [
             event("checkpoint", path="step-20", state=state)
             for state in ("candidate", "good", "suspect")

@@ -391,7 +391,7 @@ def test_each_rung_does_what_was_foretold(tmp_path: Path) -> None:
             back.message
         )
         assert said["steps_lost"] == back.data["from_step"] - back.data["to_step"]
-        before = RunHistory.of(event for event in events if event.seq < back.seq)
+        before = RunHistory.from_events(event for event in events if event.seq < back.seq)
         span, out = (
             span_in(back),
             {position for span in before.spans for position in positions_of(span)},
@@ -400,9 +400,9 @@ def test_each_rung_does_what_was_foretold(tmp_path: Path) -> None:
         assert said["samples"] == len(set(positions_of(span)) - out)
         first = (timeline == back.data["new_timeline"]) & (step == said["to_step"] + 1)
         assert set(lr[first]) == {said["lr"]}, back.message
-        effects = RunHistory.of(event for event in events if event.seq <= back.seq).effects(
-            said["to_step"] + 1, config.guard
-        )
+        effects = RunHistory.from_events(
+            event for event in events if event.seq <= back.seq
+        ).effects(said["to_step"] + 1, config.guard)
         assert said["alpha"] == effects.embed_alpha == 0.3
         assert all(
             f"from step {remedy['from_step']}" in said["text"] for remedy in back.data["remedies"]

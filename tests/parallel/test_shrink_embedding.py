@@ -102,7 +102,7 @@ def test_it_is_exact_through_a_kill_another_rollback_and_a_stop(
     assert [(remedy.kind, remedy.value, remedy.from_step) for remedy in remedies_of(run)] == [
         ("embed_alpha", 0.5, LED), ("embed_alpha", 0.16, FROM), ("lr", 0.5, slowed["onset"] - 1),
     ]  # fmt: skip
-    past = RunHistory.of(run.events())
+    past = RunHistory.from_events(run.events())
     alphas = {step: past.effects(step, config.guard).embed_alpha for step in range(1, 37)}
     assert alphas == pytest.approx(dict.fromkeys(alphas, 1.0) | ALPHAS)
     assert_same(run, trained(told(config, run)))

@@ -137,7 +137,7 @@ def assert_one_byte(config: Config, *, leads: bool = True) -> list[dict[str, Any
     )
     assert sum(token["share"] for token in tokens) <= 1.0 + 1e-6
     assert not any("tokens" in event.data for event in run.events() if event.kind != "verdict")
-    past = RunHistory.of(run.events())
+    past = RunHistory.from_events(run.events())
     alphas = [past.effects(step, config.guard).embed_alpha for step in range(32, 40)]
     assert alphas == pytest.approx([1.0, 0.4, 0.4, 0.4, 0.6, 0.8, 1.0, 1.0] if leads else [1.0] * 8)
     assert_same(run, trained(told(config, run)))

@@ -23,7 +23,7 @@ from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.decide.sample_order import SampleOrder
-from guardrail.decide.undo import UndoPlan, find, lines_of
+from guardrail.decide.undo import UndoPlan, find_undo_plan, lines_to_undo
 from guardrail.report.quarantine import quarantine_lines
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.events import make_line
@@ -66,7 +66,7 @@ def line(
 
 
 def meant(events: list[Event], seq: int | None = None) -> UndoPlan:
-    found = find(events, seq)
+    found = find_undo_plan(events, seq)
     assert isinstance(found, UndoPlan), found
     return found
 
@@ -97,7 +97,7 @@ def test_a_rollback_takes_back_the_batches_that_led_to_it_and_not_what_a_person_
     ]
     assert (undoing.first, undoing.positions) == (184, 40)
     assert (undoing.pardons, undoing.rollbacks) == (((184, 224),), (1,))
-    assert lines_of(ROLLED_BACK, undoing) == [4, 6, 8]
+    assert lines_to_undo(ROLLED_BACK, undoing) == [4, 6, 8]
 
 
 def test_only_some_samples_of_a_batch() -> None:
@@ -129,43 +129,43 @@ def test_a_rollback_that_skipped_nothing_is_not_undone_once_its_batch_was_applie
     )
     back = line(6, "rollback", 24, 24, "rollback", new_timeline=1, incident=1)
     for state in ("recovered", "recovered with higher loss"):
-        found = find([verdict, back, incident(7, state)])
+        found = find_undo_plan([verdict, back, incident(7, state)])
         assert isinstance(found, str)
         assert found.startswith("line 6 skipped no data") and "incident 1 is over" in found
-    assert not isinstance(find([verdict, back, incident(7, "repeated")]), str)
+    assert not isinstance(find_undo_plan([verdict, back, incident(7, "repeated")]), str)
     remedies = [{"kind": "lr", "value": 0.5}]
     slower = line(6, "rollback", 24, 24, "rollback", new_timeline=1, incident=1, remedies=remedies)
-    assert not isinstance(find([verdict, slower, incident(7, "recovered")]), str)
+    assert not isinstance(find_undo_plan([verdict, slower, incident(7, "recovered")]), str)
     skipped = line(6, "rollback", 24, 48, "rollback", new_timeline=1, incident=1)
-    assert not isinstance(find([verdict, skipped, incident(7, "recovered")]), str)
+    assert not isinstance(find_undo_plan([verdict, skipped, incident(7, "recovered")]), str)
 
 
 @pytest.mark.parametrize(
     ("events", "seq", "why"),
     [
-        ([], None, "there is no decision of the guard that stands"),
+        ([], None, "there is no decision of the guard that is not undone"),
         (
             [line(3, "skipped", 80, 88, "user")],
             None,
-            "there is no decision of the guard that stands",
+            "there is no decision of the guard that is not undone",
         ),
-        (ROLLED_BACK, 5, "line 5 of the journal is no decision"),
-        (ROLLED_BACK, 4, "line 8 has left the same samples out since"),
+        (ROLLED_BACK, 5, "line 5 of the journal is not a decision"),
+        (ROLLED_BACK, 4, "line 8 has skipped the same samples since"),
         ([line(2, "skipped"), line(3, "undo", lines=[2])], 2, "line 2 is undone already"),
         (
             [line(2, "skipped"), line(3, "undo", lines=[2])],
             3,
-            "line 3 of the journal is no decision",
+            "line 3 of the journal is not a decision",
         ),
         (
             [line(2, "skipped"), line(3, "undo", lines=[2])],
             None,
-            "no decision of the guard that stands",
+            "no decision of the guard that is not undone",
         ),
     ],
 )
 def test_what_cannot_be_undone_is_said(events: list[Event], seq: int | None, why: str) -> None:
-    found = find(events, seq)
+    found = find_undo_plan(events, seq)
     assert isinstance(found, str) and why in found
 
 
@@ -265,14 +265,14 @@ def test_pardons_and_the_budget_come_back_from_the_journal() -> None:
         "new_timeline": 2,
     }
     events = [line(8, "rollback", 184, 224, "rollback", **rollback), line(9, "undo", **undo)]
-    past = RunHistory.of(events)
+    past = RunHistory.from_events(events)
     assert (past.spans, past.rollbacks, past.pardons, past.timeline) == ([], [], [(184, 224)], 2)
     assert past.lives(timeline=1, step=20) and not past.lives(timeline=1, step=21)
     controller = Controller(GuardOptions(allowlist=((1, 2),)))
     controller.rebuild(events)
     assert (controller.memory.rollbacks, controller.memory.allowlist) == ([], [(1, 2), (184, 224)])
     # The very same span may be left out again, as when the batch turns out to hold a NaN.
-    assert len(RunHistory.of([*events, line(10, "skipped", 184, 224)]).spans) == 1
+    assert len(RunHistory.from_events([*events, line(10, "skipped", 184, 224)]).spans) == 1
 
 
 # -- a run
@@ -301,7 +301,7 @@ def letting(config: Config, run: RunDirectory) -> Config:
     replace = msgspec.structs.replace
     file = run.path / "quarantine.txt"
     file.write_text("".join(f"{text}\n" for text in quarantine_lines(run)), encoding="utf-8")
-    pardons = tuple(RunHistory.of(run.events()).pardons)
+    pardons = tuple(RunHistory.from_events(run.events()).pardons)
     assert pardons
     return replace(
         config,
@@ -396,7 +396,7 @@ def test_an_undo_out_of_reach_is_refused_and_changes_nothing(tmp_path: Path) -> 
     refused = [event.data["reason"] for event in of_kind(run, "command")]
     assert refused == [
         f"no snapshot or checkpoint from before journal line {skip.seq} is left",
-        "line 1 of the journal is no decision",
+        "line 1 of the journal is not a decision",
     ]
     assert not of_kind(run, "undo")
     assert_same(run, plain)

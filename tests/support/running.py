@@ -248,7 +248,7 @@ def assert_same(a: RunDirectory, b: RunDirectory) -> None:
 
 def remedies_of(run: RunDirectory) -> tuple[Remedy, ...]:
     """What the guard has done besides leaving data out, as far as it stands."""
-    return tuple(remedy for _, remedy in RunHistory.of(run.events()).remedies)
+    return tuple(remedy for _, remedy in RunHistory.from_events(run.events()).remedies)
 
 
 def told(config: Config, run: RunDirectory) -> Config:

@@ -13,7 +13,7 @@ from guardrail.decide.control_commands.base import ControlCommand, HoldsFor, Run
 from guardrail.decide.control_commands.preview import Preview
 from guardrail.decide.control_commands.restore_preview import newest_state, preview_restore
 from guardrail.decide.control_commands.run_facts import RecordedFacts
-from guardrail.decide.undo import UndoPlan, find
+from guardrail.decide.undo import UndoPlan, find_undo_plan
 
 
 class Undo(ControlCommand):
@@ -51,7 +51,7 @@ class Undo(ControlCommand):
         return ["The guard's newest decision is undone: its samples may be used again."]
 
     def preview_effect(self, run: RecordedFacts) -> Preview:
-        plan = find(run.events, self.seq)
+        plan = find_undo_plan(run.events, self.seq)
         if isinstance(plan, str):
             return self.preview_refusal(run, plan)
         state = None

@@ -64,7 +64,7 @@ def info_from_manifest(name: str, manifest: Manifest) -> SnapshotInfo:
 
 
 def info_from_folder(path: Path) -> SnapshotInfo:
-    """Return the record of a checkpoint folder; its state is invalid if it has no valid manifest."""
+    """Return the record of a checkpoint folder; it is invalid without a valid manifest."""
     try:
         return info_from_manifest(path.name, read_manifest(path))
     except CheckpointInvalid:
@@ -154,7 +154,7 @@ class CheckpointIndex:
         return self._change_state({GOOD}, CANDIDATE, lambda step: step >= from_step)
 
     def mark_suspect(self, from_step: int) -> list[SnapshotInfo]:
-        """Make good ones and candidates of `from_step` and later suspect; return the new records."""
+        """Make good ones and candidates from a step on suspect; return the new records."""
         return self._change_state({CANDIDATE, GOOD}, SUSPECT, lambda step: step >= from_step)
 
     def _change_state(

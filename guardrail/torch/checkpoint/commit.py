@@ -2,8 +2,8 @@
 
 This runs on background threads. A collective there could meet one of the training step in another
 order on another rank, so the ranks communicate by files. A rank that is done renames
-`rank-00001.json` into the temporary folder; one that failed leaves `rank-00001.failed`. Rank 0 reads
-these, writes the manifest last, and renames the folder.
+`rank-00001.json` into the temporary folder; one that failed leaves `rank-00001.failed`. Rank 0
+reads these, writes the manifest last, and renames the folder.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class CheckpointStore:
         self._serial = 0
         if rank == 0:  # before the others receive the name below, after which they write
             folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-        # The random part tells the temporary folders of this start from others, on every rank.
+        # The random part distinguishes the temporary folders of this start, on every rank.
         self._temporary = f"{TEMPORARY}{self._loader.gather(secrets.token_hex(4))[0]}-"
         self._index = CheckpointIndex(
             folder, self._loader.run_slow_work(self._read_folder if rank == 0 else dict)

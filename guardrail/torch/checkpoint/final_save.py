@@ -21,7 +21,7 @@ class FinalSave:
         save: requests a checkpoint of the present state.
         write_events: writes the events of the store to the journal.
         gather: returns every rank's value, by rank; a collective.
-        report_progress: tells that this rank is alive.
+        report_progress: reports that this rank is alive.
         timeout: seconds to wait for one save, `launch.save_timeout`.
     """
 

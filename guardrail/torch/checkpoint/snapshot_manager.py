@@ -1,7 +1,7 @@
 """Snapshots in memory and checkpoints on disk as one.
 
-Decides when to copy and what counts as good. A rollback uses the ring if it reaches far enough back,
-else the newest valid checkpoint of the present timeline.
+Decides when to copy and what counts as good. A rollback uses the ring if it reaches far enough
+back, else the newest valid checkpoint of the present timeline.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SnapshotManager:
         recorder: learns when the disk is failing.
         journal: writes an event of this run: (kind, message, **data).
         gather: returns every rank's value, by rank; a collective.
-        report_progress: tells that this rank is alive.
+        report_progress: reports that this rank is alive.
 
     Attributes:
         infos: records of all snapshots and checkpoints, for the status.
@@ -88,16 +88,16 @@ class SnapshotManager:
     # -- copying -----------------------------------------------------------------------------------
 
     def take_first(
-        self, facts: Facts, *, past: RunHistory, good: bool = True, saved: bool = False
+        self, facts: Facts, *, history: RunHistory, good: bool = True, saved: bool = False
     ) -> None:
         """Take the first snapshot and checkpoint of this process, so that there always is one.
 
         Args:
-            past: history of the run; its owner keeps it up to date.
+            history: of the run; its owner keeps it up to date.
             good: nothing has happened yet, or the loaded checkpoint is good.
             saved: this state is on disk already.
         """
-        self._search.history = past
+        self._search.history = history
         if good and self._journal is not None:
             present = facts(False)
             self._journal.born_good = (present["timeline"], present["step"])
@@ -205,7 +205,7 @@ class SnapshotManager:
         candidates: bool = False,
         settled: Callable[[int], bool] = never,
     ) -> Target | None:
-        """Return the newest state that has used no position from `cursor` on; None if there is none.
+        """Return the newest state that has used no position from `cursor` on; None if none.
 
         Good ones of the ring come first, then good ones on disk, then candidates in the same order.
         A collective if the ring has none: all ranks agree on a checkpoint.
@@ -248,21 +248,23 @@ class SnapshotManager:
 
     # -- the start and the end of a process --------------------------------------------------------
 
-    def resume(self, past: RunHistory) -> Restored | None:
+    def resume(self, history: RunHistory) -> Restored | None:
         """Load the newest valid checkpoint of the present timeline; return None if there is none.
 
         A collective.
         """
-        self._search.history = past
+        self._search.history = history
         store = self.store
         if store is None:
             return None
         self._search.forget_foreign()
-        store.set_states(dict.fromkeys(past.good, GOOD) | dict.fromkeys(past.suspects, SUSPECT))
+        store.set_states(
+            dict.fromkeys(history.good, GOOD) | dict.fromkeys(history.suspects, SUSPECT)
+        )
         # A crash between a rollback and its last journal line may have left a checkpoint of the
         # abandoned steps good.
         for info in store.infos():
-            if not past.lives(timeline=info.timeline, step=info.step):
+            if not history.lives(timeline=info.timeline, step=info.step):
                 store.set_states({info.path: SUSPECT})
 
         def is_usable(manifest: Manifest) -> bool | str:
@@ -273,7 +275,9 @@ class SnapshotManager:
             return None
         loaded = store.load(selection.path)
         name = selection.path.name
-        return Restored(name=name, extra=loaded.extra, good=name in past.good, check=loaded.checks)
+        return Restored(
+            name=name, extra=loaded.extra, good=name in history.good, check=loaded.checks
+        )
 
     def save_final(self, facts: Facts, *, onset: int | None = None) -> str:
         """Save the last state, however the run ends; return why that failed, "" if it did not.

@@ -1,9 +1,9 @@
 """The tokens that dominate the embedding gradient: its longest rows, for a rejected step only.
 
-The gradient that was judged is still there, reduced, and is only read. Each rank reads the rows that
-it holds: all of them, a shard under FSDP, its own token ids under tensor parallelism. With tied
-weights a row's gradient also counts the token as an output: a token that the model wrongly expects
-is named beside those that it read.
+The gradient that was judged is still there, reduced, and is only read. Each rank reads the rows
+that it holds: all of them, a shard under FSDP, its own token ids under tensor parallelism. With
+tied weights a row's gradient also counts the token as an output: a token that the model wrongly
+expects is named beside those that it read.
 """
 
 from __future__ import annotations

@@ -256,7 +256,7 @@ class Guard(GuardParts):
             self.command_handler.open(run)
         events = ctx.ranks.run_together(lambda: run.events() if is_first else None)
         events = ctx.ranks.broadcast(events)
-        ctx.set_history(RunHistory.of(events))
+        ctx.set_history(RunHistory.from_events(events))
         self.controller.rebuild(events)
         if is_first:
             self.heartbeat.write_status(self.status)

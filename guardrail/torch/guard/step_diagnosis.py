@@ -56,7 +56,7 @@ class StepDiagnosis:
         ctx = self._ctx
         if verdict.incident is None or verdict.action is not Action.SKIP:
             return None
-        known = ctx.controller.memory.diagnoses.of.get(verdict.incident)
+        known = ctx.controller.memory.diagnoses.by_incident.get(verdict.incident)
         if known is None or not known.cause.of_data:
             return None
         return attribute_samples(

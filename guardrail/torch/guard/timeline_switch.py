@@ -87,7 +87,7 @@ class TimelineSwitch:
                 data=dict(self._resume_check.fingerprints),
             )
         )
-        self._snapshots.take_first(self.facts, past=ctx.history)
+        self._snapshots.take_first(self.facts, history=ctx.history)
 
     def _continue(self, restored: Restored | None) -> None:
         """Continue after a restart, from the newest valid state of the present timeline."""
@@ -116,7 +116,7 @@ class TimelineSwitch:
             ctx.recorder.write(ResumeChecked(data=check))
         self._snapshots.take_first(
             self.facts,
-            past=ctx.history,
+            history=ctx.history,
             good=restored is None or restored.good,
             saved=restored is not None,
         )

@@ -10,7 +10,7 @@ from guardrail.decide.control_commands.base import ControlCommand, RestorableSta
 from guardrail.decide.questions import ParkResult
 from guardrail.decide.sample_cursor import Batch
 from guardrail.decide.step_setting import StepSetting
-from guardrail.decide.undo import UndoPlan, find, lines_of
+from guardrail.decide.undo import UndoPlan, find_undo_plan, lines_to_undo
 from guardrail.torch.checkpoint.rollback_target import Target
 from guardrail.torch.guard.command_actions import CommandActions
 from guardrail.torch.guard.command_inbox import CommandInbox
@@ -220,10 +220,10 @@ class UserCommands:
         if ctx.recorder.has_waiting:
             return "the journal cannot be written now, so its lines are not complete", []
         events = ctx.run.events()
-        found = find(events, seq)
+        found = find_undo_plan(events, seq)
         if isinstance(found, str):
             return found, []
-        return found, lines_of(events, found)
+        return found, lines_to_undo(events, found)
 
     def undo(self, plan: UndoPlan, state: RestorableState, lines: Sequence[int]) -> None:
         self._actions.undo(plan, _as_target(state), lines)

@@ -12,7 +12,7 @@ import msgspec
 from guardrail.core.events.decisions import Diagnosed
 from guardrail.core.events.run_state import Note
 from guardrail.core.records import Action, Diagnosis, Mode, Observation, Phase, Span, Verdict
-from guardrail.decide.diagnoses import signals_of
+from guardrail.decide.diagnoses import rejecting_signals
 from guardrail.decide.questions import ParkResult
 from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
@@ -193,7 +193,7 @@ class VerdictExecutor:
                 at_step=step.number,
                 batch=(step.batch.first, step.batch.last),
                 onset=verdict.onset,
-                signals=tuple(sorted(signals_of(verdict.findings))),
+                signals=tuple(sorted(rejecting_signals(verdict.findings))),
             )
         )
         step.verdict = controller.apply_diagnosis(observation, verdict, diagnosis)

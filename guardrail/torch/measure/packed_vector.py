@@ -5,8 +5,8 @@ The vector has these parts, in this order:
 - `HEAD`: sums over the ranks;
 - squared gradient norms of the blocks of the model, if they are asked for;
 - a pair (sum, number of ranks that gave it) of each further number;
-- `PER_RANK` slots of each rank. Only that rank writes them, so a NaN of one rank leaves the slots of
-  the others intact. Flags are 0 or 1 and name their rank.
+- `PER_RANK` slots of each rank. Only that rank writes them, so a NaN of one rank leaves the slots
+  of the others intact. Flags are 0 or 1 and name their rank.
 
 After the reduction, `StepReduction.start` appends the square roots of the squared norms.
 """

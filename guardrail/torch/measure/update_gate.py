@@ -159,8 +159,10 @@ class Gate:
 
     @contextlib.contextmanager
     def _rates_times(self, factor: float) -> Iterator[None]:
-        """Multiply the learning rates by `factor` inside of the block, also if an optimizer raises."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        """Multiply the learning rates by `factor` inside of the block; restore them in any case."""
+        groups: list[dict[str, Any]] = []
+        for optimizer in self.optimizers:
+            groups += optimizer.param_groups
         rates = [group["lr"] for group in groups]
         try:
             if factor != 1.0:

@@ -1,4 +1,4 @@
-"""The packed vector after the reduction -> the numbers of the step, on the host or on the device."""
+"""Reads the numbers of a step from the reduced vector, on the host or on the device."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class VectorReader:
         tokens, grad_sq, embed_sq = head["tokens"], head["grad_sq"], head["embed_sq"]
         scale = torch.ones_like(tokens)
         if nominal_tokens is not None:
-            # torch computes number / tensor as number * (1 / tensor), which differs in the last bit.
+            # torch computes number / tensor as number * (1 / tensor): another last bit.
             scale = torch.full_like(tokens, nominal_tokens) / tokens
         roots = vector[layout.length :]
         norms = roots[: 2 + len(self._block_signals)] * scale

@@ -85,7 +85,7 @@ def stored_shard(tensor: DTensor) -> Tensor:
 
 
 def shard_place(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return (offsets, sizes) of this rank's shard, by the protocol of torch.distributed.checkpoint."""
+    """Return (offsets, sizes) of this rank's shard, as torch.distributed.checkpoint reads them."""
     chunk = tensor.__create_chunk_list__()[0]
     return tuple(chunk.offsets), tuple(chunk.sizes)
 

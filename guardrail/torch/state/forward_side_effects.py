@@ -29,6 +29,7 @@ class _SavedBuffer:
         self.after: Tensor | None = None
 
     def may_have_changed(self) -> bool:
+        """Return whether the buffer may differ from its saved content."""
         return self.is_uncounted or foreach.change_count(self.buffer) != self.version
 
 

@@ -27,7 +27,7 @@ def require_equal(facts: Mapping[str, Any], gather: Callable[[Any], Sequence[Any
             if theirs.get(name) != first[name]:
                 raise UsageError(
                     f"{name} is {first[name]} on rank 0 ({clean_text(first_host, 80)}) and "
-                    f"{theirs.get(name)} on rank {rank} ({clean_text(host, 80)}): all ranks must train "
-                    "on the same data in the same order. "
+                    f"{theirs.get(name)} on rank {rank} ({clean_text(host, 80)}): "
+                    "all ranks must train on the same data in the same order. "
                     "Give every node the same files and the same configuration."
                 )

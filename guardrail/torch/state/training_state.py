@@ -139,8 +139,10 @@ class TrainingState:
         return shared
 
     def _names_of_groups(self, optimizer: Optimizer) -> list[list[str]]:
-        groups = [group["params"] for group in optimizer.param_groups]
-        return [sorted(self.names[id(p)] for p in parameters) for parameters in groups]
+        names: list[list[str]] = []
+        for group in optimizer.param_groups:
+            names.append(sorted(self.names[id(p)] for p in group["params"]))
+        return names
 
     def owns(self, name: str) -> bool:
         """Return whether a tensor of this name has a place on this rank."""

@@ -1,4 +1,4 @@
-"""The wrappers of DDP, torch.compile, activation checkpointing and Accelerate, and their removal."""
+"""Removes the wrappers of DDP, torch.compile, activation checkpointing and Accelerate."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from guardrail.core.events.run_state import Started
 from guardrail.core.files import as_int
 from guardrail.core.format import clean_and_shorten
 from guardrail.core.records import Span
-from guardrail.decide.undo import joined, split_span
+from guardrail.decide.undo import merge_ranges, split_span
 from guardrail.report.incident import Incident
 from guardrail.report.incident_builder import IncidentBuilder
 
@@ -95,7 +95,7 @@ class EvidenceBuilder:
         return JournalEvidence(
             incidents=MappingProxyType(self._incidents),
             skipped=tuple(reversed(self._skipped)),
-            samples_skipped=sum(last - first for first, last in joined(pieces)),
+            samples_skipped=sum(last - first for first, last in merge_ranges(pieces)),
             samples=self._samples,
         )
 

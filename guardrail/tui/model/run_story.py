@@ -165,7 +165,7 @@ class StoryBuilder:
                 self._incident(event)
             case CommandAnswered():
                 self._command(event)
-            case Paused(is_question=True):
+            case Paused(asks=True):
                 self._ask(event)
             case Resumed():
                 self._end_question(event)

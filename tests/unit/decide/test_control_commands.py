@@ -245,7 +245,7 @@ def test_an_example_command_takes_effect(tmp_path: Path) -> None:
     rows = run.metrics()
     rate = dict(zip(rows.column("step"), rows.column("lr"), strict=True))
     assert rate[7] / rate[5] == pytest.approx(FACTOR * (1 + 0.05 * 4) / (1 + 0.05 * 6))
-    assert RunHistory.of(run.events()).effects(20, GuardOptions()).lr == FACTOR
+    assert RunHistory.from_events(run.events()).effects(20, GuardOptions()).lr == FACTOR
 
 
 @pytest.mark.usefixtures("extended")

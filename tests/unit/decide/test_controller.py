@@ -197,11 +197,11 @@ def test_rollbacks_are_read_from_the_journal_as_it_is_written() -> None:
         "new_timeline": 1,
     }
     span = {"cause": "user", "first": 1, "last": 2, "step": 3}
-    (by_user,) = RunHistory.of([event("rollback", step, **data, span=span)]).rollbacks
+    (by_user,) = RunHistory.from_events([event("rollback", step, **data, span=span)]).rollbacks
     controller.memory.load_rollbacks([by_user])
     assert rejections(controller, step, 3)[-1].action is Action.ROLLBACK
     span = {"cause": "rollback", "first": 1, "last": 2, "step": 3}
-    (by_guard,) = RunHistory.of([event("rollback", step, **data, span=span)]).rollbacks
+    (by_guard,) = RunHistory.from_events([event("rollback", step, **data, span=span)]).rollbacks
     controller.memory.load_rollbacks([by_guard])
     assert rejections(controller, step, 3)[-1].action is Action.HALT
 
@@ -725,7 +725,7 @@ def test_facts_come_back_from_the_journal() -> None:
     )
     done = {"to_step": 150, "from_step": 190, "onset": 160, "window": [2544, 3200]}
     events.append(event("rollback", 150, new_timeline=1, **done))
-    whole.memory.load_rollbacks(RunHistory.of(events[-1:]).rollbacks)
+    whole.memory.load_rollbacks(RunHistory.from_events(events[-1:]).rollbacks)
 
     fresh = Controller(GuardOptions(max_rollbacks=1))
     fresh.load_state_dict(state)
@@ -1022,10 +1022,9 @@ def test_hardware_that_does_not_repeat_itself_is_tried_again_and_named_where_it_
     assert [verdict.action for verdict in verdicts] == [Action.RETRY, Action.RETRY, Action.HALT]
     assert controller.state_dict() == before and not any(verdict.accepted for verdict in verdicts)
     assert (
-        "rank 1 on node7 does not repeat itself: form the batch again, time 1 of 2"
-        in verdicts[0].reason
+        "rank 1 on node7 did not reproduce it; batch repeated (retry 1 of 2)" in verdicts[0].reason
     )
-    assert "rank 1 on node7 has not repeated itself 3 times" in verdicts[2].reason
+    assert "rank 1 on node7 did not reproduce it 3 times" in verdicts[2].reason
     asking = Controller(GuardOptions(max_retries=0, mode=Mode.ASK))
     assert warmed(asking) == step
     parked = diagnosed(asking, obs(step, 9.0, 0.5), Cause.HARDWARE)

@@ -85,7 +85,7 @@ class Fed:
         state.
         """
         controller = self.controller
-        within = getattr(controller.memory.incidents, "within", lambda step: False)
+        within = controller.memory.incidents.is_within
         return step + controller.settings.confirm <= controller.healthy_through and not within(step)
 
     def seen(self) -> Observation:
@@ -173,20 +173,20 @@ def test_a_curve_is_not_followed_for_thousands_of_steps() -> None:
     recovered.
     """
     incidents = Incidents(confirm=8)
-    incidents.trouble(
+    incidents.note_anomaly(
         400,
         400,
         curve=fit_trend([(step, noisy(USUAL, noise=0.1)(step)) for step in range(352, 400)]),
     )
     for begin, until in ((400, 440), (39_000, 39_100)):
         for step in range(begin, until):
-            incidents.healthy(
+            incidents.note_healthy(
                 step, [(s, HIGH) for s in range(max(begin, step - 40), step + 1)], every_step=True
             )
     assert [one.onset for one in incidents.unresolved] == [400]
     assert not incidents.may_recover(39_200, [(step, HIGH) for step in range(39_100, 39_200)])
     assert incidents.may_recover(39_200, [(step, USUAL) for step in range(39_100, 39_200)])
-    assert incidents.healthy(40_000, [(step, USUAL) for step in range(39_900, 40_001)]) == (
+    assert incidents.note_healthy(40_000, [(step, USUAL) for step in range(39_900, 40_001)]) == (
         1,
         "recovered",
     )
@@ -212,15 +212,15 @@ def test_to_go_back_before_the_onset_leaves_the_incident_behind_and_into_it_brin
     run = Fed(Mode.ADVISE, back=300).to(400)
     incidents = run.controller.memory.incidents
     (one,) = incidents.ended
-    assert one.until is not None and not incidents.within(one.until)
+    assert one.until is not None and not incidents.is_within(one.until)
     incidents.rewind(one.until - 10)
     assert (
         incidents.since == ONSET
-        and incidents.within(one.until - 10)
-        and incidents.within(one.until + 100)
+        and incidents.is_within(one.until - 10)
+        and incidents.is_within(one.until + 100)
     )
     incidents.rewind(ONSET - 1)
-    assert incidents.since is None and not incidents.within(ONSET)
+    assert incidents.since is None and not incidents.is_within(ONSET)
 
 
 def test_to_go_back_for_another_incident_does_not_go_back_before_the_unresolved_one() -> None:

@@ -156,24 +156,24 @@ def test_a_candidate_is_confirmed_by_enough_healthy_steps() -> None:
 
 def test_an_incident_is_over_after_confirm_healthy_steps_from_its_last_finding_on() -> None:
     incidents = Incidents(confirm=3)
-    assert incidents.healthy(1) == (None, "")
-    assert incidents.trouble(10, 9) == (1, "open")
-    assert incidents.trouble(10, 8) == (1, "")
+    assert incidents.note_healthy(1) == (None, "")
+    assert incidents.note_anomaly(10, 9) == (1, "open")
+    assert incidents.note_anomaly(10, 8) == (1, "")
     assert incidents.onset == 8
     # The run goes back to step 5: what is run again proves nothing.
-    assert [incidents.healthy(step) for step in range(6, 12)] == [(1, "")] * 6
-    assert incidents.healthy(12) == (1, "recovered")
-    assert incidents.healthy(13) == (None, "")
-    assert incidents.trouble(14, 14) == (2, "open")
+    assert [incidents.note_healthy(step) for step in range(6, 12)] == [(1, "")] * 6
+    assert incidents.note_healthy(12) == (1, "recovered")
+    assert incidents.note_healthy(13) == (None, "")
+    assert incidents.note_anomaly(14, 14) == (2, "open")
 
 
 def test_incidents_go_on_after_a_crash() -> None:
     incidents = Incidents(confirm=2)
     incidents.resume(4, is_open=True, onset=90, step=100)
-    assert incidents.trouble(95, 95) == (4, "")
-    assert [incidents.healthy(step) for step in (98, 99, 100, 101)] == [(4, "")] * 3 + [
+    assert incidents.note_anomaly(95, 95) == (4, "")
+    assert [incidents.note_healthy(step) for step in (98, 99, 100, 101)] == [(4, "")] * 3 + [
         (4, "recovered")
     ]
     incidents = Incidents(confirm=2)
     incidents.resume(4)
-    assert incidents.trouble(95, 95) == (5, "open")
+    assert incidents.note_anomaly(95, 95) == (5, "open")

@@ -20,7 +20,7 @@ from guardrail.decide.embedding_lead import embedding_leads
 from guardrail.decide.escalation import choose_remedy, count_uses
 from guardrail.decide.incident_line import make_incident_line
 from guardrail.decide.incidents import PATIENCE, Incidents
-from guardrail.decide.recovery import LEAST, compare, fit_trend
+from guardrail.decide.recovery import LEAST, compare_with_trend, fit_trend
 from guardrail.decide.remedies.effects import compute_factor, resets_moments
 from guardrail.decide.remedies.registry import BY_ACTION
 from guardrail.decide.rollback import Rollback
@@ -41,7 +41,7 @@ def test_a_power_law_is_continued() -> None:
         and curve.slope == pytest.approx(-0.3)
         and curve.noise == pytest.approx(0.0, abs=1e-12)
     )
-    outcome = compare(curve, [(step, 12.0 * step**-0.3) for step in range(110, 120)])
+    outcome = compare_with_trend(curve, [(step, 12.0 * step**-0.3) for step in range(110, 120)])
     assert (
         outcome is not None
         and outcome.got == pytest.approx(12.0 * 114.5**-0.3, rel=1e-3)
@@ -53,7 +53,7 @@ def test_a_power_law_is_continued() -> None:
 def test_an_offset_is_told_from_noise(shift: float, lasting: bool) -> None:
     for seed in range(20):
         curve = fit_trend([(step, falling(step, seed=seed)) for step in range(40, 100)])
-        outcome = compare(
+        outcome = compare_with_trend(
             curve, [(s, falling(s, seed=seed) * math.exp(shift)) for s in range(110, 118)]
         )
         assert outcome is not None and outcome.lasting is lasting, (seed, outcome)
@@ -76,17 +76,20 @@ def test_without_numbers_nothing_is_claimed() -> None:
         and fit_trend([(1, math.nan)] * 20) is None
         and fit_trend([(5, 2.0)] * 20) is None
     )
-    assert compare(None, BEFORE) is None and compare(fit_trend(BEFORE), []) is None
+    assert (
+        compare_with_trend(None, BEFORE) is None
+        and compare_with_trend(fit_trend(BEFORE), []) is None
+    )
 
 
 def test_an_incident_whose_loss_stays_up_is_given_time_and_then_closes_with_an_offset() -> None:
     for back_at, state in ((14, "recovered"), (10_000, "recovered with higher loss")):
         incidents = Incidents(confirm=4)
-        assert incidents.trouble(100, 100, curve=fit_trend(BEFORE)) == (1, "open")
+        assert incidents.note_anomaly(100, 100, curve=fit_trend(BEFORE)) == (1, "open")
         losses, states = list(BEFORE), []
         for step in range(100, 100 + PATIENCE * LEAST + 8):
             losses.append((step, falling(step) * (1.0 if step - 100 >= back_at else 1.2)))
-            states.append(incidents.healthy(step, losses)[1])
+            states.append(incidents.note_healthy(step, losses)[1])
         assert [one for one in states if one] == [state]
         assert incidents.outcome is not None and incidents.outcome.lasting is (
             state == "recovered with higher loss"
@@ -96,7 +99,7 @@ def test_an_incident_whose_loss_stays_up_is_given_time_and_then_closes_with_an_o
 def test_a_crash_changes_nothing_about_when_an_incident_is_over() -> None:
     for crash in range(100, 106):
         incidents = Incidents(confirm=6)
-        incidents.trouble(100, 100, curve=fit_trend(BEFORE))
+        incidents.note_anomaly(100, 100, curve=fit_trend(BEFORE))
         losses, over = list(BEFORE), None
         for step in range(100, 110):
             if step == crash:
@@ -104,7 +107,7 @@ def test_a_crash_changes_nothing_about_when_an_incident_is_over() -> None:
                 again.resume(1, is_open=True, onset=100, step=100, curve=incidents.curve)
                 incidents = again
             losses.append((step, falling(step)))
-            if incidents.healthy(step, losses, every_step=True)[1]:
+            if incidents.note_healthy(step, losses, every_step=True)[1]:
                 over = step
         assert over == 105
 

@@ -96,7 +96,7 @@ def test_a_run_goes_on_after_it(
     count = 0
     for what, lines in damaged(events):
         try:
-            past = RunHistory.of(lines)
+            past = RunHistory.from_events(lines)
             controller = Controller(GuardOptions())
             controller.rebuild(lines)
             controller.memory.load_rollbacks(past.rollbacks)

@@ -151,7 +151,7 @@ def test_where_a_screen_is_open_it_asks_and_an_answer_lets_it_skip_as_much_again
         ("pause", "skip"),
         ("skip", None),
     ]
-    assert RunHistory.of(loop.run.events()).spans == loop.guard.cursor.spans
+    assert RunHistory.from_events(loop.run.events()).spans == loop.guard.cursor.spans
     judged = list(Rejudge(loop.run, loop.guard.config.guard, own=True))
     assert len(judged) == 133 and all(row.agrees for row in judged)
 

@@ -1,5 +1,5 @@
-"""The numbers of a cause test are found in the sentence that the controller writes today, and in
-the slots that a journal may hold.
+"""The numbers of a cause test: in its evidence, in the sentences that older versions wrote instead,
+and in the slots that a journal may hold.
 """
 
 from __future__ import annotations
@@ -43,9 +43,16 @@ def test_the_sentence_of_bad_data() -> None:
     found = add_batches_ahead(found, SPIKE, [(131, passed(2.0)), (81, passed(2.0))], passes=9)
     found = add_label_order(found, [0.0026], [2.0, 2.2], passes=9)
     assert found.cause is Cause.DATA
+    assert all(number in found.reason for number in ("8.5", "2.25", "8.25", "131", "0.0026"))
+    older_version = (
+        "loss 8.5 comes again, 1 of 3 other batches show it (2, 2.25, 7.5) over 4, and from the "
+        "state of step 160 the batch has 8.25, where another batch has 2.5 too, and so do 0 of 2 "
+        "batches 81 to 131 ahead; with its labels in another order the loss is 0.0026 higher, and "
+        "2.1 with usual batches"
+    )
     assert (
         found.evidence
-        == evidence_from_sentence(found.reason)
+        == evidence_from_sentence(older_version)
         == CauseEvidence(
             same_batch=SameBatch(signal="loss", repeated=True, first=8.5, again=8.5),
             other_batches=OtherBatches(tested=3, spiked=1, values=(2.0, 2.25, 7.5), limit=4.0),
@@ -59,7 +66,9 @@ def test_the_sentence_of_bad_data() -> None:
 def test_the_sentences_of_other_causes() -> None:
     again, normal = passed(8.5, "the batch"), [passed(2.0), passed(2.25)]
     state = diagnose_passes(SPIKE, again=again, others=[passed(9.0), passed(8.0)], passes=3)
-    assert state.evidence == evidence_from_sentence(state.reason)
+    assert state.evidence == evidence_from_sentence(
+        "loss 8.5 comes again, 2 of 2 other batches show it (9, 8) over 4"
+    )
     others = state.evidence.other_batches
     assert state.cause is Cause.STATE and others is not None
     assert (others.tested, others.spiked) == (2, 2)
@@ -71,12 +80,17 @@ def test_the_sentences_of_other_causes() -> None:
         older_step=7,
         passes=3,
     )
-    assert both.evidence == evidence_from_sentence(both.reason)
+    assert both.evidence == evidence_from_sentence(
+        "loss 8.5 comes again, 0 of 2 other batches show it (2, 2.25) over 4, and from the state of "
+        "step 7 the batch has 2 only"
+    )
     older = both.evidence.older_state
     assert both.cause is Cause.DATA_AND_STATE
     assert older == OlderState(step=7, spiked=False, values=(2.0,))
     unknown = diagnose_passes(SPIKE, again=again, others=[], passes=3)
-    only = evidence_from_sentence(unknown.reason)
+    only = evidence_from_sentence(
+        "loss 8.5 comes again, and there is neither another batch nor an older state to compare with"
+    )
     assert unknown.evidence == only
     assert unknown.cause is Cause.UNKNOWN and only == CauseEvidence(same_batch=only.same_batch)
 
@@ -87,12 +101,19 @@ def test_the_sentence_of_a_number_that_did_not_come_again(world: int) -> None:
     again = [*first[1:], RankNumbers(loss_sum=4.0, before=1.5, after=1.0, host="vm")]
     found = diagnose_hardware(first, again, 0.0, sums=(2.0, 2.0), passes=1)
     assert found is not None
-    same = evidence_from_sentence(found.reason).same_batch
+    same = evidence_from_sentence(
+        "the same batch from the same state, with the same dice, gave another number on "
+        f"rank {world - 1} (vm): the gradient nan at first and 1.5 then"
+    ).same_batch
+    assert found.evidence is not None and repr(found.evidence.same_batch) == repr(same)
     assert same is not None and not same.repeated and same.signal == "gradient"
     assert math.isnan(same.first) and same.again == 1.5 and same.where == f"rank {world - 1} (vm)"
     alike = [RankNumbers(loss_sum=4.0, before=1.0, after=1.0)] * 2
     found = diagnose_hardware(alike, alike, 0.0, sums=(2.0, 2.5), passes=1)
-    assert found is not None and found.evidence == evidence_from_sentence(found.reason)
+    assert found is not None and found.evidence == evidence_from_sentence(
+        "the same batch from the same state, with the same dice, gave another number in the "
+        "reduction between the ranks: loss 2 at first and 2.5 then"
+    )
     same = found.evidence.same_batch
     assert same == SameBatch(
         signal="loss",

@@ -65,7 +65,7 @@ class Told:
                 "rollback", "back", step=ONSET - 1, timeline=1, new_timeline=1, incident=1, **back
             )
             self.controller.load_state_dict(before)
-            self.controller.memory.load_rollbacks(RunHistory.of([line]).rollbacks)
+            self.controller.memory.load_rollbacks(RunHistory.from_events([line]).rollbacks)
         step = ONSET if shift == 1.0 else BACK + 1
         while self.closed is None:
             self.step(

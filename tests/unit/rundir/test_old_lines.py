@@ -28,7 +28,7 @@ def read(kind: str, **data: Any) -> Event:
 
 
 def test_span_and_remedies_of_an_old_line_are_read() -> None:
-    past = RunHistory.of([read("left_out", span=OLD_SPAN, remedies=[OLD_REMEDY])])
+    past = RunHistory.from_events([read("left_out", span=OLD_SPAN, remedies=[OLD_REMEDY])])
     span = Span(first=8, last=16, origin="rejected", step=3)
     remedy = Remedy(kind="lr", value=0.5, from_step=4, hold_steps=20, ramp_steps=40)
     assert (past.spans, past.remedies, past.unread) == ([span], [(span, remedy)], 0)
