@@ -21,6 +21,7 @@ from guardrail.backtest.rejudge import Rejudge
 from guardrail.core.config import check_guard_options
 from guardrail.core.errors import DataError, GuardrailError, RunDirectoryError
 from guardrail.core.events.event import Event
+from guardrail.core.events.kinds import make_event
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import METRIC_COLUMNS, Action, Mode, Verdict
 from guardrail.decide.advised_incidents import advised_words
@@ -78,13 +79,13 @@ class RecordedRun:
     def __len__(self) -> int:
         return len(self._log)
 
-    def plain(self) -> Iterator[Part]:
+    def plain_parts(self) -> Iterator[Part]:
         """Give all rows without verdicts."""
         for first in range(0, len(self), 65536):
             rows, missing = self._rows(first, min(len(self), first + 65536))
             yield Part(rows, missing, [])
 
-    def judged(self) -> Iterator[Part]:
+    def judged_parts(self) -> Iterator[Part]:
         """Give all rows again, with bands and verdicts."""
         part = _Part(self, 0)
         events = _Events()
@@ -167,11 +168,11 @@ class Background:
     def __len__(self) -> int:
         return len(self._viewing)
 
-    def plain(self) -> Iterator[Part]:
-        return self._viewing.plain()
+    def plain_parts(self) -> Iterator[Part]:
+        return self._viewing.plain_parts()
 
-    def judged(self) -> Iterator[Part]:
-        """Give as `RecordedRun.judged`. Raises DataError with the error of that process."""
+    def judged_parts(self) -> Iterator[Part]:
+        """Give as `RecordedRun.judged_parts`. Raises DataError with the error of that process."""
         while True:
             try:
                 got = self._pipe.recv()
@@ -193,7 +194,7 @@ def _send_all(viewing: RecordedRun, ours: Any, pipe: Any) -> None:
     ours.close()  # otherwise this process would not notice that its reader is gone
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
         try:
-            for part in viewing.judged():
+            for part in viewing.judged_parts():
                 pipe.send(tuple(part))
             pipe.send(None)
         except BrokenPipeError:
@@ -265,15 +266,15 @@ class _Events:
 
     def _event(self, verdict: Verdict, kind: str, message: str, **data: Any) -> Event:
         self._seq += 1
-        return Event(
-            seq=self._seq,
-            time=0.0,
-            step=verdict.step,
-            timeline=0,
-            kind=kind,
-            message=message,
-            data=data,
-        )
+        fixed = {
+            "seq": self._seq,
+            "time": 0.0,
+            "step": verdict.step,
+            "timeline": 0,
+            "kind": kind,
+            "message": message,
+        }
+        return make_event(fixed | data)
 
 
 def read_one_log(path: str, columns: dict[str, str]) -> Log:

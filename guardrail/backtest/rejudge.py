@@ -171,13 +171,13 @@ class Rejudge:
             ).tolist()
             for row, cells in enumerate(table, begin):
                 if all(math.isfinite(cell) for cell in cells[:2]) and cells[0] >= 1:
-                    yield self._judge(row, cells)
+                    yield self._judge_row(row, cells)
 
-    def _judge(self, row: int, cells: list[float]) -> JudgedRow:
+    def _judge_row(self, row: int, cells: list[float]) -> JudgedRow:
         step, timeline, first, last = int(cells[0]), int(cells[1]), int(cells[3]), int(cells[4])
         while self._timeline < timeline:
             self._timeline += 1
-            self._begin(self._timeline)
+            self._begin_timeline(self._timeline)
         self._apply_commands(step=step, time=cells[2])
         if self._watch is not None:
             self._watch(row, self._controller.bands())
@@ -197,7 +197,7 @@ class Rejudge:
             nonfinite_loss=ranks.get(LOSS, ()),
             nonfinite_grad=ranks.get(GRAD_NORM) or ranks.get(LOSS_SCALE, ()),
             tokens=int(cells[5]),
-            streak=self._streak(first),
+            streak=self._count_streak(first),
             overflow=_is_overflow(measured),
         )
         causes = None
@@ -206,7 +206,7 @@ class Rejudge:
         return JudgedRow(row, self._observe(obs, done, causes), done, line)
 
     def _observe(self, obs: Observation, done: Action, causes: deque[Diagnosed] | None) -> Verdict:
-        """Return the verdict. Then tell the controller what the run did, also if it is another."""
+        """Return the verdict. Then the controller learns what the run did, also if it is another."""
         controller, applied = self._controller, done is Action.APPLY
         before = None
         if not applied:
@@ -226,7 +226,7 @@ class Rejudge:
             insort(self._rejected, (obs.first, self._skipped[obs.first, obs.last]))
         return verdict
 
-    def _streak(self, first: int) -> int:
+    def _count_streak(self, first: int) -> int:
         begin = bisect_left(self._rejected, (self._applied_end, 0))
         return sum(end <= first for _, end in self._rejected[begin:])
 
@@ -259,7 +259,7 @@ class Rejudge:
 
     # -- what happened between two rows ------------------------------------------------------------
 
-    def _begin(self, timeline: int) -> None:
+    def _begin_timeline(self, timeline: int) -> None:
         index = self._begins.get(timeline)
         if index is None:
             self.lost.append(f"the journal does not say how timeline {timeline} began")

@@ -111,7 +111,9 @@ def find_label_error(label: Any) -> str:
 def sum_marks(marks: Iterable[Marks], *, missing: Sequence[str] = ()) -> dict[str, Any]:
     """Return sums, recalls, and rates per 10,000 records."""
     marks = list(marks)
-    sums: dict[str, Any] = {name: sum(getattr(mark, name) for mark in marks) for name in TOTALS}
+    sums: dict[str, Any] = {}
+    for name in TOTALS:
+        sums[name] = sum(getattr(mark, name) for mark in marks)
     delays = sorted(delay for mark in marks for delay in mark.delays)
     sums["act_recall"] = round(sums["acted"] / max(1, sums["grave"]), 3)
     sums["note_recall"] = round(sums["noted"] / max(1, sums["labelled"]), 3)

@@ -110,7 +110,7 @@ def format_recorded_run(recorded: RecordedRun) -> Iterator[str]:
     yield f"{clean_text(recorded.name, 400)}: {rows}, last step {recorded.last_step:,}"
     advised = AdvisedIncidents()
     is_empty = True
-    for part in recorded.judged():
+    for part in recorded.judged_parts():
         for event in part.events:
             if advised.is_repeated(event):
                 continue

@@ -91,11 +91,7 @@ class IncidentBuilder:
         changes: dict[str, Any] = {"findings": _join_findings(incident.findings, findings)}
         parameters = event.data.get("parameters")
         if isinstance(parameters, dict):
-            changes["parameters"] = incident.parameters | {
-                clean_text(str(rank), 20): [clean_text(str(name), 200) for name in names]
-                for rank, names in parameters.items()
-                if isinstance(names, list)
-            }
+            changes["parameters"] = incident.parameters | _clean_parameters(parameters)
         modules = event.data.get("modules")
         if isinstance(modules, dict):
             changes["modules"] = incident.modules | {
@@ -202,10 +198,10 @@ class IncidentBuilder:
     def _add_undo(self, event: Event) -> None:
         """Remove the spans that a user has undone: they are no longer skipped."""
         back = undone_spans(event)
-        for incident in [
-            one for one in self._found.values() if any(span in back for span in one.spans)
-        ]:
+        for incident in list(self._found.values()):
             spans = tuple(span for span in incident.spans if span not in back)
+            if spans == incident.spans:
+                continue
             actions = (*incident.actions, read_action(event, "undo"))
             self._store(
                 incident, {"spans": spans, "samples": _count_samples(spans), "actions": actions}
@@ -269,6 +265,16 @@ def list_user_actions(events: Iterable[Event]) -> Iterator[IncidentAction]:
             if event.kind == "rollback":
                 action = "rollback"
             yield read_action(event, action)
+
+
+def _clean_parameters(parameters: dict[Any, Any]) -> dict[str, list[str]]:
+    """Return rank -> names of its parameters with non-finite gradients, as a journal line has it."""
+    found = {}
+    for rank, names in parameters.items():
+        if isinstance(names, list):
+            cleaned = [clean_text(str(name), 200) for name in names]
+            found[clean_text(str(rank), 20)] = cleaned
+    return found
 
 
 def _join_findings(known: tuple[Finding, ...], new: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -53,14 +53,14 @@ class Axis:
         share = (np.clip(seen, self.low, self.high) - self.low) / (self.high - self.low)
         return self.begin + share * (self.end - self.begin)
 
-    def value(self, place: float) -> float:
+    def value_at(self, place: float) -> float:
         """Return the data value at a place in pixels, within the margins."""
         seen = self.low + (place - self.begin) / (self.end - self.begin) * (self.high - self.low)
         if self.log:
             return 10.0**seen
         return seen
 
-    def ticks(self) -> list[float]:
+    def choose_ticks(self) -> list[float]:
         """Return at most seven round numbers."""
         if self.log:
             decades = range(math.ceil(self.low), math.floor(self.high) + 1)
@@ -210,11 +210,11 @@ def fit_vertical_axis(applied: np.ndarray, finite: np.ndarray) -> Axis:
 def _draw_frame(across: Axis, up: Axis) -> Iterator[str]:
     import numpy as np
 
-    for tick in up.ticks():
+    for tick in up.choose_ticks():
         y = float(up(np.array(tick)))
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>'
-    for tick in across.ticks():
+    for tick in across.choose_ticks():
         x = float(across(np.array(tick)))
         yield f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{tick:,.0f}</text>'
 

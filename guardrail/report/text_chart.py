@@ -55,7 +55,9 @@ def draw_chart(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
     put_marks(DISCARDED, steps[applied & ~present & finite], losses[applied & ~present & finite])
     put_marks(APPLIED, steps[applied & present & finite], losses[applied & present & finite])
     put_marks(REJECTED, steps[~applied], losses[~applied])
-    return list(_frame_grid(grid, high=up.value(0.0), low=up.value(1.0), first=first, last=last))
+    return list(
+        _frame_grid(grid, high=up.value_at(0.0), low=up.value_at(1.0), first=first, last=last)
+    )
 
 
 def _frame_grid(

@@ -178,13 +178,17 @@ def _check_words(text: str) -> list[str]:
         found.append(f"words of {length:.1f} characters on average")
     if len(words) < FEW_WORDS:
         return found
-    if (symbols := len(_SYMBOL.findall(text)) / len(words)) > SYMBOLS_PER_WORD:
+    symbols = len(_SYMBOL.findall(text)) / len(words)
+    if symbols > SYMBOLS_PER_WORD:
         found.append(f"{symbols:.2f} symbols (# ...) per word")
-    if (
-        share := sum(any(c.isalpha() for c in word) for word in words) / len(words)
-    ) < WORDS_WITH_A_LETTER:
+    share = sum(map(_has_letter, words)) / len(words)
+    if share < WORDS_WITH_A_LETTER:
         found.append(f"only {share:.0%} of the words have a letter")
     return found
+
+
+def _has_letter(word: str) -> bool:
+    return any(character.isalpha() for character in word)
 
 
 def _check_repetition(text: str) -> list[str]:

@@ -44,7 +44,7 @@ def measure_width(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
 
 
 def _measure_columns(table: Sequence[Sequence[str]]) -> list[int]:
-    return [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    return [max(map(len, column)) for column in zip(*table, strict=True)]
 
 
 def _align_cell(cell: str, width: int, right: bool) -> str:

@@ -54,15 +54,15 @@ def find_sources(paths: Sequence[str]) -> Iterator[Source]:
             else:
                 found = _source_of_file(LogFile.open(path, is_named=True))
         except OSError as error:
-            found = [_refusal(given, error.strerror or "no file can have this name")]
+            found = [_refuse_path(given, error.strerror or "no file can have this name")]
         except ValueError:
-            found = [_refusal(given, "no file can have this name")]
+            found = [_refuse_path(given, "no file can have this name")]
         if not found:
-            found = [_refusal(given, "no recorded run in this folder")]
+            found = [_refuse_path(given, "no recorded run in this folder")]
         yield from found
 
 
-def _refusal(path: str, reason: str) -> Source:
+def _refuse_path(path: str, reason: str) -> Source:
     def read(columns: Mapping[str, str]) -> list[Log]:
         raise DataError(f"{escape_text(path, 300)}: {reason}")
 
@@ -74,17 +74,17 @@ def _source_of_file(file: LogFile) -> list[Source]:
     shown = clean_text(str(file.path))
     if file.is_empty:
         if file.is_named or file.path.suffix.lower() in _LOG_SUFFIXES:
-            return [_refusal(shown, "empty")]
+            return [_refuse_path(shown, "empty")]
         return []
     for importer in registry.IMPORTERS:
         if importer.recognises(file):
-            return [_source(importer, file.path, shown=shown)]
+            return [_make_source(importer, file.path, shown=shown)]
     if file.is_named:
-        return [_refusal(shown, "not a log in any format that guardrail knows")]
+        return [_refuse_path(shown, "not a log in any format that guardrail knows")]
     return []
 
 
-def _source(importer: Importer, path: Path, *, shown: str) -> Source:
+def _make_source(importer: Importer, path: Path, *, shown: str) -> Source:
     def read(columns: Mapping[str, str]) -> list[Log]:
         _check_package(importer, shown)
         return importer.read(path, clean_text(shown), columns)
@@ -113,7 +113,7 @@ def _search_folder(root: Path) -> Iterator[Source]:
     """Give the sources below a folder."""
     importer = _importer_of_folder(root)
     if importer is not None:
-        yield _source(importer, root, shown=str(root))
+        yield _make_source(importer, root, shown=str(root))
         return
     in_search: dict[Importer, list[Path]] = {}
     for folder, subfolders, names in os.walk(root):
@@ -126,7 +126,7 @@ def _search_folder(root: Path) -> Iterator[Source]:
             importer = _importer_of_folder(here / name)
             if importer is not None:
                 subfolders.remove(name)
-                yield _source(importer, here / name, shown=str(here / name))
+                yield _make_source(importer, here / name, shown=str(here / name))
         in_folder: dict[Importer, list[Path]] = {}
         for path in sorted(here / name for name in names):
             if path.name.startswith(".") or path.suffix.lower() in _NO_LOG or not path.is_file():
@@ -134,7 +134,7 @@ def _search_folder(root: Path) -> Iterator[Source]:
             try:
                 file = LogFile.open(path, is_named=False)
             except OSError as error:
-                yield _refusal(str(path), error.strerror or str(error))
+                yield _refuse_path(str(path), error.strerror or str(error))
                 continue
             waiting = _importer_that_waits(file)
             if waiting is None:
@@ -147,7 +147,7 @@ def _search_folder(root: Path) -> Iterator[Source]:
             yield _source_of_folder(importer, paths, folder=folder)
     for importer, paths in in_search.items():
         for path in importer.choose(paths):
-            yield _source(importer, path, shown=str(path))
+            yield _make_source(importer, path, shown=str(path))
 
 
 def _importer_of_folder(folder: Path) -> Importer | None:

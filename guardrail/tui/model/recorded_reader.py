@@ -47,8 +47,8 @@ class Recorded(Protocol):
     last_step: int
 
     def __len__(self) -> int: ...
-    def plain(self) -> Iterable[Part]: ...
-    def judged(self) -> Iterable[Part]: ...
+    def plain_parts(self) -> Iterable[Part]: ...
+    def judged_parts(self) -> Iterable[Part]: ...
 
 
 class RecordedReader:
@@ -110,7 +110,7 @@ class RecordedReader:
 
     def _show_rows(self) -> None:
         rows = self._new_series()
-        for part in self._log.plain():
+        for part in self._log.plain_parts():
             rows.add(self._log.columns, part.rows, part.missing)
         columns = tuple(self._log.columns)
         self._latest.publish(series=rows.series(), columns=columns, loaded=True)
@@ -119,7 +119,7 @@ class RecordedReader:
         """Publish incidents as they are found, and the curves with bands when all is judged."""
         rows, builder = self._new_series(), StoryBuilder()
         done, shown, has_news = 0, time.monotonic(), False
-        for part in self._log.judged():
+        for part in self._log.judged_parts():
             if self._leaving.is_set():
                 return
             rows.add(self._log.columns, part.rows, part.missing)

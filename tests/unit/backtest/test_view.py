@@ -146,7 +146,7 @@ def test_another_process_judges_the_same(spiked: Path, tmp_path: Path) -> None:
     there = viewing.Background(viewing.RecordedRun(log, load_guard_options()))
     try:
         assert len(there) == len(here) and there.columns == here.columns
-        for mine, other in zip(here.judged(), there.judged(), strict=True):
+        for mine, other in zip(here.judged_parts(), there.judged_parts(), strict=True):
             assert np.array_equal(mine.rows, other.rows, equal_nan=True)
             assert repr(mine.events) == repr(other.events)
     finally:
@@ -159,7 +159,7 @@ def test_a_judge_that_fails_says_why(spiked: Path, monkeypatch: pytest.MonkeyPat
         raise ValueError("no such thing")
         yield
 
-    monkeypatch.setattr(viewing.RecordedRun, "judged", fails)
+    monkeypatch.setattr(viewing.RecordedRun, "judged_parts", fails)
     there = viewing.Background(
         viewing.RecordedRun(viewing.read_one_log(str(spiked), {}), load_guard_options())
     )

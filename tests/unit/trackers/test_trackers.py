@@ -18,7 +18,7 @@ from guardrail.core.toml_file import read_toml
 from guardrail.launch.side_threads import SideThreads
 from guardrail.launch.supervisor import Supervisor
 from guardrail.launch.supervisor_settings import read_settings
-from guardrail.rundir import run_directory
+from guardrail.rundir import run_creation
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import SupervisorSignals
 from guardrail.trackers import registry
@@ -92,7 +92,7 @@ def full_disk(size: int) -> Iterator[None]:
 def test_it_has_a_name_and_says_what_it_writes(kind: type[Tracker], run: RunDirectory) -> None:
     assert kind.name.isidentifier() and kind.name == kind.name.lower()
     assert [other.name for other in TRACKERS].count(kind.name) <= 1
-    taken = set(run_directory._FOLDERS) - {"tensorboard"}
+    taken = set(run_creation._FOLDERS) - {"tensorboard"}
     assert kind.name not in taken, "the run directory has such a folder"
     assert kind.output and kind(run).folder.parent == run.path
 
