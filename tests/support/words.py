@@ -268,18 +268,49 @@ SURFACES = {
 def sample_sentences(surface: str, count: int, seed: str) -> list[str]:
     """Return random sentences of a surface, the same ones for the same seed.
 
-    A line of help, of a report or of an error counts as a sentence if it has four words or more.
+    An error counts as one sentence, with its hint. Elsewhere a sentence has five words or more.
     """
-    sentences = set()
+    sentences: set[str] = set()
     for pattern in SURFACES[surface]:
         for path in ROOT.glob(pattern):
             if path.suffix == ".md":
                 for text in texts_of_document(path):
-                    sentences.update(sentences_of(text))
+                    found = sentences_of(text)
+                    sentences.update(
+                        one for one in found if not one.endswith(":") and "](" not in one
+                    )
+            elif surface == "errors":
+                sentences.update(_errors(path.read_text()))
             else:
-                sentences.update(line.strip() for line in path.read_text().splitlines())
-    readable = sorted(one for one in sentences if len(re.findall(r"[A-Za-z]{2,}", one)) >= 4)
+                sentences.update(_sentences_of_output(path.read_text()))
+    readable = sorted(one for one in sentences if len(re.findall(r"[A-Za-z]{2,}", one)) >= 5)
     return random.Random(f"{surface} {seed}").sample(readable, min(count, len(readable)))
+
+
+def _errors(golden: str) -> Iterator[str]:
+    """Yield each message of errors.txt, without the input above it, in one line."""
+    for block in golden.split("\n\n"):
+        lines = [line for line in block.splitlines() if not line.startswith("    ")]
+        yield " ".join(line.strip() for line in lines)
+
+
+def _sentences_of_output(golden: str) -> Iterator[str]:
+    """Yield the sentences of help or of a report; rows of tables, usage and headings are none."""
+    paragraph: list[str] = []
+    for line in [*golden.splitlines(), ""]:
+        text = line.strip()
+        is_row = bool(re.search(r"\S {3,}\S", text)) or text.startswith(("$", "Usage:", "/"))
+        option = re.match(r"\s+(-\S.*?|[a-z-]+) {2,}(?=\S)", line)
+        if not text or is_row or option or line.startswith("#"):
+            yield from _split_paragraph(paragraph)
+            paragraph = [line[option.end() :]] if option else []
+        else:
+            paragraph.append(text)
+
+
+def _split_paragraph(lines: list[str]) -> list[str]:
+    parts = re.split(r"(?<=[.!?])\s+", " ".join(lines))
+    return [part.strip() for part in parts if not part.endswith(":")]
 
 
 @click.command()
