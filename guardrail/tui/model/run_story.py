@@ -165,7 +165,7 @@ class StoryBuilder:
                 self._incident(event)
             case CommandAnswered():
                 self._command(event)
-            case Paused(asks=True):
+            case Paused(is_question=True):
                 self._ask(event)
             case Resumed():
                 self._end_question(event)
