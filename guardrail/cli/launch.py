@@ -73,7 +73,7 @@ def command(
     terminal, leave the screen or press Ctrl-C. `guardrail ctl RUN stop` ends it.
     """
     from guardrail.core.errors import ExitCode
-    from guardrail.launch import launcher
+    from guardrail.launch import launcher, supervisor_process
 
     if (config is None) == (resume is None):
         raise click.UsageError("give either CONFIG.toml or --resume RUN")
@@ -89,7 +89,9 @@ def command(
         assert config is not None
         prepared = launcher.prepare_run(config, overrides, run_dir, root=find_given_root(overrides))
     with prepared.lock or contextlib.nullcontext():
-        supervisor = launcher.start_supervisor(prepared.run, prepared.node_rank, prepared.secrets)
+        supervisor = supervisor_process.start_supervisor(
+            prepared.run, prepared.node_rank, prepared.secrets
+        )
     run = prepared.run
     print(run.path, flush=True)
     if detach:
@@ -138,7 +140,7 @@ def watch_on_screen(
     import sys
     import time
 
-    from guardrail.launch.launcher import find_exit_code, format_way_back
+    from guardrail.launch.supervisor_process import find_exit_code, format_way_back
 
     def screen() -> int:
         with no_garbage_collection():

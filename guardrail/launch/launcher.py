@@ -1,15 +1,11 @@
-"""Between `guardrail launch` and the first step: checks, the run directory, the supervisor; and the
-way back.
-"""
+"""What `guardrail launch` does before the first step: checks, run directory, supervisor."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,10 +17,8 @@ from guardrail.core import secret
 from guardrail.core.config import GuardConfig, build_config
 from guardrail.core.errors import (
     ConfigError,
-    ExitCode,
     RunDirectoryError,
     UsageError,
-    WorkersFailed,
 )
 from guardrail.core.format import format_plural
 from guardrail.core.overrides import find_source, mask_override
@@ -39,11 +33,10 @@ from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.run_lock import RunLock, holder_of
 from guardrail.rundir.run_search import find_run
 
-START_SECONDS = 30.0  # for the supervisor's first word; it needs 0.2 on an idle machine
+FIRST_NODE_SECONDS = 30.0  # that a further node waits for the run directory
 
-# Settings that a resumed run may change: how it is run, not what it computes. On another mesh it is
-# the same training with additions in another order and other dice for dropout, which are functions
-# of the data rank too.
+# Keys that a resumed run may change: how it runs, not what it computes. On another mesh the training
+# is the same, with sums in another order and other dropout masks, which depend on the data rank too.
 CHANGEABLE = (
     *("launch.", "guard.", "snapshots.", "checkpoint.", "tensorboard.", "notify."),
     *("train.steps", "train.epochs", "train.eval_every", "train.eval_batches"),
@@ -52,11 +45,11 @@ CHANGEABLE = (
 
 
 class Prepared(NamedTuple):
-    """A run directory that is ready to be worked on by node `node_rank`.
+    """A run directory that is ready for the supervisor of one node.
 
-    `lock`: keeps every other resume of this run away until the supervisor has taken over. `secrets`
-    are those of [notify] that were written out: the run's copy of the configuration does not hold
-    them.
+    Attributes:
+        secrets: of [notify], that were written out. The run's copy of the configuration has masks.
+        lock: keeps other resumes of this run away until the supervisor has started.
     """
 
     run: RunDirectory
@@ -68,11 +61,15 @@ class Prepared(NamedTuple):
 def prepare_run(
     path: str, overrides: tuple[str, ...], run_dir: str | None, *, root: str | None = None
 ) -> Prepared:
-    """Load and check a configuration, check the machine, make the run directory. Raises ConfigError
-    and its kin.
+    """Load and check a configuration, check the machine, make the run directory.
 
     Args:
+        run_dir: the run directory to make, or to join on a further node; None: the next one of the
+            run's name.
         root: folder of all runs, instead of `run.root`.
+
+    Raises:
+        UsageError: a ConfigError, a RunDirectoryError, or a further node without `run_dir`.
     """
     from guardrail.launch import preflight
 
@@ -84,16 +81,16 @@ def prepare_run(
         )
     given = {} if root is None else {"run.root": "--root or $GUARDRAIL_ROOT"}
     preflight.check_launch(settings, file=path, overrides=overrides, given=given)
-    node_rank, text = settings.launch.node_rank, _shared(settings)
+    node_rank, text = settings.launch.node_rank, _dump_shared(settings)
     written_out = _warn_before_launch(settings)
     if run_dir is not None:
         folder = Path(run_dir).absolute()
-        run = _made_by_first_node(folder) if node_rank else RunDirectory.create_at(folder, text)
+        run = _await_first_node(folder) if node_rank else RunDirectory.create_at(folder, text)
         return Prepared(run, node_rank, written_out)
     if node_rank:
-        raise UsageError("a further node joins the run of the first one: give its --run-dir DIR")
+        raise UsageError("a further node joins the run of the first node: give its --run-dir DIR")
     name = settings.run.name
-    if not is_run_name(name):  # with --run-dir it names no folder
+    if not is_run_name(name):  # with --run-dir the name is no folder
         source = find_source("run.name", file=path, overrides=overrides)
         raise ConfigError(NAME, file=source, key="run.name", value=name)
     return Prepared(RunDirectory.create(settings.run.root, name, text), node_rank, written_out)
@@ -122,8 +119,8 @@ def secret_remarks(settings: GuardConfig) -> list[str]:
         for name in secret.find_written_secrets(settings.notify)
     ]
     masked = [
-        f"{key} was written out and is masked in the run directory. The run goes on without this notification; "
-        f"to have it again: --set {key}=VALUE"
+        f"{key} was written out and is masked in the run directory. The run continues without this "
+        f"notification. To have it again: --set {key}=VALUE"
         for key in secret.find_missing_secrets(msgspec.to_builtins(settings.notify))
     ]
     return written + masked
@@ -139,8 +136,8 @@ def package_remarks(settings: GuardConfig) -> list[str]:
     ]
 
 
-def _shared(settings: GuardConfig) -> str:
-    """The configuration as all nodes read it."""
+def _dump_shared(settings: GuardConfig) -> str:
+    """Return the configuration that all nodes read, as TOML."""
     launch = msgspec.structs.replace(settings.launch, node_rank=0)
     return dump_toml(msgspec.structs.replace(settings, launch=launch))
 
@@ -171,9 +168,13 @@ def _table(tree: dict[str, Any], name: str) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def _made_by_first_node(path: Path) -> RunDirectory:
-    """The run directory that the other nodes of a run join."""
-    deadline = time.monotonic() + START_SECONDS
+def _await_first_node(path: Path) -> RunDirectory:
+    """Return the run directory of the first node, which the other nodes join.
+
+    Raises:
+        RunDirectoryError: it is not there within FIRST_NODE_SECONDS.
+    """
+    deadline = time.monotonic() + FIRST_NODE_SECONDS
     while not (path / "config.toml").exists():
         if time.monotonic() > deadline:
             raise RunDirectoryError(
@@ -183,45 +184,47 @@ def _made_by_first_node(path: Path) -> RunDirectory:
     return RunDirectory.open(path)
 
 
-# -- going on with a run
+# -- resuming a run
 
 
 def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepared | None:
-    """Make an ended run ready to go on; None if it has nothing left to do.
+    """Make an ended run ready to continue. Ranks that outlived their supervisor save and stop first.
 
-    Ranks that outlived their supervisor are asked to save and stop first.
+    Returns:
+        None if the run is finished.
 
     Raises:
-        RunDirectoryError: no such run, or it is alive.
-        ConfigError: an override that would make it another run.
+        RunDirectoryError: there is no such run, or it is running.
+        ConfigError: an override would make it another run.
     """
     run = find_run(spec, root)
     for override in overrides:
         key = override.partition("=")[0].strip()
         if not key.startswith(CHANGEABLE):
-            hint = f"a resumed run may change {', '.join(name.rstrip('.') for name in CHANGEABLE)}"
-            key = key if "=" in override else mask_override(override)
+            if "=" not in override:
+                key = mask_override(override)
+            names = ", ".join(name.rstrip(".") for name in CHANGEABLE)
             raise ConfigError(
-                "a setting that leaves the run the same", file="--set", key=key, hint=hint
+                "a key that a resumed run may change", file="--set", key=key, hint=names
             )
     file = str(run.path / "config.toml")
     settings = load_settings(file, overrides, of_run=True)
     lock = _start_lock(run) if settings.launch.node_rank == 0 else None
     try:
-        prepared = _resumed(run, settings, file, overrides)
+        prepared = _prepare_ended(run, settings, file, overrides)
     except BaseException:
         if lock is not None:
             lock.release()
         raise
-    if prepared is None and lock is not None:
-        lock.release()
-    return prepared._replace(lock=lock) if prepared is not None else None
+    if prepared is None:
+        if lock is not None:
+            lock.release()
+        return None
+    return prepared._replace(lock=lock)
 
 
 def _start_lock(run: RunDirectory) -> RunLock:
-    """Of two that resume a run at the same instant one holds it; RunDirectoryError for the
-    other.
-    """
+    """Return the lock of a resume. Raises RunDirectoryError while another command holds it."""
     path = run.path / "launch.lock"
     try:
         return RunLock(path, "guardrail launch --resume")
@@ -229,19 +232,19 @@ def _start_lock(run: RunDirectory) -> RunLock:
         raise RunDirectoryError(f"{path}: {error.strerror or error}") from error
     except RunDirectoryError:
         holder = holder_of(path)
-        who = f" ({holder.sentence()})" if holder is not None else ""
-        hint = f"guardrail attach {run.name} watches it"
+        who = "" if holder is None else f" ({holder.sentence()})"
+        hint = f"to watch it: guardrail attach {run.name}"
         raise RunDirectoryError(
             f"{run.name} is being started by another command{who}\n  hint: {hint}"
         ) from None
 
 
-def _resumed(
+def _prepare_ended(
     run: RunDirectory, settings: GuardConfig, file: str, overrides: tuple[str, ...]
 ) -> Prepared | None:
     from guardrail.launch import preflight
 
-    if settings.launch.node_rank == 0:  # the other nodes join a run that lives
+    if settings.launch.node_rank == 0:  # the other nodes join a running run
         status = run.known_status()
         refuse_alive(run, status)
         if (
@@ -251,7 +254,7 @@ def _resumed(
             and _end_was_saved(run)
         ):
             print(
-                f"{run.name} has finished at step {status.step}; nothing is left to do",
+                f"{run.name} has finished at step {status.step}; there is nothing to resume",
                 file=sys.stderr,
             )
             return None
@@ -261,36 +264,36 @@ def _resumed(
         _refuse_stale(run)
     written_out = _warn_before_launch(settings)
     if (overrides or written_out) and settings.launch.node_rank == 0:
-        run.write_config(_shared(settings))
+        run.write_config(_dump_shared(settings))
     return Prepared(run, settings.launch.node_rank, written_out)
 
 
 def _end_was_saved(run: RunDirectory) -> bool:
-    """False for a run that an older version called finished though its last steps are on no
-    disk.
+    """Return whether the last steps of a finished run are on disk. An older version may not have
+    saved them.
     """
     ends = [event for event in run.events() if event.kind == "ended"]
     return not ends or ends[-1].data.get("saved") is not False
 
 
 def _refuse_stale(run: RunDirectory) -> None:
-    """Answer what was sent to the run as it was before: a stop that found nobody must not end the
-    next start.
+    """Refuse the commands that were sent before the run ended: an old stop must not end the next
+    start.
 
-    A command for a step that is still to come waits for that step, as it would have without the end
-    in between.
+    A command for a later step waits for that step.
     """
     status = run.known_status()
     reached = status.step if status is not None else 0
     for command in run.commands_pending():
         if command.at_step <= reached:
-            reason = "it was sent before the run was started again; send it once more if it is still meant"
+            reason = "it was sent before the run was resumed. Send it again if you still want it"
             run.answer(command, applied=False, reason=reason, step=reached)
 
 
 def refuse_alive(run: RunDirectory, status: Status | None) -> None:
-    """RunDirectoryError if a supervisor works on this run. Ranks that outlived theirs on this host
-    do not count.
+    """Raise RunDirectoryError if a supervisor works on this run.
+
+    Ranks that outlived their supervisor on this host do not count.
     """
     if status is None or not is_alive(run, status):
         return
@@ -299,8 +302,8 @@ def refuse_alive(run: RunDirectory, status: Status | None) -> None:
         return
     if status.phase.ended:
         raise RunDirectoryError(
-            f"{run.name} has {status.phase.value} at step {status.step}, and its processes are still ending\n"
-            "  hint: try again in some seconds"
+            f"{run.name} has {status.phase.value} at step {status.step}, but its processes have not "
+            "ended yet\n  hint: try again in a few seconds"
         )
     raise RunDirectoryError(
         f"{run.name} is running on {clean_text(status.host, 80)}\n"
@@ -309,13 +312,16 @@ def refuse_alive(run: RunDirectory, status: Status | None) -> None:
 
 
 def end_orphans(run: RunDirectory, seconds: float) -> None:
-    """Processes of the run whose supervisor is dead: save and stop, then kill."""
+    """Let processes of the run without a supervisor save and stop for `seconds`, then kill them.
+
+    Raises:
+        RunDirectoryError: the kernel does not end them.
+    """
     orphans = processes.orphans_of(run.path)
     if not orphans:
         return
-    several = "outlived their supervisor; they save and stop"
-    words = "outlived its supervisor; it saves and stops" if len(orphans) == 1 else several
-    print(f"{format_plural(len(orphans), 'process')} of {run.name} {words}", file=sys.stderr)
+    count = format_plural(len(orphans), "process")
+    print(f"{count} of {run.name} without a supervisor: save and stop", file=sys.stderr)
     pids = {process.pid for process in orphans}
     ranks = [report for report in run.read_ranks() if report.pid in pids]
     by_pid = {process.pid: process for process in orphans}
@@ -326,91 +332,10 @@ def end_orphans(run: RunDirectory, seconds: float) -> None:
         processes.alive(by_pid[report.pid]) for report in ranks
     ):
         time.sleep(0.1)
-    for _ in range(3):  # an elastic agent that dies last may just have started a rank again
+    for _ in range(3):  # an elastic agent that ends last may have started a rank again
         left = processes.orphans_of(run.path)
         left.sort(key=lambda process: process.pid)  # agents are older than their ranks
         if stuck := processes.kill(left):
             raise RunDirectoryError(
                 f"{run.name}: processes {[process.pid for process in stuck]} cannot be ended"
             )
-
-
-# -- the supervisor
-
-
-def start_supervisor(
-    run: RunDirectory, node_rank: int = 0, secrets: dict[str, Any] | None = None
-) -> subprocess.Popen[bytes]:
-    """Start the supervisor in its own session and wait until it has taken over. Raises
-    WorkersFailed, DiskRefuses.
-
-    Args:
-        secrets: of [notify], that the run directory does not hold. They go through a pipe, so that
-            they stand in no command line, environment or file.
-    """
-    run.check_writable()
-    variables = dict(os.environ)
-    if secrets:
-        variables[processes.SECRETS_VARIABLE] = "stdin"
-    # The supervisor stands in /, so that it holds no folder: what is found from here must be found
-    # from there.
-    paths = [
-        os.path.abspath(path) for path in variables.get("PYTHONPATH", "").split(os.pathsep) if path
-    ]
-    paths += [path for path in sys.path if path == os.getcwd() and path not in paths]
-    if paths:
-        variables["PYTHONPATH"] = os.pathsep.join(paths)
-    log_path = run.logs / (f"supervisor-{node_rank}.log" if node_rank else "supervisor.log")
-    offset = log_path.stat().st_size if log_path.exists() else 0
-    with log_path.open("ab") as log:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                processes.SUPERVISOR_MODULE,
-                str(run.path.resolve()),
-                str(node_rank),
-            ],
-            stdin=subprocess.PIPE if secrets else subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd="/",
-            env=variables,
-            start_new_session=True,
-        )
-    if process.stdin is not None:
-        # one that has died says why in its log
-        with contextlib.suppress(BrokenPipeError), process.stdin:
-            process.stdin.write(msgspec.json.encode(secrets))
-
-    def has_taken_over() -> bool:
-        if node_rank:  # the status is the first node's to write
-            holder = holder_of(run.path / f"supervisor-{node_rank}.lock")
-            return holder is not None and holder.pid == process.pid
-        status = run.read_status()
-        return status is not None and status.supervisor_pid == process.pid
-
-    deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        if has_taken_over():
-            return process
-        time.sleep(0.02)
-    if process.poll() is None or has_taken_over():
-        return process  # a very slow machine; or it has ended already
-    words = [clean_text(line, 500) for line in log_path.read_bytes()[offset:].splitlines()[-12:]]
-    run.check_writable()  # it could not say so itself
-    if process.returncode == ExitCode.USAGE:
-        raise RunDirectoryError("\n".join(words))
-    raise WorkersFailed("the supervisor did not start:\n" + "\n".join(words))
-
-
-def find_exit_code(supervisor: subprocess.Popen[bytes]) -> int | None:
-    """The run's exit code once its supervisor has ended, else None."""
-    code = supervisor.poll()
-    if code is None or code >= 0:
-        return code
-    return ExitCode.WORKERS_FAILED  # the supervisor itself was killed
-
-
-def format_way_back(run: RunDirectory) -> str:
-    return f"  guardrail attach {run.path}\n  guardrail ctl {run.path} stop"

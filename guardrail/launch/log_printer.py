@@ -20,7 +20,7 @@ from guardrail.core.text import clean_text
 from guardrail.decide.advised_incidents import AdvisedIncidents
 from guardrail.decide.questions import CHOICES
 from guardrail.decide.timelines import LARGEST, valid_rows
-from guardrail.launch.launcher import find_exit_code, format_way_back
+from guardrail.launch.supervisor_process import find_exit_code, format_way_back
 from guardrail.rundir.follow import Follower
 from guardrail.rundir.liveness import HeartbeatObserver
 from guardrail.rundir.metrics import MetricsView

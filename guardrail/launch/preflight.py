@@ -1,6 +1,4 @@
-"""What can be known about a configuration and this machine before any process starts, without
-importing torch.
-"""
+"""Checks of a configuration on this machine before any process starts, without importing torch."""
 
 from __future__ import annotations
 
@@ -22,34 +20,41 @@ LEAST_FREE_BYTES = 32 * 1024 * 1024  # journal, logs, status, and the first refu
 _NVIDIA = re.compile(r"nvidia\d+")
 
 
-# Devices of which torch alone can tell the number: AMD GPUs (ROCm), GPUs of Windows (WSL2), Jetson
-# modules.
+# Devices that only torch can count: AMD GPUs (ROCm), GPUs of Windows (WSL2), Jetson modules.
 _UNCOUNTED = ("kfd", "dxg", "nvhost-gpu", "nvgpu")
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
 def count_cuda_devices() -> int | None:
-    """GPUs that torch may find here as CUDA devices, by the device files and CUDA_VISIBLE_DEVICES.
+    """Return the number of CUDA devices that torch may find, by device files and environment.
 
-    None where there may be some, and only torch can count them; 0 where there can be none.
+    Returns:
+        0 where there can be none; None where there may be some that only torch can count.
     """
     try:
         files = os.listdir("/dev")
     except OSError:
         return None
-    hidden = [os.environ[name] for name in _VISIBLE if name in os.environ]
-    named = [
-        [one.strip() for one in names.split(",") if one.strip() and one.strip() != "-1"]
-        for names in hidden
-    ]
+    named = [_split_devices(os.environ[name]) for name in _VISIBLE if name in os.environ]
     if not all(named):
         return 0
     present = sum(1 for name in files if _NVIDIA.fullmatch(name))
-    if any(one.startswith("MIG-") for names in named for one in names):
-        return None if present else 0  # parts of a device
+    if any(_names_part(names) for names in named):
+        return None if present else 0
     if not present and any(name in files for name in _UNCOUNTED):
         return None
     return min([present, *map(len, named)])
+
+
+def _split_devices(names: str) -> list[str]:
+    """Return the devices that a variable such as CUDA_VISIBLE_DEVICES names."""
+    devices = [one.strip() for one in names.split(",")]
+    return [one for one in devices if one not in ("", "-1")]
+
+
+def _names_part(devices: list[str]) -> bool:
+    """Return whether one of the names is a part of a device (MIG)."""
+    return any(one.startswith("MIG-") for one in devices)
 
 
 def check_launch(
@@ -59,11 +64,14 @@ def check_launch(
     overrides: Sequence[str] = (),
     given: Mapping[str, str] | None = None,
 ) -> None:
-    """Refuse a configuration, right in itself, that cannot run on this machine. Raises ConfigError.
+    """Refuse a valid configuration that cannot run on this machine.
 
     Args:
-        file, overrides: where it came from, for the message.
-        given: key -> where else its value came from, such as "--root".
+        file, overrides: its source, for the message.
+        given: key -> another source of its value, such as "--root".
+
+    Raises:
+        ConfigError: the first problem.
     """
     for problem in find_problems(settings, file=file, overrides=overrides, given=given):
         raise problem
@@ -76,23 +84,23 @@ def find_problems(
     overrides: Sequence[str] = (),
     given: Mapping[str, str] | None = None,
 ) -> Iterator[ConfigError]:
-    """Everything that keeps it from running here; arguments as of `check`."""
-    for look in (_memory, _devices, _disk, _packages, _secrets):
-        for error in look(settings):
-            source = (given or {}).get(error.key) or find_source(
-                error.key, file=file, overrides=overrides
-            )
+    """Yield every problem that keeps it from running here. Arguments as for `check_launch`."""
+    for find in (_check_memory, _check_devices, _check_disk, _check_packages, _check_secrets):
+        for error in find(settings):
+            source = find_source(error.key, file=file, overrides=overrides)
+            if given and given.get(error.key):
+                source = given[error.key]
             yield error.at(source)
 
 
-def _memory(settings: GuardConfig) -> Iterator[ConfigError]:
+def _check_memory(settings: GuardConfig) -> Iterator[ConfigError]:
     try:
         settings.check_machine()
     except ConfigError as error:
         yield error
 
 
-def _packages(settings: GuardConfig) -> Iterator[ConfigError]:
+def _check_packages(settings: GuardConfig) -> Iterator[ConfigError]:
     if settings.notify.apprise and not is_installed("apprise"):
         yield ConfigError(
             "an installed apprise",
@@ -108,8 +116,8 @@ def _packages(settings: GuardConfig) -> Iterator[ConfigError]:
         )
 
 
-def _secrets(settings: GuardConfig) -> Iterator[ConfigError]:
-    """Secrets that are referred to: the first node, which notifies, must be able to read them."""
+def _check_secrets(settings: GuardConfig) -> Iterator[ConfigError]:
+    """Check the referred secrets. Only the first node notifies, so only it must read them."""
     notify = settings.notify
     if settings.launch.node_rank:
         return
@@ -125,7 +133,7 @@ def _secrets(settings: GuardConfig) -> Iterator[ConfigError]:
                 yield error
 
 
-def _devices(settings: GuardConfig) -> Iterator[ConfigError]:
+def _check_devices(settings: GuardConfig) -> Iterator[ConfigError]:
     launch, devices = settings.launch, count_cuda_devices()
     if launch.device == "cuda" and devices == 0:
         yield ConfigError(
@@ -143,7 +151,7 @@ def _devices(settings: GuardConfig) -> Iterator[ConfigError]:
         )
 
 
-def _disk(settings: GuardConfig) -> Iterator[ConfigError]:
+def _check_disk(settings: GuardConfig) -> Iterator[ConfigError]:
     key, value = "run.root", settings.run.root
     root = Path(value)
     if why := why_unreachable(root):

@@ -351,7 +351,7 @@ class Supervisor:
 
 
 def _read_secrets() -> dict[str, Any]:
-    """Return what `launcher.start` sends through the pipe; {} where it has announced nothing.
+    """Return what `supervisor_process.start_supervisor` sends through the pipe; {} where it has announced nothing.
 
     The announcement is removed from the environment, so no child process sees it.
     """

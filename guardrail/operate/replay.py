@@ -33,7 +33,7 @@ from guardrail.core.records import Command, Record
 from guardrail.core.text import clean_text
 from guardrail.decide.control_commands.mode import ChangeMode
 from guardrail.decide.control_commands.stop import Stop
-from guardrail.launch import launcher
+from guardrail.launch import supervisor_process
 from guardrail.operate.replay_comparison import Comparison, Difference, compare_weights
 from guardrail.operate.replay_plan import ReplayPlan, machine_remarks, plan_replay
 from guardrail.rundir import processes
@@ -112,7 +112,7 @@ def replay_run(
     scratch = make_scratch_run(run, plan)
     try:
         comparison = Comparison(run, scratch, plan)
-        _follow(scratch, launcher.start_supervisor(scratch), comparison, plan, report)
+        _follow(scratch, supervisor_process.start_supervisor(scratch), comparison, plan, report)
         return make_outcome(run, scratch, plan, comparison, keep=keep)
     finally:
         if not keep:
@@ -228,7 +228,7 @@ def _follow(
 ) -> None:
     """Compare until the replay has ended, or until the first difference."""
     with _ended_with_us(scratch, supervisor):
-        while (code := launcher.find_exit_code(supervisor)) is None:
+        while (code := supervisor_process.find_exit_code(supervisor)) is None:
             comparison.compare_new_rows()
             report(comparison.steps, plan.to_step - plan.from_step)
             if comparison.first is not None:

@@ -421,7 +421,7 @@ def test_of_two_launches_and_of_two_resumes_at_once_one_wins(lab: Lab) -> None:
     assert lab.guardrail("ctl", str(place), "stop", "--wait", "0").returncode == 0
     late = lab.guardrail("launch", "--resume", str(place), "--detach")
     if late.returncode:  # while the old one ends it is refused, and told why
-        assert "is running on" in late.stderr or "still ending" in late.stderr
+        assert "is running on" in late.stderr or "have not ended" in late.stderr
     else:
         assert not processes.alive(supervisor)
         supervisor = lab.supervisor(run)

@@ -398,7 +398,7 @@ def test_resume_answers_what_was_sent_to_a_dead_run(folder: Path) -> None:
         ("stop", "refused", 7),
         ("past", "refused", 7),
     ]
-    assert "before the run was started again" in refused[0].data["reason"]
+    assert "resumed" in refused[0].data["reason"]
 
 
 def test_resume_of_a_run_whose_data_are_gone(
@@ -467,7 +467,9 @@ def test_the_root_that_is_named_wins_for_a_new_run(
 ) -> None:
     """As it does for attach, ctl and report: else they look for the run in another folder."""
     (folder / "good.toml").write_text(CONFIG.replace("[run]", '[run]\nroot = "by-file"'))
-    monkeypatch.setattr(launching, "start_supervisor", lambda *arguments: None)
+    monkeypatch.setattr(
+        "guardrail.launch.supervisor_process.start_supervisor", lambda *arguments: None
+    )
     if variable:
         monkeypatch.setenv("GUARDRAIL_ROOT", variable)
     assert main(["launch", "good.toml", "--detach", *options]) == 0

@@ -26,8 +26,7 @@ from guardrail.core.records import Phase, Status
 from guardrail.core.schema import _fields, _structs_in
 from guardrail.core.sections import LaunchSection
 from guardrail.core.toml_file import dump_toml, read_toml
-from guardrail.launch import doctor
-from guardrail.launch import launcher as launching
+from guardrail.launch import doctor, supervisor_process
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.hostile import SCALARS, TEXTS, VALUES, check_message, mutated, mutations
 from tests.support.places import ROOT
@@ -250,7 +249,7 @@ def place() -> Iterator[Path]:
         def start(*arguments: Any) -> None:
             raise WorkersFailed("nothing is started in this test")
 
-        patch.setattr(launching, "start_supervisor", start)
+        patch.setattr(supervisor_process, "start_supervisor", start)
         patch.setattr(doctor, "ask_torch", lambda: {"error": "not asked in this test"})
         yield folder
 

@@ -341,7 +341,7 @@ def test_resume_after_the_supervisor_was_killed(lab: Lab) -> None:
         "launch", "--resume", run.name, "--headless", "--set", "launch.max_restarts=7"
     )
     assert result.returncode == 0, result.stderr
-    assert "outlived their supervisor" in result.stderr
+    assert "processes of" in result.stderr
     assert "begins after step 0" not in result.stderr, "the past is not told again"
     assert not any(processes.alive(orphan) for orphan in orphans)
     assert kinds(run)[-4:] == ["started", "ended", "restarted", "ended"]
@@ -357,7 +357,7 @@ def test_resume_after_the_supervisor_was_killed(lab: Lab) -> None:
     finished = lab.guardrail("launch", "--resume", str(run.path))
     assert finished.returncode == 0 and "has finished at step 300" in finished.stderr
     other = lab.guardrail("launch", "--resume", run.name, "--set", "fake.steps=9")
-    assert other.returncode == 2 and "leaves the run the same" in other.stderr
+    assert other.returncode == 2 and "--set: fake.steps: " in other.stderr
 
 
 def test_ctrl_c_leaves_and_attach_comes_back(lab: Lab) -> None:
