@@ -38,7 +38,9 @@ _INKS = {
 
 def shown_axis(view: View) -> str:
     """Return the chosen axis; the steps while the rows do not have it."""
-    return view.axis if view.axis in view.snapshot.series.axes else STEP
+    if view.axis in view.snapshot.series.axes:
+        return view.axis
+    return STEP
 
 
 def axis_start(view: View) -> float:
@@ -81,9 +83,10 @@ def make_x_scale(view: View, cells: int) -> XScale:
         moved = math.ceil(grids) if axis == STEP else math.floor(grids) + 1
         first = start + max(0.0, moved * grid)
         return XScale(first + half, per_dot, dots)
-    total = float(view.status.total_steps) if view.status and axis == STEP else 0.0
-    if last <= total <= last * 1.25:
-        last = total
+    if view.status is not None and axis == STEP:
+        total = float(view.status.total_steps)
+        if last <= total <= last * 1.25:
+            last = total
     fit = XScale.fit(last - start, 2 * cells, first=half, least=_LEAST[axis])
     return XScale(start + fit.first, fit.per_dot, fit.dots)
 
@@ -157,7 +160,9 @@ def _stride(least: float, axis: str) -> float:
 def format_tick(at: float, axis: str, *, wide: bool) -> str:
     if axis == TIME:
         return format_elapsed(at)
-    return format_short_count(at) if axis == TOKENS or wide else format_count(at)
+    if axis == TOKENS or wide:
+        return format_short_count(at)
+    return format_count(at)
 
 
 # -- marks of events

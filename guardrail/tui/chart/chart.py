@@ -106,7 +106,7 @@ def _rows_below(height: int) -> int:
     """Return the rows of the x-axis: a low chart has no labels, a very low one no axis."""
     if height >= 8:
         return 2
-    return 1 if height >= 5 else 0
+    return int(height >= 5)
 
 
 class Sparklines(Lines):
@@ -186,11 +186,19 @@ def _draw(given: PlotInput) -> raster.Plot:
     return drawn
 
 
+def _shown_value(view: View, column: str) -> float | None:
+    """Return the value of a column at the cursor, or the newest one."""
+    series = view.snapshot.series
+    if view.at is None:
+        return series.last(column)
+    return series.at(column, view.at)
+
+
 def _value(view: View, signal: str) -> Piece:
     series = view.snapshot.series
     if view.at is not None and not series.exact(view.at):
         return "…", "dim"  # being read
-    value = series.last(signal) if view.at is None else series.at(signal, view.at)
+    value = _shown_value(view, signal)
     if value is None:
         return "–", "dim"
     if math.isnan(value):
@@ -216,13 +224,13 @@ def _values(view: View, signal: str, width: int) -> Row:
     right: list[Piece] = []
     if view.waits:
         right.append(("reading the file   ", "accent"))
-    series, name = view.snapshot.series, f"{signal}_threshold"
-    threshold = series.last(name) if view.at is None else series.at(name, view.at)
+    threshold = _shown_value(view, f"{signal}_threshold")
     if threshold is not None and math.isfinite(threshold) and width >= 56:
         right.append((f"threshold {format_short(threshold)}   ", "threshold"))
     if view.at is not None:
         marks = axis.describe_marks_at(view, view.at)
-        right.append((f"{marks}  " if marks and width >= 40 else "", "warn"))
+        if marks and width >= 40:
+            right.append((f"{marks}  ", "warn"))
         right.append((f"step {format_count(view.at)}  ", "accent"))
     right.append(_value(view, signal))
     return tuple(right)
@@ -254,5 +262,7 @@ def _pieces(drawn: raster.Plot, y: int, tones: Mapping[Ink, str]) -> Row:
     pieces = []
     for first, end in itertools.pairwise(cuts):
         tone = tones[Ink(int(inks[first]))]
-        pieces.append((text[first:end], tone + BAND if band[first] else tone))
+        if band[first]:
+            tone += BAND
+        pieces.append((text[first:end], tone))
     return tuple(pieces)

@@ -79,14 +79,22 @@ class ColumnCache:
         tall = rows > 1  # a curve of one row has no room for more than itself
         log, smooth = signal in view.logarithmic, view.smooth if tall else 0
         dots = self._columns(series, signal, along, scale, log=log, tall=tall, smooth=smooth > 0)
+        places: np.ndarray | None = None
+        rules: tuple[int, ...] = ()
+        marks: tuple[Mark, ...] = ()
+        if smooth:
+            places = overlay.moving_average(dots["median"], SMOOTHING[smooth])
+        if tall:
+            rules = _rule_cells(view, scale)
+            marks = self._marks_of(view, scale, all_kinds=view.big == signal)
         return PlotInput(
             main=Columns(dots["low"], dots["high"], dots["bad"]),
             pale=self._abandoned_columns(series, signal, along, scale),
             baseline=dots.get("baseline"),
             threshold=dots.get("threshold"),
-            places=overlay.moving_average(dots["median"], SMOOTHING[smooth]) if smooth else None,
-            rules=_rule_cells(view, scale) if tall else (),
-            marks=self._marks_of(view, scale, all_kinds=view.big == signal) if tall else (),
+            places=places,
+            rules=rules,
+            marks=marks,
             log=log,
             scale=scale,
             rows=rows,

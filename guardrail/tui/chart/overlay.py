@@ -80,7 +80,9 @@ def column_medians(curves: Iterable[Curve], scale: XScale, log: bool, first: int
 
 def draw_smoothed(plot: Plot, places: np.ndarray) -> None:
     """Draw a line through places of the y-axis; it replaces the raw curve in its cells."""
-    values = 10.0**places if plot.scale.log else places
+    values = places
+    if plot.scale.log:
+        values = 10.0**places
     bits = raster.draw_line(
         Columns(values, values, np.zeros(len(values), dtype=bool)), plot.scale, plot.body
     )

@@ -135,7 +135,8 @@ class DecimatedSeries:
             first: number of the first of them in the file; without it they follow those before.
         """
         numbers = np.arange(len(rows)) + (self._seen if first is None else first)
-        self._seen = int(numbers[-1]) + 1 if len(numbers) else self._seen
+        if len(numbers):
+            self._seen = int(numbers[-1]) + 1
         where = {name: index for index, name in enumerate(columns)}
         if "step" not in where or not len(rows):
             return
@@ -148,7 +149,9 @@ class DecimatedSeries:
             step = rows[:, where["step"]]
         if not len(rows):
             return
-        timeline = rows[:, where["timeline"]] if "timeline" in where else np.zeros(len(rows))
+        timeline = np.zeros(len(rows))
+        if "timeline" in where:
+            timeline = rows[:, where["timeline"]]
         cuts = np.flatnonzero((np.diff(timeline) != 0) | (np.diff(step) < 0)) + 1
         for start, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):
             goes_back = self._rows and step[start] < self._step[self._rows - 1]

@@ -65,7 +65,9 @@ class Curve:
     @classmethod
     def of(cls, x: np.ndarray, y: np.ndarray) -> Curve:
         bad = ~np.isfinite(y)
-        return cls(x, np.where(bad, np.nan, y) if bad.any() else y, bad)
+        if bad.any():
+            y = np.where(bad, np.nan, y)
+        return cls(x, y, bad)
 
     @property
     def points(self) -> Level:

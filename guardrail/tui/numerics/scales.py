@@ -116,13 +116,17 @@ def fit_y_scale(
     highs, lows = highs[some], lows[some]
     # On a log axis a column may reach down to zero or below: its upper end counts alone.
     lows = np.where(np.isfinite(lows), lows, highs)
+    if not len(highs) and len(parts) > 1:
+        return fit_y_scale(parts[1:], log=log)
     if not len(highs):
-        return fit_y_scale(parts[1:], log=log) if len(parts) > 1 else YScale(0.0, 1.0, log)
+        return YScale(0.0, 1.0, log)
     bottom, top = float(_smooth(lows).min()), float(_smooth(highs).max())
     bottom = min(bottom, top)
     span = max(top - bottom, 0.02 if log else max(abs(top), abs(bottom)) * 0.01)
     # On a log axis a spike of up to a decade may be twice as high as the rest and is still shown.
-    slack = max(_SLACK * span, min(1.0, 2 * span)) if log else _SLACK * span
+    slack = _SLACK * span
+    if log:
+        slack = max(slack, min(1.0, 2 * span))
     least, most = bottom - slack, top + slack
     for low, _ in parts[1:]:
         # Values below the present ones are no spike: an abandoned timeline may have been healthy.
@@ -139,7 +143,9 @@ def fit_y_scale(
         near = wanted[np.isfinite(wanted) & (wanted <= most) & (wanted >= bottom)]
         if len(near):
             top = max(top, float(near.max()))
-    return _snap(bottom, top, log, floor=0.0 if not log and bottom >= 0 else -math.inf)
+    if not log and bottom >= 0:
+        return _snap(bottom, top, log, floor=0.0)
+    return _snap(bottom, top, log)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -181,10 +187,14 @@ def round_up(value: float) -> float:
 def place_ticks(y: YScale, rows: int, *, offset: int = 0) -> list[tuple[int, str]]:
     """Return (cell row, label) of round values, about one in three rows, from top to bottom."""
     wanted = max(2, rows // 3)
-    values = _log_ticks(y, wanted) if y.log else _linear_ticks(y.bottom, y.top, wanted)
+    if y.log:
+        values = _log_ticks(y, wanted)
+        labels = [format_short(value) for value in values]
+    else:
+        values = _linear_ticks(y.bottom, y.top, wanted)
+        labels = format_labels(values)
     dots = 4 * rows
     placed: dict[int, str] = {}
-    labels = [format_short(value) for value in values] if y.log else format_labels(values)
     for value, label in zip(values, labels, strict=True):
         row = round(float(y.rows(np.array([value]), dots)[0])) // 4
         is_free = not {row - 1, row, row + 1} & placed.keys()
@@ -211,7 +221,9 @@ def _log_ticks(y: YScale, wanted: int) -> list[float]:
         return [10.0**k for k in range(math.ceil(first / stride) * stride, last + 1, stride)]
     finer = [m * 10.0**k for k in range(first - 1, last + 1) for m in (1, 2, 5)]
     found = [v for v in finer if y.bottom - 1e-9 <= math.log10(v) <= y.top + 1e-9]
-    return found if len(found) >= 2 else _linear_ticks(10.0**y.bottom, 10.0**y.top, wanted)
+    if len(found) >= 2:
+        return found
+    return _linear_ticks(10.0**y.bottom, 10.0**y.top, wanted)
 
 
 def format_labels(values: Sequence[float]) -> list[str]:

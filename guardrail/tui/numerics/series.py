@@ -192,7 +192,9 @@ class Series:
                 before = int(np.searchsorted(self.step, detail.low))
                 sparse = column in self.bad and column not in SIGNALS
                 elsewhere = value is None or (math.isnan(value) and sparse)
-                return self._value(column, before) if elsewhere else value
+                if elsewhere:
+                    return self._value(column, before)
+                return value
         return None
 
     def last(self, column: str) -> float | None:
@@ -256,12 +258,12 @@ class Series:
                 continue
             bad[name] = np.logical_or.reduceat(self.bad[name], starts)
             rows = array[self.thin :]
-            low[name] = np.fmin.reduceat(
-                np.concatenate([self.low[name], rows]) if self.thin else rows, starts
-            )
-            high[name] = np.fmax.reduceat(
-                np.concatenate([self.high[name], rows]) if self.thin else rows, starts
-            )
+            lows = highs = rows
+            if self.thin:
+                lows = np.concatenate([self.low[name], rows])
+                highs = np.concatenate([self.high[name], rows])
+            low[name] = np.fmin.reduceat(lows, starts)
+            high[name] = np.fmax.reduceat(highs, starts)
             if name not in SIGNALS:
                 known = np.maximum.reduceat(
                     np.where(np.isfinite(array), np.arange(len(array)), -1), starts

@@ -18,6 +18,7 @@ from guardrail.tui.panes.frame import (
     empty_row,
     entries_in_view,
     mark_entry,
+    named_facts,
     pane_title,
     wrapped_fact_rows,
 )
@@ -69,8 +70,7 @@ def _describe(view: View, one: SkippedSpan, width: int) -> Sequence[Row]:
     ]
     if one.incident:
         facts.append(("incident", f"#{one.incident}"))
-    for index, name in enumerate(one.documents):
-        facts.append(("" if index else "documents", name))
+    facts += named_facts("documents", one.documents)
     return wrapped_fact_rows(facts, width)
 
 
@@ -106,7 +106,9 @@ def _text(one: SkippedSpan) -> str:
         text += f"  {clean_and_shorten(one.span.reason, 80)}"
     names = ", ".join(name.rsplit("/", 1)[-1] for name in one.documents[:_NAMED])
     more = len(one.documents) - _NAMED
-    return f"{text}  {names} +{more}" if more > 0 else f"{text}  {names}"
+    if more > 0:
+        names += f" +{more}"
+    return f"{text}  {names}"
 
 
 PANE = Pane(

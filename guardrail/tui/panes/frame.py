@@ -4,11 +4,12 @@ Pure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from guardrail.tui.draw.lines import Piece, Row, fit_row, make_row, title_row, wrap_text
 from guardrail.tui.model.pane_state import PaneState
 
+Fact = tuple[str, str]  # name, text; "" as name continues the fact before
 _ENTRY = "entry "
 _LABEL = 10  # cells of the name of a fact
 
@@ -23,7 +24,8 @@ def pane_title(name: str, width: int, state: PaneState, *, right: Row = ()) -> R
 
 def empty_row(state: PaneState, text: str, width: int) -> Row:
     """Return the row of a pane without entries: `text`, or that the filter matches none."""
-    text = "no match for the filter" if state.filter else text
+    if state.filter:
+        text = "no match for the filter"
     return fit_row(make_row((f" {text}", "dim")), width)
 
 
@@ -50,10 +52,22 @@ def last_rows(blocks: Sequence[list[Row]], room: int) -> list[Row]:
     return rows[max(0, len(rows) - room) :]
 
 
+def pointer(on: bool) -> Piece:
+    """Return the cell before an entry: a pointer where it is selected."""
+    return ("▸", "key") if on else (" ", "key")
+
+
+def last_index(count: int, state: PaneState) -> int:
+    """Return the last entry in view of a pane that shows its end; -1 where it has no entry."""
+    if state.cursor is None:
+        return count - 1
+    return min(state.cursor, count - 1)
+
+
 def mark_entry(line: Row, index: int, state: PaneState) -> Row:
     """Return the entry with a pointer before it where it is selected, else with a free cell."""
-    on = state.focused and state.cursor == index
-    return (entry_marker(index), ("▸" if on else " ", "key"), *line)
+    selected = state.focused and state.cursor == index
+    return (entry_marker(index), pointer(selected), *line)
 
 
 def entry_marker(index: int) -> Piece:
@@ -68,12 +82,20 @@ def entry_of_row(line: Row) -> int | None:
     return int(line[0][1].removeprefix(_ENTRY))
 
 
-def fact_rows(facts: Sequence[tuple[str, str]]) -> list[Row]:
+def named_facts(name: str, texts: Iterable[str]) -> list[Fact]:
+    """Return facts of which the first has the name."""
+    facts = [("", text) for text in texts]
+    if facts:
+        facts[0] = (name, facts[0][1])
+    return facts
+
+
+def fact_rows(facts: Sequence[Fact]) -> list[Row]:
     """Return one row for each (name, text)."""
     return [make_row((f"   {name:<{_LABEL}}", "dim"), text) for name, text in facts]
 
 
-def wrapped_fact_rows(facts: Sequence[tuple[str, str]], width: int) -> list[Row]:
+def wrapped_fact_rows(facts: Sequence[Fact], width: int) -> list[Row]:
     """Return the rows of (name, text) pairs, long texts wrapped under themselves.
 
     A text that begins with spaces keeps them on each of its rows.
@@ -82,7 +104,7 @@ def wrapped_fact_rows(facts: Sequence[tuple[str, str]], width: int) -> list[Row]
     for name, text in facts:
         body = text.lstrip(" ")
         indent = " " * (len(text) - len(body))
-        for at, line in enumerate(wrap_text(body, width - _LABEL - 4 - len(indent))):
-            label = "" if at else name
-            rows.append(make_row((f"   {label:<{_LABEL}}", "dim"), indent + line))
+        for line in wrap_text(body, width - _LABEL - 4 - len(indent)):
+            rows.append(make_row((f"   {name:<{_LABEL}}", "dim"), indent + line))
+            name = ""  # it stands in the first row only
     return rows

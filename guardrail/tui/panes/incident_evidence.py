@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from guardrail.core.format import (
     clean_and_shorten,
@@ -15,8 +15,8 @@ from guardrail.core.records import Finding, score_words
 from guardrail.report.incident import Document, Incident, Sample
 from guardrail.tui.model.view import signal_label
 from guardrail.tui.numerics.scales import format_short
+from guardrail.tui.panes.frame import Fact, named_facts
 
-Fact = tuple[str, str]  # name, text; "" as name continues the fact before
 _MOST_ACTIONS = 12  # the newest ones
 _MOST_SAMPLES, _MOST_SPANS, _DOCUMENTS_OF_SAMPLE = 16, 6, 2
 
@@ -49,11 +49,6 @@ def evidence_facts(incident: Incident) -> list[Fact]:
     if incident.measured:
         facts.append(("measured", _measured(incident)))
     return facts
-
-
-def named_facts(name: str, texts: Iterable[str]) -> list[Fact]:
-    """Return facts of which the first has the name."""
-    return [("" if index else name, text) for index, text in enumerate(texts)]
 
 
 def _parameter_lines(incident: Incident) -> Iterator[str]:
@@ -130,7 +125,9 @@ def _lines_of_document(document: Document) -> Iterator[str]:
 def _outcome(incident: Incident) -> str:
     if incident.outcome:
         return incident.outcome
-    return "not over yet" if incident.state == "open" else incident.state
+    if incident.state == "open":
+        return "not over yet"
+    return incident.state
 
 
 def _measured(incident: Incident) -> str:

@@ -11,13 +11,16 @@ from guardrail.tui.model.incident_list import IncidentSummary, format_skipped
 from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.run_story import ASKS
 from guardrail.tui.model.view import View
-from guardrail.tui.panes.frame import empty_row, entry_marker, pane_title, wrapped_fact_rows
-from guardrail.tui.panes.incident_evidence import (
+from guardrail.tui.panes.frame import (
     Fact,
-    evidence_facts,
-    format_finding,
+    empty_row,
+    entry_marker,
     named_facts,
+    pane_title,
+    pointer,
+    wrapped_fact_rows,
 )
+from guardrail.tui.panes.incident_evidence import evidence_facts, format_finding
 from guardrail.tui.panes.pane import Pane
 
 # State of an incident -> how it stands in the table.
@@ -64,7 +67,9 @@ def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Ro
 def _describe(view: View, incident: IncidentSummary, width: int) -> list[Row]:
     """Return all evidence of an incident: findings, cause, actions, samples, outcome."""
     recorded = _recorded(view, incident)
-    facts = _summary_facts(incident) if recorded is None else evidence_facts(recorded)
+    facts = _summary_facts(incident)
+    if recorded is not None:
+        facts = evidence_facts(recorded)
     return [_head_row(view, incident, width), *wrapped_fact_rows(facts, width)]
 
 
@@ -143,9 +148,9 @@ def _head_row(view: View, incident: IncidentSummary, width: int, *, marked: bool
             state = _STATES.get(recorded.state, state)
         if recorded.cause:
             cause = f"  {recorded.cause}"
-    name = f"#{incident.number}" if incident.number > 0 else "–"
+    name = f"#{incident.label}" if incident.label else "–"
     line: Row = (
-        ("▸" if marked else " ", "key"),
+        pointer(marked),
         (f"{name:<3} ", "strong"),
         (f"step {format_count(incident.step)}  ", "plain"),
         state,

@@ -10,7 +10,7 @@ from guardrail.tui.draw.lines import Row, make_row, wrap_text
 from guardrail.tui.model.log_lines import LogLine
 from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.view import View
-from guardrail.tui.panes.frame import last_rows, pane_title
+from guardrail.tui.panes.frame import last_index, last_rows, pane_title, pointer
 from guardrail.tui.panes.pane import Pane
 
 
@@ -23,7 +23,7 @@ def _matching_lines(view: View, state: PaneState) -> list[LogLine]:
 
 def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
     lines = _matching_lines(view, state)
-    last = len(lines) - 1 if state.cursor is None else min(state.cursor, len(lines) - 1)
+    last = last_index(len(lines), state)
     room = height - 1
     blocks: list[list[Row]] = []
     for index in range(last, -1, -1):
@@ -45,7 +45,7 @@ def _log_rows(line: LogLine, width: int, marked: bool) -> tuple[Row, ...]:
     texts = wrap_text(line.text, width - len(time) - 3)
     rows = [
         make_row(
-            ("▸" if marked else " ", "key"),
+            pointer(marked),
             (time, "dim"),
             (f"{line.mark} ", line.tone),
             (texts[0], "plain"),

@@ -9,7 +9,7 @@ from guardrail.tui.draw.lines import Row, make_row, wrap_text
 from guardrail.tui.model.logtail import PrintedLine
 from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.view import View
-from guardrail.tui.panes.frame import empty_row, last_rows, pane_title
+from guardrail.tui.panes.frame import empty_row, last_index, last_rows, pane_title, pointer
 from guardrail.tui.panes.pane import Pane
 
 # words for which a line stands out, in small letters
@@ -29,11 +29,12 @@ def _matching_lines(view: View, state: PaneState) -> list[PrintedLine]:
 
 def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
     lines = _matching_lines(view, state)
-    about = make_row((format_plural(len(lines), "line"), "dim")) if lines else ()
-    title = pane_title("output", width, state, right=about)
     if not lines:
+        title = pane_title("output", width, state)
         return [title, empty_row(state, "nothing printed yet", width)][:height]
-    last = len(lines) - 1 if state.cursor is None else min(state.cursor, len(lines) - 1)
+    about = make_row((format_plural(len(lines), "line"), "dim"))
+    title = pane_title("output", width, state, right=about)
+    last = last_index(len(lines), state)
     room = height - 1
     sources = [len(line.source) for line in lines[max(0, last - height) : last + 1]]
     label = min(_LONGEST_SOURCE, max(sources))
@@ -56,7 +57,7 @@ def _line_rows(line: PrintedLine, width: int, label: int, *, marked: bool) -> li
     texts = wrap_text(line.text, max(1, width - label - 3))[:_MOST_ROWS]
     tone = _tone_of(line.text)
     source = f"{line.source[:label]:>{label}} "
-    rows = [make_row(("▸" if marked else " ", "key"), (source, "dim"))]
+    rows = [make_row(pointer(marked), (source, "dim"))]
     rows[0] = (*rows[0], (texts[0], tone))
     for text in texts[1:]:
         rows.append(make_row((" " * (label + 2), "plain"), (text, tone)))
@@ -67,7 +68,9 @@ def _tone_of(text: str) -> str:
     small = text.lower()
     if any(word in small for word in _BAD_WORDS):
         return "bad"
-    return "warn" if _WARNING_WORD in small else "plain"
+    if _WARNING_WORD in small:
+        return "warn"
+    return "plain"
 
 
 PANE = Pane(

@@ -46,18 +46,20 @@ class Pane(Generic[Entry]):
         if state.cursor is None:
             return None
         entries = self.entries(view, state)
-        return entries[state.cursor] if state.cursor < len(entries) else None
+        if state.cursor >= len(entries):
+            return None
+        return entries[state.cursor]
 
     def step(self, view: View, state: PaneState) -> int | None:
         """Return the step of the selected entry."""
-        if self.step_of is None:
-            return None
         entry = self.selected(view, state)
-        return None if entry is None else self.step_of(entry)
+        if self.step_of is None or entry is None:
+            return None
+        return self.step_of(entry)
 
     def detail(self, view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
         """Return the rows of the window that Enter opens; none where it opens none."""
-        if self.describe is None:
-            return []
         entry = self.selected(view, state)
-        return [] if entry is None else self.describe(view, entry, width)
+        if self.describe is None or entry is None:
+            return []
+        return self.describe(view, entry, width)

@@ -105,22 +105,22 @@ def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Ro
 
 def _describe(view: View, one: RankHealth, width: int) -> Sequence[Row]:
     """Return all that a rank reports of itself."""
-    told = one.rank.status
-    step_time = f"{_seconds(told.step_seconds)} of a step, {one.ratio:.2f} × the median"
+    status = one.rank.status
+    step_time = f"{_seconds(status.step_seconds)} of a step, {one.ratio:.2f} × the median"
     facts = [
-        ("phase", PHASES[told.phase]),
+        ("phase", PHASES[status.phase]),
         ("fault", _state_words(one) if one.fault else "none"),
-        ("step", format_count(told.step)),
+        ("step", format_count(status.step)),
         ("own work", step_time),
-        ("host", f"{clean_and_shorten(told.host, 80)}, process {told.pid}"),
-        ("memory", format_size(told.memory_bytes) or "unknown"),
+        ("host", f"{clean_and_shorten(status.host, 80)}, process {status.pid}"),
+        ("memory", format_size(status.memory_bytes) or "unknown"),
         ("GPU", _gpu_words(one)),
         ("heartbeat", f"{format_elapsed(_now(view) - one.rank.heard)} ago"),
         ("progress", f"{format_elapsed(_now(view) - one.rank.moved)} ago"),
-        ("start", f"{told.incarnation}"),
-        ("log", f"logs/rank-{told.rank}.log"),
+        ("start", f"{status.incarnation}"),
+        ("log", f"logs/rank-{status.rank}.log"),
     ]
-    return [make_row((f" rank {told.rank}", "strong")), *fact_rows(facts)]
+    return [make_row((f" rank {status.rank}", "strong")), *fact_rows(facts)]
 
 
 # -- the map
@@ -177,20 +177,20 @@ def _slowest_pieces(view: View, shown: Sequence[RankHealth]) -> list[Piece]:
     often, times = max(counts, key=lambda pair: pair[1], default=(-1, 0))
     in_steps = f"in {times} of {format_plural(total, 'step')}"
     slowest = max(shown, key=lambda one: one.rank.status.step_seconds)
-    told = slowest.rank.status
+    status = slowest.rank.status
     pieces: list[Piece] = []
-    if told.step_seconds > 0 and len(shown) > 1:
+    if status.step_seconds > 0 and len(shown) > 1:
         tone = "warn" if slowest.fault == "slow" else "plain"
-        host, seconds = clean_and_shorten(told.host, 24), _seconds(told.step_seconds)
-        pieces.append((f"   slowest {told.rank} ({host}) {seconds}", tone))
-        if told.rank == often:
+        host, seconds = clean_and_shorten(status.host, 24), _seconds(status.step_seconds)
+        pieces.append((f"   slowest {status.rank} ({host}) {seconds}", tone))
+        if status.rank == often:
             pieces.append((f", {in_steps}", "dim"))
     for fault in ("silent", "stuck", "failed"):
         if many := sum(one.fault == fault for one in shown):
             pieces.append((f"   {_FAULTS[fault][0]} {many} {fault}", "bad"))
     if any(one.rank.status.gpu_memory_bytes and one.rank.status.gpu_percent < 0 for one in shown):
         pieces.append(("   GPU use unknown: needs guardrail[gpu]", "dim"))
-    if total and told.rank != often:
+    if total and status.rank != often:
         pieces.append((f"   {often} was slowest {in_steps}", "dim"))
     return pieces
 
@@ -201,23 +201,23 @@ def _rank_row(one: RankHealth, now: float, longest: float, width: int) -> Row:
     Args:
         longest: seconds that the longest bar stands for.
     """
-    told = one.rank.status
+    status = one.rank.status
     glyph, tone = _FAULTS.get(one.fault, ("●", "good"))
     line: list[Piece] = [
-        (f"{told.rank:>5} ", "strong"),
+        (f"{status.rank:>5} ", "strong"),
         (f"{glyph} ", tone),
         (f"{_state_words(one):<15}", tone if one.fault else "plain"),
         *_bar_pieces(one, longest, min(_BAR, max(0, width - _BESIDE_BAR))),
-        (f" {_seconds(told.step_seconds):>8}", "plain"),
+        (f" {_seconds(status.step_seconds):>8}", "plain"),
     ]
-    memory = format_size(told.gpu_memory_bytes or told.memory_bytes)
+    memory = format_size(status.gpu_memory_bytes or status.memory_bytes)
     columns = [
         f"{memory:>9}",
         f" {format_elapsed(now - one.rank.heard):>9}",
-        f"  {clean_and_shorten(told.host, 40)}",
+        f"  {clean_and_shorten(status.host, 40)}",
     ]
-    if told.gpu_percent >= 0:
-        columns.insert(0, f"  GPU {told.gpu_percent:>3.0f} %")
+    if status.gpu_percent >= 0:
+        columns.insert(0, f"  GPU {status.gpu_percent:>3.0f} %")
     used = row_width(tuple(line))
     for text in columns:
         if used + cell_len(text) < width:
@@ -229,18 +229,21 @@ def _rank_row(one: RankHealth, now: float, longest: float, width: int) -> Row:
 def _bar_pieces(one: RankHealth, longest: float, cells: int) -> list[Piece]:
     if cells < _LEAST_BAR:
         return []
-    filled = round(cells * one.rank.status.step_seconds / longest) if longest > 0 else 0
-    tone = _FAULTS["slow"][1] if one.fault == "slow" else "accent"
+    filled, tone = 0, "accent"
+    if longest > 0:
+        filled = round(cells * one.rank.status.step_seconds / longest)
+    if one.fault == "slow":
+        tone = _FAULTS["slow"][1]
     return [("▇" * filled, tone), (" " * (cells - filled), "plain")]
 
 
 def _gpu_words(one: RankHealth) -> str:
-    told = one.rank.status
-    used, known = format_size(told.gpu_memory_bytes), told.gpu_percent >= 0
-    busy = f"{told.gpu_percent:.0f} % busy" if known else _NO_GPU_USE
-    if used:
-        return f"{busy}, {used} in use"
-    return busy if known else "none"
+    status = one.rank.status
+    used = format_size(status.gpu_memory_bytes)
+    if status.gpu_percent < 0:
+        return f"{_NO_GPU_USE}, {used} in use" if used else "none"
+    busy = f"{status.gpu_percent:.0f} % busy"
+    return f"{busy}, {used} in use" if used else busy
 
 
 def _state_words(one: RankHealth) -> str:
@@ -253,14 +256,16 @@ def _state_words(one: RankHealth) -> str:
 
 
 def _text(one: RankHealth) -> str:
-    told = one.rank.status
-    return f"{told.rank} {told.host} {PHASES[told.phase]} {one.fault}"
+    status = one.rank.status
+    return f"{status.rank} {status.host} {PHASES[status.phase]} {one.fault}"
 
 
 def _seconds(value: float) -> str:
     if not value > 0:
         return "–"
-    return f"{1000 * value:,.0f} ms" if value < 10 else f"{value:,.1f} s"
+    if value < 10:
+        return f"{1000 * value:,.0f} ms"
+    return f"{value:,.1f} s"
 
 
 PANE = Pane(

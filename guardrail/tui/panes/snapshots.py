@@ -27,7 +27,9 @@ from guardrail.tui.panes.frame import (
 from guardrail.tui.panes.pane import Pane
 
 _WIDE = 44  # cells from which on an entry has the size on disk
-_TONES = {"suspect": "warn", "good": "plain"}  # state -> tone of its word; others are dim
+_TONES = {"suspect": "warn", "good": "plain"}  # (in memory, good) -> symbol
+_SYMBOLS = {(True, True): "●", (True, False): "○", (False, True): "■", (False, False): "□"}
+# state -> tone of its word; others are dim
 
 
 def restorable_states(status: Status | None) -> list[SnapshotInfo]:
@@ -116,8 +118,7 @@ def state_symbol(info: SnapshotInfo) -> Piece:
     """
     if info.state == "suspect":
         return "▲", "warn"
-    filled, hollow = ("●", "○") if info.tier == "memory" else ("■", "□")
-    return (filled if info.state == "good" else hollow), "good"
+    return _SYMBOLS[info.tier == "memory", info.state == "good"], "good"
 
 
 def snapshot_row(info: SnapshotInfo, now: float, width: int = _WIDE) -> Row:
