@@ -82,8 +82,8 @@ def test_one_batch_is_no_batches(batches: int, said: str) -> None:
 @pytest.mark.fault("T21")
 def test_no_axis_of_a_loss_reaches_below_zero() -> None:
     losses = np.array([8.0, 4.0, 1.0, 0.1, 0.02])
-    assert fit_vertical_axis(losses, losses).value(1.0) >= 0.0
-    assert fit_vertical_axis(-losses, -losses).value(1.0) < -8.0, (
+    assert fit_vertical_axis(losses, losses).value_at(1.0) >= 0.0
+    assert fit_vertical_axis(-losses, -losses).value_at(1.0) < -8.0, (
         "a signal that is negative has one"
     )
     flat = np.full(40, 0.0)
