@@ -175,7 +175,7 @@ class RunState:
         return Rates(self._scheduled_lr(step) * effects.lr, effects.embed_alpha)
 
     def _scheduled_lr(self, step: int) -> float:
-        """Return the learning rate of the schedule alone; NaN where no row tells it."""
+        """Return the learning rate of the schedule alone; NaN where no row has it."""
         row = next((row for row in self.rows if row.step == step), None)
         if row is None and self.rows and step > self.rows[-1].step:
             # The rate of the next step is not recorded yet. The schedule moves little in one step.

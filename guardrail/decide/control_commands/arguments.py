@@ -127,7 +127,7 @@ class Count(Argument):
         return f"1 to {self.high} {self.unit}"
 
     def accepts(self, value: float) -> bool:
-        return is_whole(value) and 1 <= value <= self.high
+        return is_integer(value) and 1 <= value <= self.high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ class NumberOrNewest(Argument):
         return f"{self.number}, or nan for {self.newest}"
 
     def accepts(self, value: float) -> bool:
-        return math.isnan(value) or (is_whole(value) and self.low <= value < MAX_STEP)
+        return math.isnan(value) or (is_integer(value) and self.low <= value < MAX_STEP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ class Word(Argument):
         return f"one of {', '.join(self.words)} (0 to {len(self.words) - 1})"
 
     def accepts(self, value: float) -> bool:
-        return is_whole(value) and 0 <= value < len(self.words)
+        return is_integer(value) and 0 <= value < len(self.words)
 
     def read(self, text: str) -> float:
         if text in self.words:
@@ -187,6 +187,6 @@ class Word(Argument):
         return super().write(value)
 
 
-def is_whole(value: float) -> bool:
+def is_integer(value: float) -> bool:
     """Return whether a number is finite and has no fraction."""
     return math.isfinite(value) and value == int(value)

@@ -1,6 +1,6 @@
 """What a command of a user is, and what it may ask of a run. Pure.
 
-`ControlCommand` is the base class. Each command is a class in a file of its own, and one entry of
+`ControlCommand` is the base class. Each command is a class in its own file, and one entry of
 `registry.COMMANDS`. The command line, the screen, the command files, the journal and the guard know
 a command only by this interface:
 
@@ -37,7 +37,7 @@ from guardrail.decide.undo import UndoPlan
 
 
 class HoldsFor(Enum):
-    """What must be as the user saw it, for a command to be carried out."""
+    """What must not have changed since the command was given, for it to be carried out."""
 
     ANYTHING = "anything"  # it does the same whatever has happened since
     SETTING = "setting"  # the setting that it replaces
@@ -212,7 +212,7 @@ class ControlCommand:
         argument: what it takes.
         help: what it does, as a sentence.
         key: on the screen; None: it has none.
-        holds_for: what must be as the user saw it.
+        holds_for: what must not have changed since the user gave it.
         own_line: kind of the journal line that its action writes; "": the answer is the only line.
         factor: kind of the remedy whose factor it sets; "": it sets none.
         waits_for_preview: the screen sends it only once its preview is shown.

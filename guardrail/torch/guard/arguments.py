@@ -80,10 +80,10 @@ def check_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
     if callable(size):
         checked_parts["batch_size"] = _checked_sizes(size)
     else:
-        checked_parts["batch_size"] = check_whole_number("batch_size", size, least=1)
-    checked_parts["total_steps"] = check_whole_number("total_steps", parts["total_steps"], least=0)
+        checked_parts["batch_size"] = check_integer("batch_size", size, least=1)
+    checked_parts["total_steps"] = check_integer("total_steps", parts["total_steps"], least=0)
     if parts["limit"] is not None:
-        checked_parts["limit"] = check_whole_number("limit", parts["limit"], least=1)
+        checked_parts["limit"] = check_integer("limit", parts["limit"], least=1)
     checked_parts["clip"] = _checked_clip(parts["clip"])
     _check_run(parts["run"])
     return checked_parts
@@ -120,7 +120,7 @@ def check_layout(ranks: Any, *, world: int) -> RankLayout:
     return dataclasses.replace(ranks, device=_checked_device(ranks.device))
 
 
-def check_whole_number(name: str, value: Any, *, least: int) -> int:
+def check_integer(name: str, value: Any, *, least: int) -> int:
     """Return a whole number of at least `least`. Raises ConfigError."""
     number = to_plain_tree(value)
     if isinstance(number, bool) or not isinstance(number, int) or number < least:
@@ -186,7 +186,7 @@ def _check_order(order: Any) -> None:
 
 def _checked_sizes(size: Callable[[int], int]) -> Callable[[int], int]:
     def of_step(step: int) -> int:
-        return check_whole_number(f"batch_size({step})", size(step), least=1)
+        return check_integer(f"batch_size({step})", size(step), least=1)
 
     return of_step
 

@@ -1,7 +1,7 @@
 """The keys that send commands to the run.
 
 A command's own class says which dialog it needs: none, a number, a word, or a preview with a Yes.
-The default of a preview is No. Only `pause`, `rollback` and `answer` have dialogs of their own.
+The default of a preview is No. Only `pause`, `rollback` and `answer` have special dialogs.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ class CommandKeys(Base):
         dialog = Choose(_title_of(kind), self.view, text=[], options=options, cursor=cursor)
         self._open(dialog, send)
 
-    # -- commands with a dialog of their own
+    # -- commands with a special dialog
 
     def _pause_or_resume(self) -> None:
         status = self.view.status
