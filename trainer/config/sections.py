@@ -75,7 +75,7 @@ class TrainSection(Section, frozen=True, kw_only=True):
 
     # Applied updates of the run; 0: train.epochs decides.
     steps: Natural = 0
-    # Passes over the training split; used when steps is 0.
+    # Epochs of the training split; used if steps is 0.
     epochs: Natural = 0
     # Samples per update, over all ranks and micro-batches.
     batch_size: Positive = 16

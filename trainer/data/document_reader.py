@@ -52,8 +52,8 @@ class DocumentReader:
     Args:
         files: what `discover` found.
         text_field: field of a JSON record that holds the text.
-        max_bytes: a document longer than this is a bad record, and is never held in memory as a
-            whole. A document is a file, or a line of a JSONL file.
+        max_bytes: a document longer than this is a bad record, and is never completely in memory.
+            A document is a file, or a line of a JSONL file.
         pulse: called often; its `share` is set to the share of the bytes on disk that was read.
     """
 

@@ -53,8 +53,8 @@ class Stream:
 class _ZstdReader:
     """Decompresses zstd frames one after another.
 
-    zstandard's own stream reader takes a truncated file for a complete one. Its decompression
-    object tells the two apart.
+    zstandard's own stream reader accepts a truncated file as complete. Its decompression object does
+    not.
     """
 
     def __init__(self, raw: IO[bytes]) -> None:
@@ -101,7 +101,7 @@ class _ZstdReader:
 def read_lines(stream: Stream, limit: int) -> Iterator[tuple[int, bytes | None]]:
     """Yield (line number from 1, line without its end); None for a line longer than `limit` bytes.
 
-    Such a line is never held in memory as a whole. When the stream breaks, the line that it broke
+    Such a line is never completely in memory. When the stream breaks, the line that it broke
     in is dropped.
     """
     parts: list[bytes] = []  # of the line that is not complete yet
