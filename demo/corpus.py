@@ -1,14 +1,13 @@
-"""Builds a folder of numbered text files out of the standard library, with two stretches of really
-corrupted ones.
+"""Builds a folder of numbered text files from the standard library, with two groups of corrupted ones.
 
     python -m demo.corpus --out demo/corpus
 
-The corrupted documents are what a careless extraction leaves in a corpus: binary files of this
-installation decoded as text (as Latin-1, as UTF-16), and one phrase repeated for pages. Each batch
-of them is a spike, so guardrail skips it before its update. The text of the second stretch gets
-worse from page to page, as a bad scan does. Its first batches are too close to normal text to be
-rejected; when the loss has risen, their updates are in the weights, and guardrail rolls back. With
-`[data] order = "stream"` a byte-level run meets both stretches at a known share of its samples.
+The corrupted documents are typical of a careless extraction: binary files of this installation
+decoded as text (as Latin-1, as UTF-16), and one phrase repeated for pages. Each batch of them is a
+spike, so guardrail skips it before its update. The text of the second group gets worse from document
+to document, like a bad scan. Its first batches are too close to normal text to be rejected. When the
+loss has risen, their updates are in the weights, and guardrail rolls back. With
+`data.order = "stream"` a byte-level run reads both groups at a known share of its samples.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from trainer.data.progress import Progress
 from trainer.data.sources import discover
 from trainer.sources.python_library import BUILTIN
 
-MARKER = ".corpus.json"  # hidden, so that a run that reads the folder passes it over
-# the end of what the marker file says of the second stretch
+MARKER = ".corpus.json"  # hidden, so that a run that reads the folder ignores it
+# The end of the description of a document of the second group in the marker file.
 WORN = "of its characters read wrongly"
 PHRASES = (
     "click here to accept all cookies ",
@@ -46,30 +45,29 @@ PHRASES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is built. A run of `steps` x `batch` samples does not come to the end of it."""
+    """What is built: more text than a run of `steps` x `batch` samples reads."""
 
     seed: int = 0
     steps: int = 300
     batch: int = 16
     # Tokens (bytes) of a sample, as data.sequence_length.
     sequence_length: int = 128
-    # As data.eval_fraction: documents that the run holds out do not move the stretch.
+    # As data.eval_fraction: documents that the run holds out do not move the groups.
     eval_fraction: float = 0.02
-    # Where the corrupted stretch begins, and how long it is, as shares of the run.
+    # Begin and length of the first group, as shares of the run.
     at: float = 0.56
     amount: float = 0.02
-    # A second stretch, whose text gets worse from page to page: where it begins and how long it is,
-    # as shares of the run.
+    # Begin and length of the second group, whose text gets worse, as shares of the run.
     worn_at: float = 0.78
     worn_amount: float = 0.04
-    # Share of its characters that are wrong, at its beginning and at its end.
+    # Share of its characters that are wrong, in its first and in its last document.
     worn_from: float = 0.1
     worn_to: float = 1.0
-    # Text beyond the run, as a share of it: batches that are skipped need others in their place.
+    # Text after the end of the run, as a share of it: it replaces batches that are skipped.
     margin: float = 0.5
-    # Size of an honest document: short ones mix well in a batch of a few thousand tokens ...
+    # Size of a normal document. Short ones mix well in a batch of a few thousand tokens.
     document_bytes: int = 1000
-    # ... and of a corrupted one.
+    # Size of a corrupted document.
     corrupted_bytes: int = 3000
 
     @property
@@ -79,28 +77,31 @@ class Plan:
 
 @dataclass(frozen=True)
 class Text:
-    """A document: its content, and how it was corrupted ("" for an honest one)."""
+    """A document: its content, and how it was corrupted ("" for a normal one)."""
 
     content: bytes
     corruption: str = ""
 
 
 def build(out: Path, plan: Plan) -> dict[str, object]:
-    """Write the corpus into `out`; returns what the marker file says of it.
+    """Write the corpus into `out`; return the content of its marker file.
 
-    The same plan on the same installation gives the same bytes; files that are right already stay
-    untouched. Raises UsageError when `out` holds anything that this did not build.
+    The same plan on the same installation gives the same bytes. Files with the right content are
+    not written again.
+
+    Raises:
+        UsageError: `out` holds files that this function did not write.
     """
     _refuse_foreign(out)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MARKER).exists():
-        _write(out / MARKER, b"{}")  # ours from the first file on, should this be interrupted
+        _write(out / MARKER, b"{}")  # first, so that an interrupted folder is recognised
     names, corrupted, train_tokens = set(), [], 0
-    for name, text, tokens_before in _documents(plan):
+    for name, text, tokens_before in _generate_documents(plan):
         names.add(name)
         _write(out / name, text.content)
-        held = _held(name, plan)
-        train_tokens += 0 if held else len(text.content) + 1
+        if not _is_held_out(name, plan):
+            train_tokens += len(text.content) + 1
         if text.corruption:
             sample = tokens_before // plan.sequence_length
             corrupted.append({"name": name, "corruption": text.corruption, "first_sample": sample})
@@ -117,10 +118,10 @@ def build(out: Path, plan: Plan) -> dict[str, object]:
     return description
 
 
-def _documents(plan: Plan) -> Iterator[tuple[str, Text, int]]:
-    """(file name, text, training tokens before it), until there is enough."""
-    dice = random.Random(plan.seed)
-    honest, damaged = _honest(plan, dice), _damaged(plan, dice)
+def _generate_documents(plan: Plan) -> Iterator[tuple[str, Text, int]]:
+    """Yield (file name, text, training tokens before it) for the run and its margin."""
+    rng = random.Random(plan.seed)
+    normal, damaged = _normal_texts(plan, rng), _corrupted_texts(plan, rng)
     begin = round(plan.at * plan.run_tokens)
     end = begin + round(plan.amount * plan.run_tokens)
     worn_begin = round(plan.worn_at * plan.run_tokens)
@@ -131,37 +132,40 @@ def _documents(plan: Plan) -> Iterator[tuple[str, Text, int]]:
     while tokens < total:
         number += 1
         name = f"{number:0{width}d}.txt"
-        held = _held(name, plan)
-        in_stretch = begin <= tokens < end and not held
-        text = next(damaged) if in_stretch else next(honest)
-        if worn_begin <= tokens < worn_end and not (held or in_stretch):
+        if _is_held_out(name, plan):
+            yield name, next(normal), tokens
+            continue
+        if begin <= tokens < end:
+            text = next(damaged)
+        else:
+            text = next(normal)
+        if worn_begin <= tokens < worn_end and not begin <= tokens < end:
             share = (tokens - worn_begin) / (worn_end - worn_begin)
-            text = _worn(text, plan.worn_from + share * (plan.worn_to - plan.worn_from), dice)
+            text = _wear_text(text, plan.worn_from + share * (plan.worn_to - plan.worn_from), rng)
         yield name, text, tokens
-        tokens += 0 if held else len(text.content) + 1
+        tokens += len(text.content) + 1
 
 
-def _held(name: str, plan: Plan) -> bool:
+def _is_held_out(name: str, plan: Plan) -> bool:
+    """Return whether the run holds a document out."""
     return origin_hash(name, 0) < hash_threshold(plan.eval_fraction)
 
 
-def _honest(plan: Plan, dice: random.Random) -> Iterator[Text]:
-    """Stretches of the standard library, cut at line ends, in random order; again from the
-    beginning if need be.
-    """
+def _normal_texts(plan: Plan, rng: random.Random) -> Iterator[Text]:
+    """Yield parts of the standard library, cut at line ends, in random order, without end."""
     found = discover((BUILTIN,))
     pulse = Progress(lambda text, share: None, lambda: False)
     reader = DocumentReader(found.files, text_field="text", max_bytes=1 << 26, pulse=pulse)
-    texts = [piece for document in reader for piece in _cut(document.text, plan.document_bytes)]
+    texts = [
+        piece for document in reader for piece in _cut_lines(document.text, plan.document_bytes)
+    ]
     while True:
-        dice.shuffle(texts)
+        rng.shuffle(texts)
         yield from (Text(text) for text in texts)
 
 
-def _cut(text: str, size: int) -> Iterator[bytes]:
-    """Pieces of whole lines of about `size` bytes; what is left over at the end, and is too short,
-    is dropped.
-    """
+def _cut_lines(text: str, size: int) -> Iterator[bytes]:
+    """Yield pieces of complete lines of about `size` bytes; a short rest is dropped."""
     lines, held = [], 0
     for line in text.encode("utf-8").splitlines(keepends=True):
         lines.append(line)
@@ -173,69 +177,59 @@ def _cut(text: str, size: int) -> Iterator[bytes]:
         yield b"".join(lines)
 
 
-def _damaged(plan: Plan, dice: random.Random) -> Iterator[Text]:
-    """Corrupted documents, the three kinds in turn."""
-    binaries = _binaries()
+def _corrupted_texts(plan: Plan, rng: random.Random) -> Iterator[Text]:
+    """Yield corrupted documents of three kinds in turn."""
+    binaries = _find_binaries()
     while True:
         for encoding in ("latin-1", "utf-16-le"):
-            path = dice.choice(binaries)
-            text = _dense(path, plan.corrupted_bytes, dice).decode(encoding, "replace")
-            content = _shortened(text, plan.corrupted_bytes)
+            path = rng.choice(binaries)
+            text = _choose_dense_part(path, plan.corrupted_bytes, rng).decode(encoding, "replace")
+            content = _shorten(text, plan.corrupted_bytes)
             yield Text(content, f"{os.path.basename(path)} decoded as {encoding}")
-        phrase = dice.choice(PHRASES)
-        content = _shortened(
-            phrase * (plan.corrupted_bytes // len(phrase) + 1), plan.corrupted_bytes
-        )
+        phrase = rng.choice(PHRASES)
+        content = _shorten(phrase * (plan.corrupted_bytes // len(phrase) + 1), plan.corrupted_bytes)
         yield Text(content, f"{phrase.strip()!r} repeated")
 
 
-def _worn(text: Text, share: float, dice: random.Random) -> Text:
-    """Text in which a share of the characters is wrong, as in a bad scan."""
+def _wear_text(text: Text, share: float, rng: random.Random) -> Text:
+    """Return a text with a share of wrong characters, like a bad scan."""
     letters = string.ascii_letters + string.digits + string.punctuation
     characters = list(text.content.decode("utf-8", "replace"))
     for place in range(len(characters)):
-        if dice.random() < share:
-            characters[place] = dice.choice(letters)
+        if rng.random() < share:
+            characters[place] = rng.choice(letters)
     return Text("".join(characters).encode(), f"{share:.0%} {WORN}")
 
 
-def _binaries() -> list[str]:
-    """Compiled modules and zip files of this installation: files that stay as they are; at least
-    the interpreter.
-    """
+def _find_binaries() -> list[str]:
+    """Return compiled modules and zip files of this installation; at least the interpreter."""
     library = sysconfig.get_path("stdlib")
     patterns = ("lib-dynload/*.so", "ensurepip/_bundled/*.whl")
-    files = [
-        path
-        for pattern in patterns
-        for path in glob.glob(os.path.join(glob.escape(library), pattern))
-    ]
-    return sorted(path for path in files if os.path.getsize(path) >= 1 << 14) or [
-        os.path.realpath(sys.executable)
-    ]
+    files: list[str] = []
+    for pattern in patterns:
+        files += glob.glob(os.path.join(glob.escape(library), pattern))
+    large = sorted(path for path in files if os.path.getsize(path) >= 1 << 14)
+    return large or [os.path.realpath(sys.executable)]
 
 
-def _dense(path: str, size: int, dice: random.Random) -> bytes:
-    """A stretch of a binary file with many different bytes, not one of the pages of zeros that they
-    are full of.
+def _choose_dense_part(path: str, size: int, rng: random.Random) -> bytes:
+    """Return the part of a binary file, of 16 random ones, with the most different bytes.
+
+    Binary files have many pages of zeros.
     """
     content = Path(path).read_bytes()
-    stretches = [
-        content[at : at + size]
-        for at in (dice.randrange(max(1, len(content) - size)) for _ in range(16))
-    ]
-    return max(stretches, key=lambda stretch: len(set(stretch)))
+    starts = [rng.randrange(max(1, len(content) - size)) for _ in range(16)]
+    parts = [content[at : at + size] for at in starts]
+    return max(parts, key=lambda part: len(set(part)))
 
 
-def _shortened(text: str, size: int) -> bytes:
-    """At most `size` bytes of UTF-8."""
+def _shorten(text: str, size: int) -> bytes:
+    """Return at most `size` bytes of UTF-8."""
     return text.encode("utf-8", "replace")[:size].decode("utf-8", "ignore").encode("utf-8")
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Leaves a file that is right already: its time of change is a part of what the cache goes
-    by.
-    """
+    """Write a file unless it has this content: a new date would make the cached corpus invalid."""
     try:
         if path.read_bytes() == content:
             return
@@ -253,7 +247,7 @@ def _refuse_foreign(out: Path) -> None:
     foreign = [entry.name for entry in out.iterdir() if not ours.fullmatch(entry.name)]
     if foreign or (any(out.glob("*.txt")) and not (out / MARKER).exists()):
         raise UsageError(
-            f"{out} holds files that this did not build: name another folder with --out"
+            f"{out} holds files that this program did not write: choose another folder with --out"
         )
 
 
@@ -270,22 +264,22 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder to build (default: %(default)s)",
     )
     for field, help_text in (
-        ("seed", "which text is taken, and how it is corrupted"),
+        ("seed", "seed of the choice of texts and of their corruption"),
         ("steps", "steps of the run"),
         ("batch", "samples of a step"),
         ("sequence_length", "tokens of a sample"),
         ("eval_fraction", "share of documents that the run holds out"),
-        ("at", "share of the run at which the corrupted stretch begins"),
-        ("amount", "length of the corrupted stretch as a share of the run; 0: none"),
+        ("at", "share of the run at which the first corrupted group begins"),
+        ("amount", "length of the first group as a share of the run; 0: none"),
         (
             "worn_at",
-            "share of the run at which the stretch begins whose text gets worse from page to page",
+            "share of the run at which the second group begins, whose text gets worse",
         ),
-        ("worn_amount", "length of that stretch as a share of the run; 0: none"),
-        ("worn_from", "share of its characters that are wrong at its beginning"),
-        ("worn_to", "share of its characters that are wrong at its end"),
-        ("margin", "text beyond the run, as a share of it"),
-        ("document_bytes", "size of an honest document"),
+        ("worn_amount", "length of the second group as a share of the run; 0: none"),
+        ("worn_from", "share of wrong characters in its first document"),
+        ("worn_to", "share of wrong characters in its last document"),
+        ("margin", "text after the end of the run, as a share of it"),
+        ("document_bytes", "size of a normal document"),
         ("corrupted_bytes", "size of a corrupted document"),
     ):
         default = getattr(Plan, field)

@@ -1,5 +1,4 @@
-"""Draws the screen of a run as it stands, into an SVG: the picture in the README is one of `make
-demo`.
+"""Draws the present screen of a run as SVG. The picture in the README shows a run of `make demo`.
 
 python -m demo.screenshot runs/quickstart/2026-11-25-01 demo/screen.svg
 """
@@ -13,7 +12,7 @@ from pathlib import Path
 from guardrail.rundir.run_search import find_run
 
 
-async def draw(path: Path, size: tuple[int, int]) -> str:
+async def draw_screen(path: Path, size: tuple[int, int]) -> str:
     from guardrail.rundir.run_directory import RunDirectory
     from guardrail.tui.app.app import GuardrailApp
     from guardrail.tui.model.run_reader import RunReader
@@ -35,7 +34,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     arguments = parser.parse_args()
     run = find_run(arguments.run, arguments.root)
-    picture = asyncio.run(draw(run.path, (arguments.columns, arguments.rows)))
+    picture = asyncio.run(draw_screen(run.path, (arguments.columns, arguments.rows)))
     arguments.out.write_text(picture, encoding="utf-8")
 
 
