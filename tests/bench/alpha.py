@@ -1,24 +1,23 @@
-"""What shrinking the embedding's gradients really does under AdamW: the size of the embedding's
-updates, measured.
+"""What a factor on the embedding's gradients does under AdamW: the size of the embedding's updates.
 
     python -m tests.bench.alpha [--warm 400] [--seeds 3]
 
 GLM-130B (Zeng et al. 2022) trains with emb = a emb + (1 - a) stop_gradient(emb), a = 0.1: the
-embedding's gradients times a. Adam divides a gradient by the root of its own mean square, so that a
-constant factor cancels once the moments have forgotten what was before. What is left of it is
-measured here: a small byte-level model on real text is trained for a while, then goes on from the
-same state with other factors, through the guard's own gate (clipping included). A figure is the
-norm of the embedding's update, weight decay left out, relative to the same steps with a = 1;
-medians over seeds. "Dropped" has the factor for 20 steps only, after which the updates are larger
-than usual for as long as the mean square remembers the small gradients.
+embedding's gradients times a. Adam divides a gradient by the root of its mean square. A constant
+factor therefore cancels once the moments hold only gradients with it.
 
-As measured (200 steps before, three seeds, two CPU cores): the first update is smaller by 3 to 10 %
-whatever the factor, since it is nine tenths momentum, so this cannot tame the one update at hand;
-leaving that out can. After 20 steps a factor of 0.1 leaves 0.20 to 0.43 of the update. From there
-on AdamW takes it back: with beta2 = 0.95 all of it within 200 steps, with 0.999 the updates are
-then still at 0.23 to 0.34. When the factor goes back to 1 at once the updates are up to 13 % too
-large for a while, which is why it returns over `embed_back` steps. With tied weights the same
-happens to the output matrix.
+This program measures what is left. A small byte-level model trains on real text, then continues
+from the same state with other factors, through the guard's gate (clipping included). A figure is
+the norm of the embedding's update without weight decay, relative to the same steps with a = 1;
+medians over seeds. "Dropped" has the factor for 20 steps only. Its later updates are larger than
+usual as long as the mean square contains the small gradients.
+
+Results (200 steps before, three seeds, two CPU cores): the first update is smaller by 3 to 10 % for
+every factor, since it is nine tenths momentum. The factor therefore cannot limit the present
+update; a skip can. After 20 steps a factor of 0.1 leaves 0.20 to 0.43 of the update. Then AdamW
+compensates: with beta2 = 0.95 completely within 200 steps; with 0.999 the updates are still at 0.23
+to 0.34. If the factor returns to 1 at once, updates are up to 13 % too large for a while; so it
+returns over `ramp_steps`. With tied weights the same happens to the output matrix.
 """
 
 from __future__ import annotations
@@ -43,9 +42,7 @@ CASES = {"0.5": (0.5, None), "0.1": (0.1, None), f"0.1 for {DROP} steps": (0.1, 
 
 
 class Model(nn.Module):
-    """Bytes in, bytes out: one block of attention over an embedding that is the output matrix too,
-    if tied.
-    """
+    """A byte-level model: one block of attention; `tied`: the embedding is the output matrix."""
 
     def __init__(self, *, tied: bool) -> None:
         super().__init__()
@@ -60,13 +57,13 @@ class Model(nn.Module):
             self.head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [batch, length, 256] of tokens [batch, length]."""
+        """Return logits [batch, length, 256] of tokens [batch, length]."""
         mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
         return self.head(self.norm(self.block(self.embed(tokens), src_mask=mask, is_causal=True)))
 
 
 class Run:
-    """One model and its AdamW; a copy goes on from the same state with the same batches."""
+    """One model and its AdamW; a copy continues from the same state with the same batches."""
 
     def __init__(self, text: Tensor, *, tied: bool, beta2: float, seed: int) -> None:
         torch.manual_seed(seed)
@@ -77,7 +74,7 @@ class Run:
         )
 
     def train(self, steps: int, *, alpha: float = 1.0, until: int | None = None) -> list[float]:
-        """Norms of the embedding's updates."""
+        """Train; return the norms of the embedding's updates."""
         probes = StepReduction(self.model, rank=0, world=1)
         gate = Gate(
             [self.optimizer], parameters=probes.parameters, embedding=probes.embedding, clip=1.0

@@ -2,7 +2,7 @@
 
     python -m tests.bench.control [--seconds 60] [--lines 50000]
 
-The journal has that many lines already and gets one more each second. Goal: under 1 % of a core.
+The journal already has `--lines` lines and gets one more per second. Goal: under 1 % of a core.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from guardrail.rundir.run_directory import RunDirectory
 
 
 def alive(run: RunDirectory, step: int) -> None:
-    """Say, from another host, that the run lives."""
+    """Write, as another host would, that the run is alive."""
     run.write_status(
         Status(run=run.name, phase=Phase.STEP, step=step, heartbeat=time.time(), host="elsewhere")
     )

@@ -1,5 +1,4 @@
-"""Who sees instabilities, and at what price: guardrail and the published rules on the same recorded
-runs.
+"""Detection of instabilities and false alarms: guardrail and published rules on recorded runs.
 
     python -m tests.bench.detection TRACES [--policy FILE] [--set guard.KEY=VALUE] [--families]
     [--by-family] python -m tests.bench.detection --million

@@ -1,10 +1,10 @@
-"""Costs that must grow with the length of a run, a skip or a text, and not with its square.
+"""Costs that must grow linearly with the length of a run, a skip or a text, not with its square.
 
     python -m tests.bench.linear
 
-replay      rows of a replay compared with those of the run, looked at a hundred times while they come
-skip        the samples of a long skip left out, and the next batch formed in the epoch after it
-text        what is odd about a text, for scripts with and without spaces
+replay      compare the rows of a replay with those of the run, 100 times while they arrive
+skip        skip the samples of a long span, and form the next batch in the epoch after it
+text        statistics of a text, for scripts with and without spaces
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SCRIPTS = {
 
 
 class Rows:
-    """A run of which the first rows are there."""
+    """The first rows of a run."""
 
     def __init__(self, table: np.ndarray) -> None:
         self.table, self.rows = table, len(table)
@@ -83,9 +83,7 @@ def skip(batches: int) -> tuple[float, float]:
 
 
 def text_of(script: str, size: int) -> str:
-    """Words of two to eight characters, of which some are common; without spaces where the script
-    has none.
-    """
+    """Return words of two to eight characters, some of them frequent, with spaces if the script has them."""
     draw = random.Random(0)
     words = ["".join(draw.choices(SCRIPTS[script], k=draw.randrange(2, 8))) for _ in range(5000)]
     between = " " if script in ("Latin", "Korean") else ""

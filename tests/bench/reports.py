@@ -1,13 +1,12 @@
-"""File operations a second in the run directory, while 1,024 ranks on 128 nodes train and nothing
-happens.
+"""File operations per second in the run directory, while 1,024 ranks on 128 nodes train.
 
     python -m tests.bench.reports [--nodes 128] [--ranks 8] [--seconds 10]
 
-One node is played for real: its supervisor's look at its ranks, as often as the supervisor looks,
-and its ranks' heartbeats. The files of the other nodes are there, and do not change. What opens,
-lists, renames or removes something below the run directory is counted by an audit hook; the run
-directory may lie on a shared file system, where each of these asks a server. Works with
-`guardrail/` of older revisions too: PYTHONPATH=OTHER python -m tests.bench.reports.
+One node runs: its supervisor polls its ranks as often as a real one, and its ranks write
+heartbeats. The files of the other nodes exist and do not change. An audit hook counts everything
+that opens, lists, renames or removes something below the run directory. On a shared file system
+each of these is a request to a server. It works with older revisions of `guardrail/` too:
+PYTHONPATH=OTHER python -m tests.bench.reports.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ EVENTS = ("open", "os.listdir", "os.scandir", "os.rename", "os.remove", "os.mkdi
 
 
 class Operations:
-    """Counts what this process does below a folder."""
+    """Counts the file operations of this process below a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.counts: Counter[str] = Counter()
@@ -56,7 +55,7 @@ class Operations:
 
 
 def elsewhere(run: RunDirectory, nodes: int, ranks: int) -> None:
-    """What the other nodes have written."""
+    """Write the files of the other nodes."""
     for node in range(1, nodes):
         reports = tuple(
             RankStatus(
@@ -78,7 +77,7 @@ def elsewhere(run: RunDirectory, nodes: int, ranks: int) -> None:
 
 
 def rank_operations(folder: Path, rank: int, seconds: float) -> int:
-    """Of one rank's heartbeat."""
+    """Count the operations of one rank's heartbeat."""
     run = RunDirectory.open(folder)
     operations = Operations(folder)
     heart = Heartbeat(run, rank).start()
@@ -92,9 +91,7 @@ def rank_operations(folder: Path, rank: int, seconds: float) -> int:
 def supervisor_operations(
     run: RunDirectory, nodes: int, play: Callable[[dict[str, str]], None], seconds: float
 ) -> int:
-    """Of one supervisor's looks, while `play` runs its ranks with the variables that it gives
-    them.
-    """
+    """Count the operations of one supervisor, while `play` runs its ranks."""
     if hasattr(LocalRanks, "begin"):
         ranks, variables = LocalRanks(run, nodes=nodes), {}
         variables = ranks.begin()

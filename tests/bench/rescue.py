@@ -1,17 +1,16 @@
-"""Who brings a run back: one fault at a time is done to a small language model, and each guard gets
-the same run.
+"""Which method rescues a run: one fault per run of a small language model, the same for each method.
 
     python -m tests.bench.rescue [--seeds 0 1 2] [--faults NAME ...] [--arms NAME ...] [--quick]
     [--workers 2]
 
 Decoders of 35,000 parameters on the source of Python's standard library, fp32 on the CPU. All arms
 share data, seeds, clip and schedule. "healthy" is the same run without fault and guard. Each
-finished cell is kept as a JSON file under --cache, so that an interrupted run goes on; delete the
-folder after a change of the code. Only what is finished is in the table: --only-table shows it
-without running anything.
+finished cell is stored as a JSON file under --cache, so an interrupted benchmark continues. Delete
+the folder after a change of the code. The table has the finished cells; --only-table prints it
+without any run.
 
-arc-training is installed by pip into the cache on the first run (it is not a dependency of anything
-else); without a network its column says why it is empty.
+arc-training is installed by pip into the cache on the first run; nothing else depends on it. Without
+a network its column gives the reason.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def olmo(trainer: Trainer) -> Rule:
 
 
 class _Rates:
-    """What ARC looks for in a scheduler: base rates that it may lower for good."""
+    """What ARC needs of a scheduler: base rates that it may lower permanently."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.base_lrs = [1.0]
@@ -114,9 +113,7 @@ def obey(trainer: Trainer, rule: Rule) -> None:
 
 
 def cap(trainer: Trainer, *, attempts: int) -> None:
-    """End a run that gets nowhere: a rule whose window holds a NaN, or whose weights do, skips for
-    ever.
-    """
+    """End a run without progress: a rule with NaN in its window or its weights skips every step."""
     train_step, tried = trainer.train_step, itertools.count(1)
 
     def capped(step: Step) -> None:
@@ -176,7 +173,7 @@ def configuration(
 def train_cell(
     rank: int, run: RunDirectory, config: Config, arm: str, packages: str
 ) -> dict[str, Any]:
-    """One rank of one cell; rank 0's numbers are the cell's."""
+    """Train one rank of a cell; the numbers of rank 0 are those of the cell."""
     sys.path.append(packages)
     trainer = Trainer(config, run=run)
     rule = ARMS[arm][1]
@@ -200,7 +197,7 @@ def train_cell(
 
 
 def numbers_of(run: RunDirectory, result: dict[str, Any]) -> dict[str, Any]:
-    """A cell for the cache: what the rank said, and what the run directory tells."""
+    """Return a cell for the cache: the numbers of the rank and of the run directory."""
     events = run.events()
     attempts = len(run.metrics())
     causes = [event.data["cause"] for event in events if event.kind == "diagnosis"]
@@ -243,7 +240,7 @@ class Bench:
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def run(self, cells: Sequence[Cell], *, workers: int) -> None:
-        """Run what is not known yet, each cell in processes of its own."""
+        """Run the missing cells, each in separate processes."""
         waiting = [cell for cell in cells if self.known(cell) is None]
         running: list[_Running] = []
         total, done = len(waiting), 0
@@ -266,7 +263,7 @@ class Bench:
                 shutil.rmtree(one.folder, ignore_errors=True)
 
     def keep(self, cell: Cell, outcome: dict[str, Any]) -> str:
-        """Write a finished cell; returns a line about it."""
+        """Write a finished cell; return a line about it."""
         partial = self.file(cell).with_suffix(".partial")
         partial.write_text(json.dumps(outcome, indent=1), encoding="utf-8")
         partial.replace(self.file(cell))
@@ -279,7 +276,7 @@ class Bench:
 
 
 class _Running:
-    """One cell that is being trained."""
+    """A cell that is trained."""
 
     def __init__(self, bench: Bench, cell: Cell) -> None:
         fault, arm, seed = self.cell = cell
@@ -325,9 +322,7 @@ class _Running:
 
 
 def install_arc(cache: Path) -> None:
-    """Into the cache, without its dependencies: torch is there, and its controller needs nothing
-    else.
-    """
+    """Install arc-training into the cache, without its dependencies: its controller needs only torch."""
     target = cache.resolve() / "packages"
     if not (target / "arc").exists():
         command = [
@@ -348,9 +343,7 @@ def install_arc(cache: Path) -> None:
 
 
 def excess(bench: Bench, cell: Cell) -> float | None:
-    """Held-out loss over that of the healthy run of the same seed, minus 1; inf: none that is a
-    number.
-    """
+    """Return held-out loss / that of the healthy run of the same seed - 1; inf if it is not finite."""
     own, sound = bench.known(cell), bench.known((healthy(cell[0]), "unguarded", cell[2]))
     if own is None or sound is None or "error" in own:
         return None
@@ -358,7 +351,7 @@ def excess(bench: Bench, cell: Cell) -> float | None:
 
 
 def shown(values: Sequence[float | None]) -> str:
-    """The median of the seeds and the worst of them, in percent."""
+    """Return the median over the seeds and the worst seed, in percent."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
@@ -391,7 +384,7 @@ def print_table(
 
 
 def _guarded(bench: Bench, fault: str, seeds: Sequence[int]) -> list[str]:
-    """What the rescue by guardrail has cost, and whether it knew why."""
+    """Return what guardrail's rescue cost, and whether it named the right cause."""
     cells = [bench.known((fault, "guardrail", seed)) for seed in seeds]
     known = [cell for cell in cells if cell is not None and "error" not in cell]
     if not known:
@@ -409,7 +402,7 @@ def _guarded(bench: Bench, fault: str, seeds: Sequence[int]) -> list[str]:
 
 
 def named(causes: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Whether the first cause that was told is a right one."""
+    """Return whether the first diagnosis names a right cause."""
     return bool(causes) and causes[0] in wanted
 
 

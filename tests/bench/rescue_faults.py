@@ -1,6 +1,4 @@
-"""The faults of the rescue benchmark. Each strikes in the middle of the run, unless it is there
-from the beginning.
-"""
+"""The faults of the rescue benchmark. Each acts in the middle of the run, or from the beginning."""
 
 from __future__ import annotations
 
@@ -24,9 +22,9 @@ class Staged:
     """One fault.
 
     Attributes:
-        what: for a person.
-        causes: any of them is the right one; empty: nothing is to be named.
-        faults: (step at which it strikes) -> [[faults]] of the configuration.
+        what: its description.
+        causes: the right diagnoses; empty: no diagnosis is expected.
+        faults: (step at which it acts) -> [[faults]] of the configuration.
         sections: of the configuration, changed for this run.
         world: ranks.
     """
@@ -42,12 +40,12 @@ class Staged:
 
 
 def healthy(fault: str) -> str:
-    """The run without a fault that a staged one is held against."""
+    """Return the run without a fault that this one is compared with."""
     return HEALTHY if FAULTS[fault].world == 1 else HEALTHY_TWO
 
 
 def text(kind: str, batches: int) -> Callable[[int], Sections]:
-    """All samples of that many batches in a row."""
+    """Damage all samples of `batches` consecutive batches."""
     return lambda step: [
         {"kind": kind, "first": (step - 1) * BATCH, "last": (step - 1 + batches) * BATCH}
     ]
@@ -58,7 +56,7 @@ def once(kind: str, **settings: Any) -> Callable[[int], Sections]:
 
 
 def persistent_nan(step: int) -> Sections:
-    """Each tenth batch from there to the end of the run."""
+    """Make each tenth batch NaN, from there to the end of the run."""
     return [
         {"kind": "nan_loss", "first": at * BATCH, "last": at * BATCH + 1}
         for at in range(step, 4 * step, 10)

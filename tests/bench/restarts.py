@@ -2,17 +2,17 @@
 
     python -m tests.bench.restarts [--runs 20] [--kinds kill-0,kill-1,...]
 
-Each run is a real `guardrail launch` of two ranks with the default settings of [launch]. Something
-happens to one rank; the run must train again within 60 seconds, and count one failure. A line for
-each run goes to stderr, the table to stdout.
+Each run is a real `guardrail launch` of two ranks with the default settings of [launch]. One rank
+gets a fault. The run must train again within 60 seconds and count one failure. A line per run goes
+to stderr, the table to stdout.
 
     kill-0, kill-1  SIGKILL to a rank in training
     stop            SIGSTOP to a rank in training (rank 1 and rank 0 in turn)
     set-up          SIGKILL to a rank that is still in set-up
-    save            SIGKILL to a rank in the middle of a checkpoint, before its rename
-    end             the same in the last checkpoint of the run
-    memory          MemoryError in a rank (the kernel's way to end one is SIGKILL)
-    disk            SIGKILL to a rank while the run's disk is full; the disk has room again five seconds later
+    save            SIGKILL to a rank during a checkpoint, before its rename
+    end             the same during the last checkpoint of the run
+    memory          MemoryError in a rank (the kernel itself would send SIGKILL)
+    disk            SIGKILL to a rank while the disk is full; there is room again five seconds later
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ enabled = false
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one run. `seconds` from the fault until it trained again; NaN where it did
-    not.
-    """
+    """The result of a run. `seconds`: from the fault until it trains again; NaN: it does not."""
 
     kind: str
     seconds: float
@@ -103,7 +101,7 @@ class Stage:
             )
 
     def run(self, kind: str, number: int) -> Outcome:
-        """One run with one fault."""
+        """Run once with one fault."""
         folder = self.folder / f"{kind}-{number}"
         folder.mkdir()
         with (
@@ -178,7 +176,7 @@ def injection(kind: str, rank: int, mark: Path, steps: int) -> dict[str, str]:
 
 
 def strike(lab: InjectedLab, run: RunDirectory, kind: str, rank: int, disk: Path) -> float:
-    """Let the fault happen; returns when it happened (time.time())."""
+    """Cause the fault; return its time (time.time())."""
     mark = Path(lab.variables["RESTARTS_MARK"])
     # it strikes by itself, and the run may have trained for a moment only
     if kind in ("save", "end"):
@@ -225,7 +223,7 @@ def status_of(run: RunDirectory) -> Status:
 
 
 def pid_of(run: RunDirectory, rank: int, phases: Sequence[Phase] = tuple(Phase)) -> int:
-    """0 where it has not reported."""
+    """Return the pid of a rank; 0 if it has not reported."""
     return next(
         (one.pid for one in run.read_ranks() if one.rank == rank and one.phase in phases), 0
     )
@@ -278,7 +276,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 
 def fill(file: Path) -> None:
-    """Leave no byte on a disk."""
+    """Fill a disk completely."""
     with contextlib.suppress(OSError), file.open("wb", buffering=0) as opened:
         while opened.write(b"\0" * 65536):
             pass

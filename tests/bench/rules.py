@@ -1,8 +1,8 @@
 """Published rules of other systems, from their formulas and with their defaults, as baselines.
 
-Each takes the loss and the gradient norm of one record (None: not logged) and answers None or a
-verdict. What a rule does about its own alarm decides which: an update that it leaves out or clips
-is a skip, a restart or a rollback is one.
+Each takes the loss and the gradient norm of one record (None: not logged) and returns None or a
+verdict. The verdict is what the rule does: a skipped or clipped update is a skip, a restart or a
+rollback is a rollback.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class OlmoSkipStep:
     """OLMo-core, optim/skip_step_optimizer.py: apply iff loss and norm are within 6 sigma of the
     last 128.
 
-    At least 64 values, or everything is applied. Outliers enter the window.
+    With fewer than 64 values everything is applied. Outliers enter the window.
     """
 
     WINDOW, LEAST, SIGMA = 128, 64, 6.0
@@ -117,7 +117,7 @@ class ZClip:
 
 
 class KillLossSpike:
-    """llm-foundry: five losses in a row of at least twice the mean of the window end the run.
+    """llm-foundry: five consecutive losses of at least twice the mean of the window end the run.
 
     Args:
         records: of the run; the window is 5 % of it, at least 100.
@@ -236,7 +236,7 @@ class Arc:
 
 
 class FlagScale:
-    """FlagScale: a loss that rises by 20 % over the last accepted one is left out."""
+    """FlagScale: a loss more than 20 % above the last accepted one is skipped."""
 
     RISE = 0.2
 
@@ -269,7 +269,7 @@ class InternEvo:
 
 
 class RobustZ:
-    """What one would write first: median and MAD of the logarithms of the last 128, 8 sigma, spikes
+    """A simple rule: median and MAD of the logarithms of the last 128, 8 sigma, spikes
     kept out.
     """
 

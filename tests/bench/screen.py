@@ -1,14 +1,13 @@
-"""The screen at a million steps, as a terminal sees it: a real `guardrail attach` in a
-pseudo-terminal of 120 x 32.
+"""The screen of a run of a million steps: a real `guardrail attach` in a pseudo-terminal of 120 x 32.
 
     python -m tests.bench.screen [--steps 1000000] [--rounds 5] [--leet VENV RUN.wandb]
 
-What is measured, in one run: from the command to the first frame and to the whole curve; keys; the
-screen of a run that goes on with ten steps a second; a terminal that stops reading; a day of steps.
-CPU seconds are those of the whole process, all threads, from the kernel's scheduler: on a machine
-that others use they are what can be compared. Processes start with a warm file cache. `--leet`
-measures W&B LEET on a log of the same size, one of three metrics, in its own environment: wandb is
-nothing that guardrail installs.
+It measures: the time from the command to the first frame and to the complete curve; keys; the
+screen of a run with ten steps per second; a terminal that stops reading; a day of steps. CPU
+seconds are those of all threads of the process, from the kernel's scheduler: they can be compared
+on a machine that others use too. Processes start with a warm file cache. `--leet` measures W&B LEET
+on a log of the same size with three metrics, in its own environment: guardrail does not install
+wandb.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class Table:
 
 
 def build(root: Path, steps: int) -> RunDirectory:
-    """A healthy run of so many steps."""
+    """Build a healthy run of `steps` steps."""
     fake = (
         FakeRun(name="bench/2026-11-25-01", total=2 * steps)
         .begin()

@@ -3,8 +3,8 @@ and down, by itself.
 
     python -m tests.bench.sensitivity TRACES [--by 0.2] [--only NAME]
 
-A constant at the edge of a plateau was fitted to these runs and will fail on others; one in the
-middle of it was not. TRACES as for detection.py. Whole numbers move by at least one.
+A constant at the edge of a plateau was fitted to these runs and will fail on others. One in the
+middle was not. TRACES as for detection.py. Whole numbers move by at least one.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""What a copy of the training state costs: to the ring, back from it, and to disk.
+"""Cost of a copy of the training state: to a snapshot, back from it, and to disk.
 
     python -m tests.bench.snapshots [--rounds 40] [--threads 1] [--millions 110] [--beside]
 
-About 10 M parameters with AdamW, as in guard.py. Each round measures every line once, in turn,
-beside a bare `_foreach_copy_` of the very same tensors between buffers that exist already; ratios
-are medians of these pairs, since a busy machine disturbs both alike. Goals: 1.3 for the ring both
-ways. A checkpoint's stall is the time that the caller is held up; the writing itself goes on in the
-background and is given as "until committed".
+The model has about 10 M parameters and AdamW. Each round measures every line once, in turn, together
+with a plain `_foreach_copy_` of the same tensors between existing buffers. Ratios are medians of
+these pairs, since a busy machine slows both alike. Goal: 1.3 for a snapshot, both ways. The stall
+of a checkpoint is the time that the caller waits. The background write is given as "until
+committed".
 
-`--beside` measures one thing alone: how long a training step is held up while a checkpoint is being
-written. Snapshots are taken at the given interval, as by `snapshots.every`, until several
-checkpoints are committed; then some are pruned. No step waits if the longest snapshot is about as
-long as the usual one. `--millions 110`: 1.3 GB of state, 10 GB of memory.
+`--beside` measures only how long a training step waits while a checkpoint is written. Snapshots are
+taken at the given interval, like `snapshots.every`, until several checkpoints are committed; then
+some are deleted. No step waits if the longest snapshot takes about as long as the usual one.
+`--millions 110`: 1.3 GB of state, 10 GB of memory.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ SIZES = {
 
 
 class Subject:
-    """A trained model with everything that copies it: the ring, the store, Accelerate, and bare
-    copies.
-    """
+    """A trained model with everything that copies it: snapshots, store, Accelerate, plain copies."""
 
     def __init__(self, folder: Path, *, millions: int = 10) -> None:
         self.accelerator = Accelerator(cpu=True)
@@ -90,7 +88,7 @@ class Subject:
         self.store.save(self.snapshot, {"config": "0" * 64})
 
     def committed_now(self) -> None:
-        """Not timed: the background is done and the disk is emptied before the next line."""
+        """Finish the background write and empty the disk before the next line; not timed."""
         assert self.store.wait(120)
         self.committed += [
             event.seconds for event in self.store.take_events() if event.state == "candidate"
@@ -119,7 +117,7 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def measure(subject: Subject, *, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Line -> (seconds, seconds of the bare copy beside it) of each round."""
+    """Return line -> (seconds, seconds of the plain copy after it) of each round."""
     lines: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
         "snapshot to the ring": (subject.take, subject.copy_out),
         "rollback from the ring": (subject.restore, subject.copy_in),
@@ -144,7 +142,7 @@ def measure(subject: Subject, *, rounds: int) -> dict[str, list[tuple[float, flo
 
 
 def beside_saves(subject: Subject, *, saves: int, interval: float) -> dict[str, list[float]]:
-    """Line -> seconds that each call held up the step that made it."""
+    """Return line -> seconds that the step waited for each call."""
     lines: dict[str, list[float]] = {
         "snapshot, nothing is written": [],
         "snapshot, a checkpoint is written": [],

@@ -1,21 +1,20 @@
-"""A step of guardrail's trainer beside a bare PyTorch loop and the Hugging Face Trainer: time,
-memory, data wait.
+"""A step of guardrail's trainer, a bare PyTorch loop and the Hugging Face Trainer: time, memory, wait.
 
     python -m tests.bench.speed [--rounds 40] [--ranks 1,2] [--only NAME,NAME] [--compile]
 
 All contenders train the same model from the same weights on batches of the same shape, with AdamW
 and clipping at 1.0, each with its fastest AdamW. They take one step in turn in the same processes,
-so that whatever else the machine does strikes them alike; the table has medians and the median of
-the ratios within a round. CPU time, of all threads of a rank, is the steadier number on a machine
-that others use. The Hugging Face Trainer holds its loop itself, so it is the conductor: the others
-take their steps in its callback. Without transformers it is left out.
+so that other load on the machine affects them alike. The table has medians, and medians of the
+ratios within a round. CPU time of all threads of a rank varies less on a machine that others use.
+The Hugging Face Trainer runs its own loop, so the others take their steps in its callback. It is
+skipped if transformers is not installed.
 
-"guardrail" is the whole product: probes, detectors, snapshots every 10 steps, checkpoints every
-200, metrics and heartbeat. "guard off" is the same loop without detection, snapshots and run
-directory. Peak memory is that of a process in which one contender trains alone, the ring of 4
-snapshots included; "no ring" is guardrail with snapshots.keep = 0, of which the memory alone is
-measured. Goal: as fast as the fastest of the others within noise, the guard below 1 % of the step,
-and memory not higher but for the ring.
+"guardrail" is everything: measurement, detectors, snapshots every 10 steps, checkpoints every 200,
+metrics and heartbeat. "guard off" is the same loop without detection, snapshots and run directory.
+Peak memory is that of a process in which one contender trains alone, with its 4 snapshots. "no
+ring" is guardrail with snapshots.keep = 0; only its memory is measured. Goal: as fast as the fastest
+other one within noise, guardrail below 1 % of the step, and no more memory except for the
+snapshots.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ def ranks_and_own() -> tuple[int, int]:
 
 
 def rows(rank: int, share: int) -> list[Tensor]:
-    """Some batches of one rank, in memory: [share, LENGTH + 1] each."""
+    """Return some batches of one rank, in memory: [share, LENGTH + 1] each."""
     generator = torch.Generator().manual_seed(rank)
     return [
         torch.randint(0, VOCABULARY, (share, LENGTH + 1), generator=generator) for _ in range(8)
@@ -114,9 +113,7 @@ def decoder(config: Config) -> Decoder:
 
 
 def bare(config: Config, **adamw: bool) -> Contender:
-    """What one writes by hand: mean loss, clip_grad_norm_, AdamW, LambdaLR; DDP as torch's guide
-    has it.
-    """
+    """A loop written by hand: mean loss, clip_grad_norm_, AdamW, LambdaLR; DDP as in torch's guide."""
     world, rank = ranks_and_own()
     model: nn.Module = decoder(config)
     if config.train.compile:
@@ -146,10 +143,10 @@ def bare(config: Config, **adamw: bool) -> Contender:
 
 
 class Ours:
-    """The trainer, one step a call.
+    """guardrail's trainer, one step per call.
 
     Attributes:
-        waited: seconds that each step has waited for its data.
+        waited: seconds that each step waited for its data.
     """
 
     def __init__(self, config: Config, *, recorded: bool) -> None:
@@ -246,7 +243,7 @@ def hugging_face(config: Config, folder: Path, *, between: Callable[[float, floa
 def compare(
     config: Config, off: Config, folder: Path, *, rounds: int, names: list[str]
 ) -> dict[str, Any]:
-    """Seconds of the steps of each contender, taken in turn."""
+    """Return the seconds of the steps of each contender, taken in turn."""
     make_accelerator(config)
     contenders: dict[str, Contender] = {
         name: bare(off, **how) for name, how in BARE.items() if name in names
@@ -330,7 +327,7 @@ def alone(config: Config, folder: Path, *, name: str) -> dict[str, Any]:
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """One rank: measures and writes what it found to the file of its rank."""
+    """Measure on one rank and write the result to its file."""
     world, rank = ranks_and_own()
     folder = Path(arguments.folder)
     if world > 1:
@@ -355,7 +352,7 @@ def child(arguments: argparse.Namespace) -> None:
 
 
 def start(world: int, folder: Path, threads: int, *options: str) -> list[dict[str, Any]]:
-    """Run this file on `world` ranks; what each found."""
+    """Run this file on `world` ranks; return the result of each."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     if world > 1:  # else Accelerate would wrap the Hugging Face Trainer's model in DDP
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -386,7 +383,7 @@ def start(world: int, folder: Path, threads: int, *options: str) -> list[dict[st
 
 
 def ratios(times: dict[str, list[float]], mine: str, rivals: list[str]) -> str:
-    """Medians of the ratios within a round."""
+    """Return the medians of the ratios within a round."""
     return " ".join(
         f"{statistics.median(a / b for a, b in zip(times[mine], times[rival], strict=True)):11.3f}"
         for rival in rivals

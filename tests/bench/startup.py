@@ -1,9 +1,9 @@
-"""How long a person waits for the command line: whole processes, in turn, medians.
+"""Time until a command answers: complete processes, in turn, medians.
 
     python -m tests.bench.startup [--rounds 20]
 
-Goal: `guardrail --help` in 0.1 s. What the bare interpreter and click need is shown beside it,
-since no command of Python can be faster.
+Goal: `guardrail --help` in 0.1 s. The table also has the interpreter alone and click alone: no
+command in Python can be faster.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What the order of labels is worth to a model, in text that it knows, in other text and in bad
-data.
+"""Loss increase from shuffled labels, for text that a model knows, for other text and for bad data.
 
     python -m tests.bench.structure [--rounds 120 400]
 
-The measure of guardrail.decide.root_cause.add_label_order on a decoder of 35,000 parameters, after so
-many steps on the source of Python's standard library, eight batches of each kind, fp32 on the CPU.
+It computes the measure of guardrail.decide.root_cause.add_label_order on a decoder of 35,000
+parameters, after `--rounds` steps on the source of Python's standard library, with eight batches of
+each kind, fp32 on the CPU.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ KINDS: dict[str, Kind] = {
 
 
 def trained(steps: int, folder: Path) -> Trainer:
-    """After half of a run of twice as many steps."""
+    """Return a trainer after the first half of a run of twice as many steps."""
     tree = {
         "run": {"root": str(folder)},
         "launch": {"device": "cpu", "threads": 1},
@@ -93,7 +93,7 @@ def trained(steps: int, folder: Path) -> Trainer:
 
 @torch.no_grad()
 def loss(trainer: Trainer, inputs: np.ndarray, labels: np.ndarray) -> float:
-    """Nats a token."""
+    """Return the loss in nats per token."""
     total, count = trainer.passes.loss_sum(
         trainer.model(torch.from_numpy(inputs)), torch.from_numpy(labels)
     )

@@ -1,13 +1,12 @@
-"""Healthy runs of tiny models under a tiny configuration: what the guard finds in them, all of it
-false.
+"""False alarms: what guardrail finds in healthy runs of tiny models with a tiny configuration.
 
     python -m tests.bench.tiny_runs [--runs 100] [--steps 600] [--set guard.KEY=VALUE]
 
-Each run really trains, in process and in a second or so: a character model of 6,800 parameters (two
-characters of context, embeddings of 8, a hidden layer of 16) under Adam with a clip, on the source
-text of Python's own library. Runs differ in their seed, their batch (16 to 128 characters), their
-learning rate, and in whether batches are drawn from all of the text or read in its order. None has
-a fault. The guard has a window of 32 and a warm-up of 12 steps.
+Each run trains in this process for about a second: a character model of 6,800 parameters (two
+characters of context, embeddings of 8, a hidden layer of 16), with Adam and clipping, on the source
+of Python's library. Runs differ in seed, batch (16 to 128 characters), learning rate, and in whether
+batches are drawn at random or read in the order of the text. None has a fault. The baseline has a
+history of 32 steps, from 12 on.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ CLIP, BETAS, WARM_UP = 1.0, (0.9, 0.95), 20
 
 
 def corpus(files: int = 40) -> np.ndarray:
-    """Bytes of the first modules of Python's library."""
+    """Return the bytes of the first modules of Python's library."""
     folder = Path(os.__file__).parent
     texts = [path.read_bytes() for path in sorted(folder.glob("*.py"))[:files]]
     return np.frombuffer(b"\n".join(texts), dtype=np.uint8).astype(np.int64)
@@ -51,7 +50,7 @@ class Model:
         self._step = 0
 
     def gradients(self, context: np.ndarray, target: np.ndarray) -> tuple[float, list[np.ndarray]]:
-        """(Mean loss in nats, gradients). `context` is [tokens, 2], `target` [tokens]."""
+        """Return (mean loss in nats, gradients). `context` is [tokens, 2], `target` [tokens]."""
         embedding, inner, outer = self.weights
         x = embedding[context].reshape(len(target), -1)
         h = np.tanh(x @ inner)
@@ -80,7 +79,7 @@ class Model:
 
 
 def train(text: np.ndarray, seed: int, steps: int) -> Iterator[tuple[float, float]]:
-    """(loss, gradient norm) of each step."""
+    """Return (loss, gradient norm) of each step."""
     draw = random.Random(seed)
     tokens, rate, in_order = (
         draw.choice((16, 32, 64, 128)),
@@ -102,7 +101,7 @@ def train(text: np.ndarray, seed: int, steps: int) -> Iterator[tuple[float, floa
 
 
 def judge(rows: list[tuple[float, float]], settings: GuardOptions) -> Counter[str]:
-    """What the guard would have done: verdicts, and the number of incidents."""
+    """Return what the guard would have done: verdicts, and the number of incidents."""
     controller = Controller(settings, mode=Mode.ADVISE)
     found: Counter[str] = Counter()
     incidents = set()

@@ -129,7 +129,7 @@ def test_a_folder_with_anything_else_in_it_is_refused(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "0001.txt").write_text("mine")
-    with pytest.raises(UsageError, match="holds files that this did not build"):
+    with pytest.raises(UsageError, match="did not write"):
         build(tmp_path / "mine", Plan(steps=10))
     out = tmp_path / "corpus"
     build(out, Plan(steps=10))
