@@ -256,14 +256,20 @@ def _score_results(
 
 
 def _format_scores(total: dict[str, Any], marks: dict[str, Marks]) -> list[str]:
+    """Return a table with a line for each run, and the totals."""
     width = max((len(name) for name in marks), default=3)
     table = [
-        f"{'RUN':<{width}}  {'ACTED':>7}  {'NOTED':>7}  FALSE: {'ROLLBACKS':>9} {'SKIPS':>5} {'NOTES':>5}  DELAYS"
+        f"{'RUN':<{width}}  {'ACTED':>7}  {'NOTED':>7}"
+        f"  FALSE: {'ROLLBACKS':>9} {'SKIPS':>5} {'NOTES':>5}  DELAYS"
     ]
     for name, mark in marks.items():
+        acted, noted = f"{mark.acted}/{mark.grave}", f"{mark.noted}/{mark.labelled}"
+        delays = " ".join(map(str, mark.delays))
+        if mark.missing:
+            delays += " (not given)"
         table.append(
-            f"{name:<{width}}  {f'{mark.acted}/{mark.grave}':>7}  {f'{mark.noted}/{mark.labelled}':>7}"
+            f"{name:<{width}}  {acted:>7}  {noted:>7}"
             f"         {mark.false_rollbacks:>9} {mark.false_skips:>5} {mark.false_notes:>5}"
-            f"  {' '.join(map(str, mark.delays))}{' (not given)' if mark.missing else ''}"
+            f"  {delays}"
         )
     return [*table, *(f"{name:<24} {value}" for name, value in total.items())]

@@ -139,7 +139,7 @@ warmup_steps = {warmup_steps}
 clip = 1.0
 
 [train]
-# Applied updates of the whole run.
+# Applied updates until the end of the run.
 steps = {steps}
 # Samples of one update over all processes: {batch_size} x {sequence_length} = {batch_tokens:,}
 # tokens.

@@ -114,7 +114,7 @@ def load_trainer_config(
 def load_config(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> GuardConfig:
     """Read, override, convert and check a configuration of a custom loop or of a trainer.
 
-    A file that holds sections of `GuardConfig` alone, and names no `launch.trainer`, is that of a
+    A file that holds only sections of `GuardConfig`, and names no `launch.trainer`, is that of a
     custom loop. Any other one must be complete, as for `load_trainer_config`.
 
     Args:
@@ -140,7 +140,7 @@ def load_guard_options(
     overrides: Sequence[str] = (),
     of_run: bool = False,
 ) -> GuardOptions:
-    """Return the [guard] section alone, for a run that is not started.
+    """Return only the [guard] section, for a run that is not started.
 
     Other sections of the file need not fit this machine.
 

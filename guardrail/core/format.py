@@ -102,10 +102,10 @@ def format_elapsed(seconds: float) -> str:
 
 def format_countdown(seconds: float) -> str:
     """Return "m:ss", from one hour on "h:mm:ss". Fractions are rounded up."""
-    whole = max(0, math.ceil(seconds))
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d}"
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    rounded = max(0, math.ceil(seconds))
+    if rounded < 3600:
+        return f"{rounded // 60}:{rounded % 60:02d}"
+    return f"{rounded // 3600}:{rounded // 60 % 60:02d}:{rounded % 60:02d}"
 
 
 def format_run_time(seconds: float) -> str:
@@ -132,12 +132,12 @@ def format_seconds_in_words(seconds: float) -> str:
     """Return a duration in words: "4 s", "2 min 10 s", "1 h 5 min"."""
     if not math.isfinite(seconds) or seconds < 0:
         return "an unknown time"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return _join_units(whole // 60, "min", whole % 60, "s")
-    return _join_units(whole // 3600, "h", whole // 60 % 60, "min")
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return _join_units(rounded // 60, "min", rounded % 60, "s")
+    return _join_units(rounded // 3600, "h", rounded // 60 % 60, "min")
 
 
 def _join_units(large: int, large_unit: str, small: int, small_unit: str) -> str:

@@ -63,7 +63,7 @@ def rename_keys(
     """Return the tree with the present name of each key and value.
 
     Args:
-        path: of `tree` in the whole configuration, with a dot at its end.
+        path: of `tree` in the complete configuration, with a dot at its end.
         notice: print one line on stderr for each old name, once in a process.
 
     Raises:

@@ -110,29 +110,29 @@ def _warn_before_launch(settings: GuardConfig) -> dict[str, Any]:
 
 
 def secret_remarks(settings: GuardConfig) -> list[str]:
-    """A sentence for each secret that is written out, and for each one that was masked and not
-    given again.
-    """
-    written = [
-        f'notify.{name} is written out: use {{ env = "NAME" }} or {{ file = "PATH" }}. '
-        "It is masked in the run directory, so a resume needs it again"
-        for name in secret.find_written_secrets(settings.notify)
-    ]
-    masked = [
-        f"{key} was written out and is masked in the run directory. The run continues without this "
-        f"notification. To have it again: --set {key}=VALUE"
-        for key in secret.find_missing_secrets(msgspec.to_builtins(settings.notify))
-    ]
-    return written + masked
+    """Return a sentence for each secret that is written out, or masked and not given again."""
+    remarks = []
+    for name in secret.find_written_secrets(settings.notify):
+        remarks.append(
+            f'notify.{name} is written out: use {{ env = "NAME" }} or {{ file = "PATH" }}. '
+            "It is masked in the run directory, so a resume needs it again"
+        )
+    for key in secret.find_missing_secrets(msgspec.to_builtins(settings.notify)):
+        remarks.append(
+            f"{key} was written out and is masked in the run directory. The run continues without "
+            f"this notification. To have it again: --set {key}=VALUE"
+        )
+    return remarks
 
 
 def package_remarks(settings: GuardConfig) -> list[str]:
-    """Return a sentence for each missing package without which the run goes on with less."""
+    """Return a sentence for each missing package that the run can do without."""
     if not settings.tensorboard.enabled or is_installed("tensorboard"):
         return []
     return [
         "tensorboard is not installed, so this run writes no TensorBoard files. "
-        f"To have them: {install_hint('tensorboard')}. To hide this: --set tensorboard.enabled=false"
+        f"To have them: {install_hint('tensorboard')}. "
+        "To hide this: --set tensorboard.enabled=false"
     ]
 
 

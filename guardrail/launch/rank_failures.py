@@ -22,7 +22,7 @@ class RankFailures:
         sentences: one per failure, newest last. All count against launch.max_restarts.
         last_log: of the rank that failed last.
         had_ended: the rank that failed last had ended the run before it failed.
-        is_between_starts: the last start of the ranks has failed, and no rank of the next one lives
+        is_between_starts: the last start of the ranks has failed, and no rank of the next one runs
             yet. The next one may have to wait for another node.
     """
 
@@ -61,7 +61,7 @@ class RankFailures:
         self.had_ended = False
 
     def note_new_ranks(self) -> None:
-        """The ranks of another start live."""
+        """Note that the ranks of another start run."""
         self.is_between_starts = False
 
     def add(self, sentence: str) -> None:

@@ -84,7 +84,7 @@ class SideThreads:
             yield
 
     def _feed_tracker(self, tracker: type[Tracker], stop: threading.Event) -> None:
-        """Feed one tracker until `stop`. If it fails, the journal notes it and training goes on."""
+        """Feed one tracker until `stop`. If it fails, the journal notes it and training continues."""
         try:
             follow_run(tracker(self._run), stop=stop)
         except Exception as error:

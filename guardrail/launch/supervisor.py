@@ -7,7 +7,7 @@ torch elastic starts the ranks. On one node each start has a new elastic agent, 
 earlier start reaches it. On several nodes the agents stay, and start their ranks again together.
 
 The supervisor does what elastic does not:
-- it kills a rank that lives but makes no progress (`hang_detector`);
+- it kills a rank that makes no progress (`hang_detector`);
 - it kills ranks that wait for a failed one (`survivors`);
 - it replaces an elastic agent that was killed;
 - it waits longer than 30 seconds for a stop;
@@ -250,7 +250,7 @@ class Supervisor:
         return self._failures.is_between_starts or not self._ranks.heard
 
     def _update_ranks(self, agent: Agent) -> None:
-        """Read which ranks have failed, which live, and what they report."""
+        """Read which ranks have failed, which run, and what they report."""
         flush_log()
         output = agent.read_output()
         if output.failures:

@@ -9,7 +9,7 @@ from guardrail.core.records import Phase, RankStatus
 from guardrail.launch.supervisor_journal import log
 from guardrail.rundir.local_ranks import LocalRanks
 
-SURVIVOR_SECONDS = 10.0  # a peer of a failed rank that still lives after this is killed
+SURVIVOR_SECONDS = 10.0  # a peer of a failed rank that still runs after this is killed
 SETUP_SURVIVOR_SECONDS = 1.0  # the same for a peer in set-up, which has nothing to save
 
 
@@ -25,7 +25,7 @@ class Survivors:
         self._asked: dict[int, float] = {}  # pid -> time.monotonic() when it was asked to end
 
     def __bool__(self) -> bool:
-        """Whether a survivor lives."""
+        """Return whether a survivor may still run."""
         return bool(self._asked)
 
     def clear(self) -> None:

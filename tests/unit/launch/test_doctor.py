@@ -206,9 +206,9 @@ def test_a_dry_run_finds_what_is_wrong_on_any_machine(
 ) -> None:
     with_torch(monkeypatch, CPU)
     assert main(["doctor", "--dry-run", str(BLOOM), "--set", "parallel.tp=5"]) == 2
-    assert "a divisor of 384, the number of processes" in capsys.readouterr().out
+    assert "divisor of 384" in capsys.readouterr().out
     assert main(["doctor", "--dry-run"]) == 2
-    assert "--dry-run needs a configuration" in capsys.readouterr().err
+    assert "--dry-run CONFIG.toml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("installed", [True, pytest.param(False, marks=pytest.mark.fault("B7"))])
