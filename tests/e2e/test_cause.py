@@ -109,9 +109,7 @@ def test_hardware_that_is_not_borne_ends_the_run_with_the_ranks_and_hosts_name(
     run = new_run(config)
     assert train(run, 2) == "halted"
     (ended,) = of_kind(run, "ended")
-    assert (
-        f"rank 1 on {socket.gethostname()} has not repeated itself 1 times" in ended.data["reason"]
-    )
+    assert f"rank 1 on {socket.gethostname()} did not reproduce it 1 times" in ended.data["reason"]
     assert ended.step == 25 and not spans(run), "no data was left out for it"
 
 

@@ -88,7 +88,10 @@ def test_all_that_is_looked_at_ahead_must_be_in_the_same_trouble(
     )
     assert after.ahead is ahead and after.passes == 6 + len(losses) and after.cause is Cause.DATA
     hit = sum(value > 4.0 for value in losses)
-    assert (f"so do {hit} of {len(losses)} batches" in after.reason) == bool(losses)
+    seen = after.evidence.batches_ahead if after.evidence is not None else None
+    assert (seen is not None) == bool(losses)
+    assert seen is None or (seen.spiked, seen.tested) == (hit, len(losses))
+    assert (f"{hit} of {len(losses)} batches" in after.reason) == bool(losses)
 
 
 def test_what_is_not_a_number_is_never_the_level() -> None:
