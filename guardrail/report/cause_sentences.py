@@ -23,8 +23,8 @@ from guardrail.report.formats import file_name, format_signal, join_words, short
 from guardrail.report.incident import Incident, IncidentAction, SkippedFile
 from guardrail.report.skipped_files import typical_remark
 
-STRUCTURED = 0.25  # share of the normal label-order loss from which on a text has structure
-NEIGHBOUR = 0.1  # share of the largest file below which a file is only a neighbour of the bad ones
+STRUCTURED = 0.25  # least share of the normal label-order loss of a text with structure
+NEIGHBOUR = 0.1  # a file with a smaller share of the largest one is only next to the bad ones
 # What a heading calls a finding. Another kind is called by its own name.
 _ANOMALIES = {
     FindingKind.NONFINITE: "NaN or Inf",

@@ -7,9 +7,9 @@ import re
 import textwrap
 from collections.abc import Iterable
 
-COLUMNS = 110  # of a line of the report
+COLUMNS = 110  # most characters of a line of the report
 _UNIT = re.compile(r"(?<=\d) (?=(?:s|h|d|%|B|kB|MB|GB|TB)\b|%)")
-_TIED = "\0"  # stands between a number and its unit; cleaned text has no such character
+_TIED = "\0"  # between a number and its unit; cleaned text has no such character
 _SIGNALS = {
     "grad_norm": "grad norm",
     "embed_grad_norm": "embed norm",

@@ -93,17 +93,17 @@ class IncidentAction(Record, frozen=True, kw_only=True):
     """What was done about an incident.
 
     Attributes:
-        action: "skip", "rollback", "pause", "halt", "retry", "remedy", "undo", or "would ..." where
-            the guard only advised.
-        step, timeline: where the run stood.
-        to_step, tier, steps_lost: of a rollback: the snapshot used, and applied updates that were
-        discarded.
-        window: positions [first, last) of the sample order that were skipped.
-        new_timeline: that it began, -1 if it began none.
-        remedies: what was done with it, a sentence each.
-        batch: positions [first, last) of the batch that was tried.
-        signal, value, baseline: of the most severe finding on it.
-        samples_skipped: of the batch or the window; -1: the journal does not say.
+        action: "skip", "rollback", "pause", "halt", "retry", "remedy", "undo", or "would ..." if the
+            guard only advised.
+        step, timeline: of the run at the action.
+        to_step, tier, steps_lost: of a rollback: the restored step, where its snapshot was, and the
+            number of discarded updates.
+        window: skipped positions [first, last) of the sample order.
+        new_timeline: number of the timeline that it began; -1 if it began none.
+        remedies: one sentence per remedy that belongs to it.
+        batch: positions [first, last) of the rejected batch.
+        signal, value, baseline: of the most severe finding about that batch.
+        samples_skipped: samples of the batch or the window; -1: the journal does not say.
     """
 
     action: str
@@ -128,14 +128,14 @@ class Cost(Record, frozen=True, kw_only=True):
     """What an incident cost.
 
     Attributes:
-        steps: applied updates that were discarded.
-        seconds: that these and the rejected tries took; NaN where no row has measured it.
+        steps: number of applied updates that were discarded.
+        seconds: time of these steps and of the rejected tries; NaN: not measured.
         parked: seconds that the run waited for an answer.
-        rejected: updates that were kept out of the weights.
-        excess: nats per token, median, by which the losses from the onset on that were discarded or
-            rejected stand above the trend from before it; NaN where there is none.
-        price: nats per token that the discarded steps gain on that trend: what it costs to repeat
-        them.
+        rejected: number of updates that were not applied.
+        excess: median difference, in nats per token, between the discarded or rejected losses since
+            the onset and the trend before it; NaN without a trend.
+        price: nats per token by which the discarded steps had improved on that trend. They must be
+            repeated.
     """
 
     steps: int = 0
@@ -158,9 +158,9 @@ class Effect(Record, frozen=True, kw_only=True):
     before it, in nats per token.
 
     Attributes:
-        excess: of what was discarded or rejected, above the trend.
-        offset: of the loss after the incident, above the trend.
-        price: what the discarded steps gain on the trend.
+        excess: loss of discarded and rejected batches minus the trend.
+        offset: loss after the incident minus the trend.
+        price: improvement of the discarded steps on the trend.
         noise: of a single loss.
         worth: "yes", "no", or "within the noise".
     """
@@ -177,22 +177,22 @@ class Incident(Record, frozen=True, kw_only=True):
     journal gave none.
 
     Attributes:
-        state: "open", "recovered", "accepted", "recovered with higher loss" or
-        "repeated" (it came back after a rollback), as the journal has it.
+        state: "open", "recovered", "accepted", "recovered with higher loss" or "repeated" (it came
+            again after a rollback), as in the journal.
         modules: rank -> first module with a non-finite output.
         tokens: with the longest rows of the embedding gradient of any rejected step.
-        cause, cause_reason: what a cause test has shown, "" where none was made.
-        cause_rank, cause_host: that did not reproduce; -1 and "" where it was none.
-        evidence: the numbers of that test.
-        has_bad_updates: updates of the bad data were in the weights before it was noticed.
-        is_new_data: the data was taken for a new kind of data, and accepted.
+        cause, cause_reason: result of the cause test; "" if there was none.
+        cause_rank, cause_host: the rank whose result did not reproduce; -1 and "" if there is none.
+        evidence: the numbers of the cause test.
+        has_bad_updates: updates of the bad data were applied before the first finding.
+        is_new_data: it was classified as a new kind of data, and accepted.
         is_raised_only: raised values without a spike, which were applied.
-        closed_step: of the run when it was over; 0: it is not.
-        curve: trend of the loss before the onset, where there was enough of it.
-        outcome: the sentence that closed it.
-        measured: the numbers of that sentence, as far as the journal has them: name -> value.
-        files: of which something was skipped, in the order of their paths.
-        effect: None where no loss can be compared with a trend.
+        closed_step: step at which it was over; 0: it is open.
+        curve: trend of the loss before the onset, if there were enough steps for a fit.
+        outcome: the journal's sentence at its end.
+        measured: numbers of that journal line: name -> value.
+        files: those with skipped documents, sorted by path.
+        effect: None if no loss can be compared with a trend.
     """
 
     number: int
@@ -201,7 +201,7 @@ class Incident(Record, frozen=True, kw_only=True):
     opened: float
     closed: float | None = None
     findings: tuple[Finding, ...] = ()
-    # rank -> non-finite gradients
+    # rank -> names of parameters with non-finite gradients
     parameters: dict[str, list[str]] = msgspec.field(default_factory=dict)
     modules: dict[str, str] = msgspec.field(default_factory=dict)
     tokens: tuple[Token, ...] = ()

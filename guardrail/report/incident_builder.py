@@ -49,7 +49,7 @@ class IncidentBuilder:
         self._keep = keep
         self._found: dict[int, Incident] = {}
         self._unnumbered = 0
-        self._decided: dict[int, IncidentAction] = {}  # rollbacks whose own line is to come
+        self._decided: dict[int, IncidentAction] = {}  # rollbacks whose line comes later
 
     def add_events(self, events: Iterable[Event]) -> list[Incident]:
         """Add events, and return all incidents so far, oldest first."""

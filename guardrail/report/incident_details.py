@@ -13,7 +13,7 @@ from guardrail.report.formats import format_signal, shorten_path
 from guardrail.report.incident import Incident, IncidentAction, SkippedFile, Token
 from guardrail.report.table_rows import describe_state
 
-MAX_ROWS = 16  # of a table; JSON has all that the journal named
+MAX_ROWS = 16  # of a table; JSON has all rows
 MAX_TOKENS = 3
 MAX_NAMES = 4  # parameters of a rank
 PATH_WIDTH = 60

@@ -18,7 +18,7 @@ from guardrail.rundir.run_directory import RunDirectory
 if TYPE_CHECKING:
     import numpy as np
 
-# kinds of lines -> what is reported
+# kind of a journal line -> kind of the fault
 _RANK_FAULTS = {
     "rank_failed": "rank failed",
     "rank_hung": "rank hung",
@@ -66,7 +66,7 @@ def _read_fault(event: Event, step: int) -> Fault | None:
             log=clean_text(str(data.get("log") or ""), 200),
         )
     if event.kind in _DISK and data.get("state") != "ok":
-        # A recorder that cannot write knows no step.
+        # The recorder has no step while it cannot write.
         message = clean_text(str(data.get("reason") or event.message), 400)
         return Fault(kind="disk failing", step=event.step or step, time=event.time, message=message)
     if event.kind == "checkpoint" and data.get("state") == "failed":

@@ -1,4 +1,4 @@
-"""The report of a run as typed records: what `build` makes of a run directory, and JSON."""
+"""The report of a run as typed records. `guardrail report --json` prints the same fields."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class CheckpointLine(Record, frozen=True, kw_only=True):
 
 
 class Restart(Record, frozen=True, kw_only=True):
-    """The run was continued from `checkpoint`; `steps_lost` updates applied after it were repeated.
+    """The run was continued from `checkpoint`. `steps_lost` applied updates after it were repeated.
 
     Attributes:
-        seconds: that the repeated updates had taken; NaN where no row has measured it.
-        after: what the run had ended with: "stopped", "finished", ..., "failure" (a rank failed or
-            hung), or "" where it ended without a final message.
+        seconds: time of the repeated updates; NaN: not measured.
+        after: how the run had ended: "stopped", "finished", ..., "failure" (a rank failed or hung),
+            or "" without a final message.
     """
 
     step: int
@@ -47,7 +47,7 @@ class Restart(Record, frozen=True, kw_only=True):
     checkpoint: str
     steps_lost: int
     sentence: str
-    differs: tuple[str, ...] = ()  # parts of the state that were not what had been saved
+    differs: tuple[str, ...] = ()  # parts of the state that differ from the saved ones
     seconds: float = math.nan
     after: str = ""
 
@@ -58,8 +58,9 @@ class Fault(Record, frozen=True, kw_only=True):
     Attributes:
         kind: "rank failed", "rank hung", "disk failing" or "checkpoint failed".
         count: consecutive faults with this message.
-        rank, host, log: of a rank; -1 and "" where unknown.
-        resolved_step: where the run continued, or could be written again; None: nowhere.
+        rank, host, log: of the failed rank; -1 and "" if unknown.
+        resolved_step: step at which the run continued, or the disk could be written again; None: it
+            is not resolved.
         seconds: from the fault until the run continued; NaN: unknown.
     """
 
@@ -79,22 +80,22 @@ class Report(Record, frozen=True, kw_only=True):
     """What happened in a run.
 
     Attributes:
-        state: phase of the final message; "running", or "lost" when there is none and no process
-            lives; "new".
+        state: phase of the final message. Without one: "running", "lost" if no process is alive, or
+            "new".
         reason: the final message.
-        seconds: from the first event to the last sign of life.
+        seconds: from the first event to the last heartbeat.
         applied, rejected: rows of the present timeline.
         unresolved: the incident that is not over, as a sentence; "" without one.
-        samples_skipped: by this run, those of `data.quarantine` not counted; -1: the journal lacks
-            the order.
-        samples_read: positions of the sample order that the run has passed; 0: unknown.
-        seconds_lost: by incidents, faults and repeated steps; NaN where nothing was measured.
+        samples_skipped: by this run, without those of `data.quarantine`; -1: the journal does not
+            name the sample order.
+        samples_read: positions of the sample order that the run has read; 0: unknown.
+        seconds_lost: by incidents, faults and repeated steps; NaN: not measured.
         by_person: skips and rollbacks that a user asked for.
-        troubles: failed or hung ranks, disk problems, notes: messages in the order of the journal.
-        faults: the same but for the notes.
+        troubles: messages about ranks and disk, and notes, in the order of the journal.
+        faults: failed or hung ranks and disk problems.
         notes: messages of `note` lines.
-        data_folder: what the paths of documents are relative to, "" where they have no such folder.
-        question: what the run asks at the moment.
+        data_folder: folder that paths of documents are relative to; "" if there is none.
+        question: the open question of the run; "" if there is none.
     """
 
     run: str

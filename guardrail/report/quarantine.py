@@ -41,7 +41,7 @@ def quarantine_lines(run: RunDirectory) -> list[str]:
         raise RunDirectoryError(
             f"{run.path}: the journal does not say in which order the samples came"
         )
-    # An order of one sample serves where nothing but the file is skipped.
+    # If only the file skips samples, any order will do: one of a single sample.
     ledger = SampleCursor(order or SampleOrder(samples=1), batch_size=1)
     file = _quarantine_file(run)
     if file is not None:
@@ -102,7 +102,7 @@ def _quarantine_file(run: RunDirectory) -> Path | None:
         return None
     try:
         data = tomllib.loads(run.config_text()).get("data", {})
-    # also of very long numbers, and of brackets within each other
+    # RecursionError: deeply nested brackets. ValueError also: very long numbers.
     except (ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{run.path / 'config.toml'}: not valid TOML ({error})") from error
     name = None

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from guardrail.report.incident_details import Table
 from guardrail.report.outline import Section
 
-# ASCII punctuation that can begin something in CommonMark (section 2.4 allows a backslash before
-# each), and the characters of HTML, which Markdown lets through.
+# ASCII punctuation with a meaning in CommonMark (section 2.4 allows a backslash before each), and
+# the characters of HTML, which Markdown does not escape.
 _SPECIAL = re.compile(r"([\\`*_\[\]#+!|~>$]|^-)")
 
 _STYLE = """
@@ -112,7 +112,7 @@ def render_page(sections: Sequence[Section], curves: Iterable[tuple[str, str]]) 
         [
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
-            # Whatever slips in: nothing is fetched, nothing runs.
+            # Whatever text gets in here, nothing is fetched and nothing runs.
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
             '<meta name="viewport" content="width=device-width">',
             f"<title>{html.escape(summary.title)}</title>",

@@ -23,7 +23,7 @@ from guardrail.report.model import CheckpointLine, Report
 from guardrail.report.table_rows import STATES, costliest_first, incident_row
 
 MAX_NAMED = 4  # checkpoints
-LONGEST_SPEC = 66  # characters of what names the run in a command that fits a line
+LONGEST_SPEC = 66  # characters of the run's name in a command that fits a line
 
 
 # -- how the run stands

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 960, 220
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 14, 22  # margins in pixels
-LOGARITHMIC = 20.0  # greatest over median value from which on an axis is logarithmic
-MAX_TRIES = 500  # rejected tries that are drawn of one signal
-LARGEST = 1e300  # of a value that is drawn: float64 holds the width of the axis too
+LOGARITHMIC = 20.0  # an axis is logarithmic if the largest value is this multiple of the median
+MAX_TRIES = 500  # most rejected tries that are drawn per signal
+LARGEST = 1e300  # drawn value: float64 can still hold the width of the axis
 NAMES = {
     LOSS: "loss (nats a token)",
     GRAD_NORM: "gradient norm",

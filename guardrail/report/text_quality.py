@@ -29,8 +29,8 @@ from guardrail.core.format import format_plural
 # duplicate 5- to 10-grams.
 TOP_GRAMS = {2: 0.20, 3: 0.18, 4: 0.16}
 DUPLICATE_GRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
-DUPLICATE_LINES = 0.30  # Gopher, table A1: share of lines that stood there before
-SYMBOLS_PER_WORD = 0.10  # Gopher: "#" and "..." to words
+DUPLICATE_LINES = 0.30  # Gopher, table A1: share of lines that occurred before
+SYMBOLS_PER_WORD = 0.10  # Gopher: "#" and "..." per word
 WORD_LENGTH = (3.0, 10.0)  # Gopher: mean length of a word
 WORDS_WITH_A_LETTER = 0.80  # Gopher
 # Share of the characters. C4 drops a page for a single "{"; a corpus of code may have some.
@@ -53,7 +53,7 @@ UNSPACED_SHARE = 0.3  # share of the letters that makes a text one of a script w
 # is searched for after each.
 PLACES, ANCHOR = 16, 8
 MOST_PERIODS = 4  # lengths that are tried
-SHOWN = 40  # characters of what is repeated
+SHOWN = 40  # most characters of the repeated string in a remark
 REPEATS = 0.9  # least share of the characters that a repeating text has again one period later
 FEW_WORDS, FEW_CHARACTERS = 12, 24  # in a shorter text a share means nothing
 # Robust sigmas, and bits per character, above those of the corpus itself.
@@ -276,7 +276,7 @@ def _find_periods(text: str) -> list[int]:
     longest = len(text) // 4 - 1
     found: Counter[int] = Counter()
     for place in range(PLACES):
-        # Within the first three quarters a place has a full period after it.
+        # Each place lies in the first three quarters, so a full period follows it.
         at = place * (len(text) - longest - ANCHOR) // PLACES
         distance = text.find(text[at : at + ANCHOR], at + 1, at + longest + ANCHOR + 1) - at
         if 0 < distance <= longest:

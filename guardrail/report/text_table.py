@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from guardrail.report.formats import COLUMNS, shorten
 
 GAP = 2  # spaces between columns
-LEAST = 10  # characters that a column keeps when it must shrink
+LEAST = 10  # fewest characters of a column that shrinks
 
 
 def format_table(
