@@ -148,3 +148,19 @@ def test_dictionaries_and_policies_take_old_names(tmp_path: Path) -> None:
     (tmp_path / "p.toml").write_text("[guard]\nconfirm = 5\n")
     assert load_guard_options(tmp_path / "p.toml", overrides=["guard.skips=9"]).max_data_skips == 9
     assert load_guard_options(tmp_path / "p.toml").steps_until_good == 5
+
+
+def test_old_names_of_the_detectors_lead_to_their_tables() -> None:
+    old = {"window": 64, "warmup": 16, "loss_score": 7.0, "grad_score": 9.0, "embed_score": 8.0}
+    old |= {"divergence_score": 5.0, "divergence_steps": 12}
+    spike = {"history": 64, "min_history": 16, "loss_threshold": 7.0}
+    spike |= {"grad_threshold": 9.0, "embed_threshold": 8.0}
+    divergence = {"threshold": 5.0, "steps": 12}
+    new = read({"guard": {"detectors": {"spike": spike, "divergence": divergence}}}).guard
+    assert read({"guard": old}).guard == GuardOptions(**old) == new
+    assert (new.window, new.divergence_steps) == (64, 12)  # type: ignore[attr-defined]
+    mixed = read({"guard": {"detectors": {"spike": {"history": 64}}}}, "guard.warmup=16").guard
+    assert (mixed.detectors.spike.history, mixed.detectors.spike.min_history) == (64, 16)
+    with pytest.raises(ConfigError) as error:
+        read({"guard": {"window": 64, "detectors": {"spike": {"history": 64}}}})
+    assert error.value.key == "guard.window"
