@@ -8,14 +8,21 @@ has quarantined stay quarantined.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-import msgspec
-
-from guardrail.core.events.decisions import HIGHER_LOSS, RECOVERED
+from guardrail.core.events.decisions import (
+    HIGHER_LOSS,
+    RECOVERED,
+    IncidentChanged,
+    RemedyUsed,
+    RolledBack,
+    Skipped,
+    Undone,
+    VerdictGiven,
+)
 from guardrail.core.events.event import Event
-from guardrail.core.files import as_int
 from guardrail.core.records import AUTOMATIC, Record, Span
+
+Decision = Skipped | RolledBack | RemedyUsed
 
 
 class UndoPlan(Record, frozen=True, kw_only=True):
@@ -66,148 +73,135 @@ def split_span(span: Span) -> list[tuple[int, int]]:
 
 
 def find_undo_plan(events: Iterable[Event], seq: int | None = None) -> UndoPlan | str:
-    """Return what an undo would do; or why there is nothing to undo, as the end of a sentence.
+    """Return what the undo of a decision does.
 
     Args:
-        events: of the complete journal, in order.
-        seq: of the decision's line; None: the newest decision of the guard that is not undone.
+        events: of the whole journal, in order.
+        seq: of its line; None: the newest one of the guard's own that stands.
+
+    Returns:
+        Why there is nothing to undo, as the end of a sentence, where that is so.
     """
     events = list(events)
-    decisions: list[Event] = []
-    undone: set[int] = set()
-    for event in events:
-        if event.kind in ("skipped", "rollback", "remedy"):
-            decisions.append(event)
-        elif event.kind == "undo":
-            undone.update(as_int(of) for of in as_list(event.data.get("lines")))
+    undone = {seq for event in events if isinstance(event, Undone) for seq in event.lines}
+    decisions = [event for event in events if isinstance(event, Skipped | RolledBack | RemedyUsed)]
     standing = [event for event in decisions if event.seq not in undone]
     if seq is None:
         automatic = [event for event in standing if _is_automatic(event)]
         if not automatic:
             return "there is no decision of the guard that is not undone"
-        return _plan_undo(automatic[-1], standing, events)
+        return _make_plan(automatic[-1], standing, events)
     for event in standing:
         if event.seq == seq:
-            return _plan_undo(event, standing, events)
+            return _make_plan(event, standing, events)
     if seq in undone:
         return f"line {seq} is undone already"
     return f"line {seq} of the journal is not a decision"
 
 
-def as_list(value: Any) -> Sequence[Any]:
-    """Return a list or tuple as it is, and () for anything else."""
-    return value if isinstance(value, list | tuple) else ()
+def _is_automatic(event: Decision) -> bool:
+    """Return whether the guard made a decision by itself."""
+    if isinstance(event, RemedyUsed):
+        return event.who in (None, "", "guard")
+    return event.span is not None and event.span.origin in AUTOMATIC
 
 
-def _is_automatic(event: Event) -> bool:
-    span = span_in(event)
-    if event.kind == "remedy":
-        return event.data.get("who") in (None, "", "guard")
-    return span is not None and span.origin in AUTOMATIC
-
-
-def _plan_undo(event: Event, standing: Sequence[Event], events: Sequence[Event]) -> UndoPlan | str:
-    span = span_in(event)
-    if span is None:
+def _make_plan(
+    event: Decision, standing: Sequence[Decision], events: Sequence[Event]
+) -> UndoPlan | str:
+    """Return the plan for one decision; `standing` are those that were not undone."""
+    if isinstance(event, RemedyUsed) or event.span is None:
         return UndoPlan(
             of=event.seq,
             kind=event.kind,
             message=event.message,
             before_step=event.step + 1,
-            incident=event.data.get("incident"),
+            incident=event.incident,
         )
-    for other in standing:
-        theirs = span_in(other)
-        if other.seq > event.seq and theirs is not None and _covers(theirs, span):
+    others = [one for one in standing if isinstance(one, Skipped | RolledBack)]
+    for other in others:
+        if other.seq > event.seq and other.span is not None and _covers(other.span, event.span):
             return f"line {other.seq} has skipped the same samples since: undo that one"
-    spans, rollbacks = [span], _new_timeline(event)
+    automatic = event.span.origin in AUTOMATIC
+    taken = [event, *(_list_covered(event, others) if automatic else [])]
+    spans = [one.span for one in taken if one.span is not None]
     pardons: list[tuple[int, int]] = []
-    if span.origin in AUTOMATIC:
-        for other in standing:
-            theirs = span_in(other)
-            if other is event or theirs is None:
-                continue
-            if theirs.origin in AUTOMATIC and _covers(span, theirs):
-                spans.append(theirs)
-                rollbacks += _new_timeline(other)
-        for one in spans:
-            pardons += group_positions(positions_of(one))
-        batch = _judged_batch(event, events)
-        if batch and all(_is_empty(one) for one in spans) and _is_over(event, events):
-            return (
-                f"line {event.seq} skipped no data, its batch was applied afterwards, and incident "
-                f"{event.data.get('incident')} is over: going back would only repeat steps"
-            )
-        pardons += batch
+    batch: list[tuple[int, int]] = []
+    if automatic:
+        pardons = [piece for span in spans for piece in group_positions(positions_of(span))]
+        batch = _find_batch(event, events)
+    if batch and not any(_has_samples(span) for span in spans) and _is_over(event, events):
+        return (
+            f"line {event.seq} skipped no data, its batch was applied afterwards, and incident "
+            f"{event.incident} is over: going back would only repeat steps"
+        )
     return UndoPlan(
         of=event.seq,
         kind=event.kind,
         message=event.message,
         spans=tuple(spans),
-        pardons=tuple(merge_ranges(pardons)),
-        rollbacks=tuple(rollbacks),
-        first=min(one.first for one in spans),
+        pardons=tuple(merge_ranges([*pardons, *batch])),
+        rollbacks=tuple(_timeline_of(one) for one in taken if isinstance(one, RolledBack)),
+        first=min(span.first for span in spans),
         before_step=event.step + 1,
-        incident=event.data.get("incident"),
+        incident=event.incident,
     )
 
 
-def _is_empty(span: Span) -> bool:
-    """Return whether a span skips no position."""
-    ranges = split_span(span)
-    return ranges[0][0] >= ranges[-1][1]
+def _list_covered(
+    event: Skipped | RolledBack, others: Sequence[Skipped | RolledBack]
+) -> list[Skipped | RolledBack]:
+    """Return the guard's other decisions whose samples all lie in those of this one."""
+    found = []
+    for other in others:
+        if other is event or other.span is None or event.span is None:
+            continue
+        if other.span.origin in AUTOMATIC and _covers(event.span, other.span):
+            found.append(other)
+    return found
 
 
-def _is_over(event: Event, events: Sequence[Event]) -> bool:
-    """Return whether a decision has no remedies, and its incident has ended since."""
-    if as_list(event.data.get("remedies")):
+def _has_samples(span: Span) -> bool:
+    pieces = split_span(span)
+    return pieces[0][0] < pieces[-1][1]
+
+
+def _is_over(event: Skipped | RolledBack, events: Sequence[Event]) -> bool:
+    """Return whether the incident of a decision has ended since, and no remedy of it holds."""
+    if event.remedies or "remedies" in event.unreadable or event.incident is None:
         return False
-    number = event.data.get("incident")
-    if number is None:
-        return False
-    state = None
+    state = ""
     for later in events:
-        if (
-            later.seq > event.seq
-            and later.kind == "incident"
-            and later.data.get("number") == number
-        ):
-            state = later.data.get("state")
+        if isinstance(later, IncidentChanged) and later.number == event.incident:
+            if later.seq > event.seq:
+                state = later.state
     return state in (RECOVERED, HIGHER_LOSS)
 
 
-def _judged_batch(event: Event, events: Sequence[Event]) -> list[tuple[int, int]]:
-    """Return the range of the batch whose verdict an event carries out; [] if it is not known.
+def _find_batch(event: Skipped | RolledBack, events: Sequence[Event]) -> list[tuple[int, int]]:
+    """Return the batch whose verdict a decision carries out, as the only item.
 
-    A rollback may skip other positions than that, or none.
+    A rollback may skip other batches than that, or none at all.
     """
-    number = event.data.get("incident")
     for before in reversed(events):
-        if before.seq >= event.seq or before.kind != "verdict":
+        if before.seq >= event.seq or not isinstance(before, VerdictGiven):
             continue
-        if before.data.get("incident") == number:
-            batch = as_list(before.data.get("batch"))
-            if len(batch) != 2:
-                return []
-            return [(as_int(batch[0]), as_int(batch[1]))]
+        if before.incident == event.incident:
+            return [] if before.batch is None else [before.batch]
     return []
 
 
 def lines_to_undo(events: Iterable[Event], undoing: UndoPlan) -> list[int]:
-    """Return the numbers of all journal lines that the undo undoes, ascending."""
-    spans = set(undoing.spans)
+    """Return the numbers of all journal lines that the undo takes back."""
     lines = {undoing.of}
     for event in events:
-        if event.kind in ("skipped", "rollback") and span_in(event) in spans:
+        if isinstance(event, Skipped | RolledBack) and event.span in undoing.spans:
             lines.add(event.seq)
     return sorted(lines)
 
 
-def _new_timeline(event: Event) -> list[int]:
-    """Return the timeline that a rollback began; [] for other events."""
-    if event.kind != "rollback":
-        return []
-    return [as_int(event.data.get("new_timeline"), -1)]
+def _timeline_of(event: RolledBack) -> int:
+    return -1 if event.new_timeline is None else event.new_timeline
 
 
 def _covers(outer: Span, inner: Span) -> bool:
@@ -234,24 +228,3 @@ def merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             merged.append((first, last))
     return merged
-
-
-def undone_spans(event: Event) -> list[Span]:
-    """Return the spans of an `undo` event, without those that cannot be read."""
-    spans = [as_span(one) for one in as_list(event.data.get("spans"))]
-    return [span for span in spans if span is not None]
-
-
-def span_in(event: Event) -> Span | None:
-    """Return the span of an event, which is a record or a dict from the journal; None if none."""
-    return as_span(event.data.get("span"))
-
-
-def as_span(raw: Any) -> Span | None:
-    """Return a span from the journal; None if there is none that can be read."""
-    if raw is None or isinstance(raw, Span):
-        return raw
-    try:
-        return msgspec.convert(raw, Span, strict=False)
-    except msgspec.ValidationError:
-        return None

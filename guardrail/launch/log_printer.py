@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from guardrail.core.errors import ExitCode
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import Paused
 from guardrail.core.format import format_elapsed
 from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Phase, Status
 from guardrail.core.text import clean_text
@@ -32,14 +33,6 @@ SETUP_SECONDS = 5.0  # at least, between two lines about the progress of the set
 ATTACH_LINES = 10  # of the past, at most, that `attach` prints
 LONGEST_STEP_SECONDS = 1e7  # a larger number is a damaged one
 PACE_ROWS = 20  # rows over which speed and remaining time are measured
-
-# Journal lines that are printed. Findings are not: their verdict repeats them. A checkpoint that
-# became good is routine.
-PRINTED_KINDS = frozenset(
-    "started restarted resume_check verdict skipped rollback undo diagnosis remedy incident command disk paused "
-    "resumed note rank_hung rank_failed ended".split()
-)
-PRINTED_CHECKPOINTS = frozenset(("failed", "invalid", "suspect", "foreign"))
 
 
 class LogLines:
@@ -185,15 +178,12 @@ def format_event(event: Event) -> str:
 
     Further lines hold the rest of the message and the possible answers to a question.
     """
-    if event.kind == "checkpoint" and event.data.get("state") not in PRINTED_CHECKPOINTS:
-        return ""
-    if event.kind not in PRINTED_KINDS and event.kind != "checkpoint":
+    if not event.is_printed:
         return ""
     where = f"step {event.step}: " if event.step else ""
     first, *more = [clean_text(line, 1000) for line in event.message.splitlines()] or [""]
-    proposals = event.data.get("proposals")
-    if isinstance(proposals, list):
-        more += [_format_proposal(one) for one in proposals if isinstance(one, dict)]
+    if isinstance(event, Paused):
+        more += [_format_proposal(one) for one in event.proposals if isinstance(one, dict)]
     indented = [f"    {line}" for line in more if line]
     return "\n".join([f"{event.kind:<12} {where}{first}", *indented])
 

@@ -27,6 +27,7 @@ import msgspec
 from guardrail.core import secret
 from guardrail.core.errors import ConfigError
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import Paused
 from guardrail.core.files import encode_json, open_file
 from guardrail.core.records import Record
 from guardrail.core.secret import SecretRef
@@ -72,25 +73,6 @@ class Notice(Record, frozen=True, kw_only=True):
     data: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-def find_notify_kind(event: Event) -> str:
-    """Return the word of `[notify] on` for a journal line, "" for one that is never sent."""
-    data = event.data
-    match event.kind:
-        case "incident":
-            state = str(data.get("state", ""))
-            return "incident" if state == "open" else state
-        case "paused":
-            # A pause without proposals is a user's own command.
-            return "paused" if data.get("proposals") else ""
-        case "disk":
-            return "disk_ok" if data.get("state") == "ok" else "disk_failing"
-        case "ended":
-            return str(data.get("phase", ""))
-        case "rollback" | "undo" | "rank_hung" | "rank_failed":
-            return event.kind
-    return ""
-
-
 def build_notice(event: Event, *, run: str, path: str, host: str) -> Notice:
     """Return what is sent for a journal line. Outside text is cleaned for a terminal."""
     message = clean_text(event.message, 600)
@@ -100,7 +82,7 @@ def build_notice(event: Event, *, run: str, path: str, host: str) -> Notice:
         if value is not None:
             data[name] = clean_text(value, 600) if isinstance(value, str) else value
     return Notice(
-        event=find_notify_kind(event),
+        event=event.notice,
         text=f"{clean_text(run, 120)}, step {event.step:,}: {message}",
         run=clean_text(run, 120),
         path=clean_text(path),
@@ -117,10 +99,7 @@ def build_notice(event: Event, *, run: str, path: str, host: str) -> Notice:
 
 def _list_choices(event: Event) -> Iterator[str]:
     """Yield the possible answers to the question of a journal line."""
-    proposals = event.data.get("proposals")
-    if not isinstance(proposals, list):
-        return
-    for one in proposals:
+    for one in event.proposals if isinstance(event, Paused) else ():
         if isinstance(one, dict):
             yield clean_text(str(one.get("text") or one.get("action") or ""), 300)
 
@@ -169,7 +148,7 @@ class Notifier:
         for event in self._read_new_events():
             if self._is_old(event):
                 continue
-            if find_notify_kind(event) in self._settings.on:
+            if event.notice in self._settings.on:
                 self._send(event)
 
     def _is_old(self, event: Event) -> bool:

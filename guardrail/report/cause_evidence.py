@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
-
-import msgspec
 
 from guardrail.core.cause_evidence import (
     BatchesAhead,
@@ -21,6 +17,7 @@ from guardrail.core.cause_evidence import (
     OtherBatches,
     SameBatch,
 )
+from guardrail.core.events.decisions import Diagnosed
 from guardrail.core.files import as_int
 from guardrail.core.text import clean_text
 
@@ -42,18 +39,12 @@ _OTHER_NUMBER = re.compile(
 )
 
 
-def evidence_from_line(data: Mapping[str, Any]) -> CauseEvidence | None:
-    """Return the evidence of a `diagnosis` line; None if it has none that can be read."""
-    stored = data.get("evidence")
-    if isinstance(stored, dict):
-        try:
-            return msgspec.convert(stored, CauseEvidence, strict=False)
-        except (msgspec.ValidationError, ValueError, OverflowError):
-            return None
-    found = evidence_from_sentence(str(data.get("reason") or "")[:LONGEST])
-    if found.is_empty:
-        return None
-    return found
+def find_evidence(event: Diagnosed) -> CauseEvidence | None:
+    """Return the evidence of a `diagnosis` line; None where it has none that can be read."""
+    if "evidence" in event.data:
+        return event.evidence
+    found = evidence_from_sentence(event.reason[:LONGEST])
+    return None if found.is_empty else found
 
 
 def evidence_from_sentence(reason: str) -> CauseEvidence:

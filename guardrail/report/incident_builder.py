@@ -8,15 +8,23 @@ from typing import Any
 
 import msgspec
 
+from guardrail.core.events.decisions import (
+    Diagnosed,
+    IncidentChanged,
+    RemedyUsed,
+    RolledBack,
+    SamplesTaken,
+    StepJudged,
+    Undone,
+)
 from guardrail.core.events.event import Event
 from guardrail.core.files import as_float, as_int
 from guardrail.core.records import Finding, Span
 from guardrail.core.text import clean_text
-from guardrail.decide.undo import merge_ranges, split_span, undone_spans
-from guardrail.report.cause_evidence import evidence_from_line
+from guardrail.decide.undo import merge_ranges, split_span
+from guardrail.report.cause_evidence import find_evidence
 from guardrail.report.incident import Incident, IncidentAction, Token
 from guardrail.report.journal_entries import (
-    SKIPPED,
     count_positions,
     read_action,
     read_documents,
@@ -24,7 +32,6 @@ from guardrail.report.journal_entries import (
     read_tokens,
     read_trend,
 )
-from guardrail.rundir.journal import findings_of, span_of
 
 NOT_MEASURED = ("number", "onset", "at_step")
 # states of an incident that is over
@@ -54,21 +61,21 @@ class IncidentBuilder:
     def add_events(self, events: Iterable[Event]) -> list[Incident]:
         """Add events, and return all incidents so far, oldest first."""
         for event in events:
-            match event.kind:
-                case "verdict" | "finding":
+            match event:
+                case StepJudged():
                     self._add_verdict(event)
-                case "skipped" | "rollback":
+                case SamplesTaken():
                     self._add_remedy(event)
-                case "incident":
+                case IncidentChanged():
                     self._add_state(event)
-                case "diagnosis":
+                case Diagnosed():
                     self._add_cause(event)
-                case "remedy":
+                case RemedyUsed():
                     incident = self._incident_of(event)
                     self._store(
                         incident, {"actions": (*incident.actions, read_action(event, "remedy"))}
                     )
-                case "undo":
+                case Undone():
                     self._add_undo(event)
         while self._keep is not None and len(self._found) > self._keep:
             del self._found[next(iter(self._found))]
@@ -80,23 +87,19 @@ class IncidentBuilder:
             incidents.append(incident)
         return incidents
 
-    def _add_verdict(self, event: Event) -> None:
-        action = event.data.get("action", "")
-        would = event.data.get("would")
-        findings = findings_of(event)
-        noted = action in ("", "apply") and not would and not as_int(event.data.get("incident"))
+    def _add_verdict(self, event: StepJudged) -> None:
+        action, would, findings = event.action, event.would, event.findings
+        noted = action in ("", "apply") and not would and not event.incident
         if noted and (not findings or self._find_near(event) is None):
             return  # a note alone is no incident; near an open one it is evidence
         incident = self._incident_of(event, findings)
         changes: dict[str, Any] = {"findings": _join_findings(incident.findings, findings)}
-        parameters = event.data.get("parameters")
-        if isinstance(parameters, dict):
-            changes["parameters"] = incident.parameters | _clean_parameters(parameters)
-        modules = event.data.get("modules")
-        if isinstance(modules, dict):
+        if event.parameters:
+            changes["parameters"] = incident.parameters | _clean_parameters(event.parameters)
+        if event.modules:
             changes["modules"] = incident.modules | {
                 clean_text(str(rank), 20): clean_text(str(name), 200)
-                for rank, name in modules.items()
+                for rank, name in event.modules.items()
             }
         if tokens := read_tokens(event):
             changes["tokens"] = _keep_longest((*incident.tokens, *tokens))
@@ -112,23 +115,23 @@ class IncidentBuilder:
             )
         self._store(incident, changes)
 
-    def _add_remedy(self, event: Event) -> None:
-        span = span_of(event)
-        if span is not None and span.origin == "user":
+    def _add_remedy(self, event: SamplesTaken) -> None:
+        span = event.span
+        if event.is_by_user:
             return
         incident = self._incident_of(event)
         changes: dict[str, Any] = {}
         if span is not None and span not in incident.spans:
             changes = _add_span(incident, span, event)
             changes["actions"] = _add_sample_count(incident.actions, span)
-        if event.kind == "rollback":
+        if isinstance(event, RolledBack):
             changes["actions"] = (
                 *changes.get("actions", incident.actions),
                 self._rollback(event, incident.number),
             )
         self._store(incident, changes)
 
-    def _rollback(self, event: Event, number: int) -> IncidentAction:
+    def _rollback(self, event: RolledBack, number: int) -> IncidentAction:
         """Return the rollback of this line, with the batch and the finding that led to it."""
         done, decided = read_action(event, "rollback"), self._decided.pop(number, None)
         if decided is None:
@@ -141,8 +144,8 @@ class IncidentBuilder:
             baseline=decided.baseline,
         )
 
-    def _add_state(self, event: Event) -> None:
-        state = clean_text(str(event.data.get("state") or ""), 40)
+    def _add_state(self, event: IncidentChanged) -> None:
+        state = clean_text(event.state, 40)
         incident = self._incident_of(event)
         curve = read_trend(event.data.get("curve"))
         trend: dict[str, Any] = {}
@@ -172,12 +175,11 @@ class IncidentBuilder:
             incident, {**trend, **ended, "state": state, "outcome": outcome, "measured": numbers}
         )
 
-    def _add_cause(self, event: Event) -> None:
-        cause = clean_text(str(event.data.get("cause") or ""), 60)
-        reason = clean_text(str(event.data.get("reason") or event.message), 600)
-        rank = as_int(event.data.get("rank", -1))
-        host = clean_text(str(event.data.get("host") or ""), 80)
-        if rank >= 0 and cause.startswith(("hardware", "not reproducible")):
+    def _add_cause(self, event: Diagnosed) -> None:
+        cause = clean_text(event.cause, 60)
+        reason = clean_text(event.reason or event.message, 600)
+        rank, host = event.rank, clean_text(event.host, 80)
+        if rank >= 0 and cause.startswith("not reproducible"):
             reason += f"; rank {rank}"
             if host:
                 reason += f" on {host}"
@@ -186,18 +188,18 @@ class IncidentBuilder:
             "cause_reason": reason,
             "cause_rank": rank,
             "cause_host": host,
-            "evidence": evidence_from_line(event.data),
-            "is_new_data": event.data.get("shift") is True,
-            "is_raised_only": event.data.get("borne") is True,
+            "evidence": find_evidence(event),
+            "is_new_data": event.shift,
+            "is_raised_only": event.borne,
         }
         incident = self._incident_of(event)
-        if event.data.get("applied") is True:
+        if event.applied:
             changes["has_bad_updates"] = True
         self._store(incident, changes)
 
-    def _add_undo(self, event: Event) -> None:
+    def _add_undo(self, event: Undone) -> None:
         """Remove the spans that a user has undone: they are no longer skipped."""
-        back = undone_spans(event)
+        back = event.spans
         for incident in list(self._found.values()):
             spans = tuple(span for span in incident.spans if span not in back)
             if spans == incident.spans:
@@ -257,12 +259,9 @@ class IncidentBuilder:
 def list_user_actions(events: Iterable[Event]) -> Iterator[IncidentAction]:
     """Give the skips and rollbacks that a user asked for. They are no incidents."""
     for event in events:
-        span = None
-        if event.kind in (*SKIPPED, "rollback"):
-            span = span_of(event)
-        if span is not None and span.origin == "user":
+        if isinstance(event, SamplesTaken) and event.is_by_user:
             action = "skip"
-            if event.kind == "rollback":
+            if isinstance(event, RolledBack):
                 action = "rollback"
             yield read_action(event, action)
 

@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from guardrail.core.errors import RunDirectoryError
+from guardrail.core.events.decisions import SamplesTaken, Undone
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import Started
 from guardrail.core.files import as_int, read_file
 from guardrail.core.records import Span
 from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.decide.sample_order import SampleOrder
-from guardrail.decide.undo import undone_spans
-from guardrail.report.journal_entries import SKIPPED
-from guardrail.rundir.journal import span_of
 from guardrail.rundir.run_directory import RunDirectory
 
 
@@ -76,24 +75,22 @@ def _list_spans(events: Iterable[Event]) -> Iterator[Span]:
     """
     seen: list[Span] = []
     for event in events:
-        if event.kind in (*SKIPPED, "rollback"):
-            span = span_of(event)
-            if span is not None and span not in seen:
+        match event:
+            case SamplesTaken(span=Span() as span) if span not in seen:
                 seen.append(span)
-        elif event.kind == "undo":
-            back = undone_spans(event)
-            seen = [span for span in seen if span not in back]
+            case Undone():
+                seen = [span for span in seen if span not in event.spans]
     yield from seen
 
 
 def _find_order(events: Iterable[Event]) -> SampleOrder | None:
     for event in events:
-        if event.kind == "started" and as_int(event.data.get("samples")) > 0:
-            seed = event.data.get("order_seed", event.data.get("seed", 0))
-            shuffled = event.data.get("shuffled", True)
-            return SampleOrder(
-                samples=as_int(event.data["samples"]), seed=as_int(seed), shuffled=bool(shuffled)
-            )
+        if isinstance(event, Started) and event.samples is not None and event.samples > 0:
+            seed = event.order_seed
+            if seed is None:
+                seed = as_int(event.data.get("seed"))  # its name in older versions
+            shuffled = True if event.shuffled is None else event.shuffled
+            return SampleOrder(samples=event.samples, seed=as_int(seed), shuffled=shuffled)
     return None
 
 

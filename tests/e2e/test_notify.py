@@ -17,7 +17,7 @@ from guardrail.core.errors import ConfigError
 from guardrail.core.events.event import Event
 from guardrail.core.sections import NotifySection
 from guardrail.launch import preflight
-from guardrail.launch.notify import Notifier, build_notice, find_notify_kind
+from guardrail.launch.notify import Notifier, build_notice
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.events import make_line
 from tests.support.lab import Lab
@@ -44,7 +44,7 @@ def event(kind: str, message: str = "", **data: Any) -> Event:
     ],
 )
 def test_what_is_told_under_which_word(told: Event, word: str) -> None:
-    assert find_notify_kind(told) == word
+    assert told.notice == word
 
 
 def test_no_control_characters_and_no_text_of_the_data_leave_the_machine() -> None:

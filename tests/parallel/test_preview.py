@@ -21,7 +21,7 @@ from guardrail.decide.control_commands import registry
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.decide.sample_order import SampleOrder
-from guardrail.decide.undo import positions_of, span_in
+from guardrail.decide.undo import positions_of
 from guardrail.launch.log_printer import format_event
 from guardrail.operate.preview import preview_command as of
 from guardrail.operate.preview import rollback_for
@@ -193,7 +193,7 @@ def test_remedies_in_force_count_for_what_is_and_what_will_be() -> None:
     assert of(here, wish("shrink-embedding", 2.0)).alpha == 0.4
     # Undone, a decision takes its remedy with it.
     events = [decision(4, "skipped", 232, 240, "rejected", 29)]
-    past.remedies[1] = (span_in(events[0]), alpha)
+    past.remedies[1] = (events[0].span, alpha)
     gone = of(scene(info(20), history=past, events=events), wish("undo", NAN))
     assert (gone.alpha_before, gone.alpha, gone.lr) == (0.2, 1.0, 21.0)
 
@@ -393,7 +393,7 @@ def test_each_rung_does_what_was_foretold(tmp_path: Path) -> None:
         assert said["steps_lost"] == back.data["from_step"] - back.data["to_step"]
         before = RunHistory.from_events(event for event in events if event.seq < back.seq)
         span, out = (
-            span_in(back),
+            back.span,
             {position for span in before.spans for position in positions_of(span)},
         )
         assert span is not None and said["window"] == [span.first, span.last]

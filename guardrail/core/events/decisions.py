@@ -55,7 +55,7 @@ class FindingNoted(StepJudged, frozen=True, kw_only=True):
 class VerdictGiven(StepJudged, frozen=True, kw_only=True):
     """The guard decided about a step."""
 
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
 
     kind: str = "verdict"
 
@@ -114,7 +114,7 @@ class Skipped(SamplesTaken, frozen=True, kw_only=True):
     """Samples were skipped."""
 
     symbol: ClassVar[str] = "S"
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
 
     kind: str = "skipped"
 
@@ -135,7 +135,7 @@ class RolledBack(SamplesTaken, frozen=True, kw_only=True):
     """
 
     symbol: ClassVar[str] = "R"
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
     optional: ClassVar[frozenset[str]] = frozenset(("documents", "documents_total", "samples"))
 
     kind: str = "rollback"
@@ -173,7 +173,7 @@ class Undone(Event, frozen=True, kw_only=True):
     """
 
     symbol: ClassVar[str] = "R"
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
 
     kind: str = "undo"
     lines: tuple[Whole, ...] = ()
@@ -199,7 +199,7 @@ class Undone(Event, frozen=True, kw_only=True):
 class RemedyUsed(Event, frozen=True, kw_only=True):
     """A remedy without skipped data. Only older versions wrote such lines."""
 
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
 
     kind: str = "remedy"
     who: str | None = None
@@ -219,7 +219,7 @@ class IncidentChanged(Event, frozen=True, kw_only=True):
     """
 
     symbol: ClassVar[str] = "#"
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
     optional: ClassVar[frozenset[str]] = frozenset(
         ("steps_lost", "curve", "expected", "got", "noise", "offset")
     )
@@ -276,7 +276,7 @@ class Diagnosed(Event, frozen=True, kw_only=True):
         signals: for which the step was rejected.
     """
 
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
 
     kind: str = "diagnosis"
     cause: str = ""

@@ -31,12 +31,12 @@ class Event(Record, frozen=True, kw_only=True):
 
     Class attributes:
         symbol: one character for the log and for the axis of a chart.
-        is_printed: the line is shown by a program that prints a run as plain lines.
+        printed: the line is shown by a program that prints a run as plain lines.
         optional: fields that are not written while they hold their defaults.
     """
 
     symbol: ClassVar[str] = "·"
-    is_printed: ClassVar[bool] = False
+    printed: ClassVar[bool] = False
     optional: ClassVar[frozenset[str]] = frozenset()
 
     seq: Whole = 0
@@ -47,6 +47,11 @@ class Event(Record, frozen=True, kw_only=True):
     message: str = ""
     data: dict[str, Any] = msgspec.field(default_factory=dict)
     unreadable: tuple[str, ...] = ()
+
+    @property
+    def is_printed(self) -> bool:
+        """Whether a program that prints a run as plain lines shows this line."""
+        return self.printed
 
     @property
     def mark(self) -> str:

@@ -16,7 +16,7 @@ class RankFailed(Event, frozen=True, kw_only=True):
     """
 
     symbol: ClassVar[str] = "✗"
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
 
     kind: str = "rank_failed"
     rank: Whole | None = None
@@ -43,7 +43,7 @@ class RankHung(Event, frozen=True, kw_only=True):
     """
 
     symbol: ClassVar[str] = "✗"
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
 
     kind: str = "rank_hung"
     rank: Whole | None = None
@@ -70,7 +70,7 @@ class DiskChanged(Event, frozen=True, kw_only=True):
     """
 
     symbol: ClassVar[str] = "▲"
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
 
     kind: str = "disk"
     state: str = ""

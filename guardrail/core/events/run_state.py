@@ -20,7 +20,7 @@ class Started(Event, frozen=True, kw_only=True):
     """
 
     symbol: ClassVar[str] = "●"
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
 
     kind: str = "started"
     world: Whole = 0
@@ -46,7 +46,7 @@ class Restarted(Event, frozen=True, kw_only=True):
     """
 
     symbol: ClassVar[str] = "●"
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
     optional: ClassVar[frozenset[str]] = frozenset(("reason", "new_timeline"))
 
     kind: str = "restarted"
@@ -77,7 +77,7 @@ class Ended(Event, frozen=True, kw_only=True):
     """
 
     symbol: ClassVar[str] = "■"
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
     optional: ClassVar[frozenset[str]] = frozenset(("saved", "planned", "exit_code"))
 
     kind: str = "ended"
@@ -102,7 +102,7 @@ class Ended(Event, frozen=True, kw_only=True):
 class ResumeChecked(Event, frozen=True, kw_only=True):
     """The state after a resume against the saved one. `data`: part of the state -> outcome."""
 
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
 
     kind: str = "resume_check"
 
@@ -142,7 +142,7 @@ class Paused(Event, frozen=True, kw_only=True):
     """
 
     symbol: ClassVar[str] = "‖"
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
     optional: ClassVar[frozenset[str]] = frozenset(
         (
             *("asks", "proposals", "findings", "incident", "onset", "end"),
@@ -184,7 +184,7 @@ class Resumed(Event, frozen=True, kw_only=True):
         answer: "go_on", "as_proposed" or "stop"; "" of a pause by a command.
     """
 
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
     optional: ClassVar[frozenset[str]] = frozenset(("question", "who", "answer", "incident"))
 
     kind: str = "resumed"
@@ -205,7 +205,7 @@ class CommandAnswered(Event, frozen=True, kw_only=True):
     """
 
     symbol: ClassVar[str] = "!"
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
     optional: ClassVar[frozenset[str]] = frozenset(("question", "batch"))
 
     kind: str = "command"
@@ -247,6 +247,11 @@ class CheckpointChanged(Event, frozen=True, kw_only=True):
     reason: str = ""
 
     @property
+    def is_printed(self) -> bool:
+        """A checkpoint that became good is routine."""
+        return self.state in ("failed", "invalid", "suspect", "foreign")
+
+    @property
     def name(self) -> str:
         return self.path.rstrip("/").rsplit("/", 1)[-1]
 
@@ -262,7 +267,7 @@ class Note(Event, frozen=True, kw_only=True):
         overflow: fp16: an update was skipped and the loss scale was halved.
     """
 
-    is_printed: ClassVar[bool] = True
+    printed: ClassVar[bool] = True
     optional: ClassVar[frozenset[str]] = frozenset(("overflow",))
 
     kind: str = "note"

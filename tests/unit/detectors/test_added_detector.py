@@ -24,7 +24,6 @@ from guardrail.core.errors import ConfigError
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.controller import Controller
-from guardrail.rundir.journal import findings_of
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.class_docs import fill_detection
 from tests.support.feed import healthy_loss, obs
@@ -52,7 +51,7 @@ print(json.dumps({
     "given": options.detectors.token_drift.least_share,
     "error": error,
     "reason": verdict.reason,
-    "read": [finding.sentence() for finding in findings_of(event)],
+    "read": [finding.sentence() for finding in event.findings],
     "anew": [anew, other.load_state_dict(old)],
     "page": fill_detection(open("detection.md").read()),
 }))

@@ -17,13 +17,21 @@ from guardrail.core.cause_evidence import (
     OtherBatches,
     SameBatch,
 )
+from guardrail.core.events.decisions import Diagnosed
 from guardrail.core.records import Cause
 from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
 from guardrail.decide.hardware_fault import RankNumbers, diagnose_hardware
 from guardrail.decide.root_cause import add_batches_ahead, add_label_order, diagnose_passes
-from guardrail.report.cause_evidence import evidence_from_line, evidence_from_sentence
+from guardrail.report.cause_evidence import evidence_from_sentence, find_evidence
+from tests.support.events import make_line
 
 SPIKE = AnomalySignature(signal="loss", limits={"loss": (2.0, 4.0)}, stuck={})
+
+
+def diagnosis(data: dict[str, object]) -> Diagnosed:
+    line = make_line(seq=1, time=0.0, kind="diagnosis", data=data)
+    assert isinstance(line, Diagnosed)
+    return line
 
 
 def passed(loss: float, what: str = "another batch") -> ReplayPass:
@@ -130,7 +138,7 @@ def test_slots_of_a_journal_are_taken_as_they_are() -> None:
         label_order=LabelOrder(here=0.1, normal=2.0),
     )
     line = {"evidence": msgspec.to_builtins(slots), "reason": "loss 8 comes again"}
-    assert evidence_from_line(line) == slots
+    assert find_evidence(diagnosis(line)) == slots
 
 
 @pytest.mark.parametrize(
@@ -145,12 +153,12 @@ def test_slots_of_a_journal_are_taken_as_they_are() -> None:
     ],
 )
 def test_what_cannot_be_read_is_no_evidence(line: dict[str, object]) -> None:
-    assert evidence_from_line(line) is None
+    assert find_evidence(diagnosis(line)) is None
 
 
 def test_a_sentence_of_any_length_is_read_in_time() -> None:
     reason = "from the state of step 1 " * 50_000 + "loss 1.2.3 comes again"
-    assert evidence_from_line({"reason": reason}) is None
+    assert find_evidence(diagnosis({"reason": reason})) is None
     numbers = evidence_from_sentence(
         "loss 1.2.3 comes again, 9" + "9" * 90 + " of 3 other batches show it ()"
     )
