@@ -27,7 +27,7 @@ from guardrail.tui.panes.pane import Pane
 # origin of a span -> its words
 _ORIGINS = {
     "rejected": "update skipped",
-    "rollback": "rolled back over",
+    "rollback": "by rollback",
     "user": "by command",
     "file": "by a list",
 }
