@@ -136,7 +136,7 @@ def test_a_folder_with_anything_else_in_it_is_refused(
     (out / "thesis.txt").write_text("mine")
     assert main(["--out", str(out), "--steps", "10"]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and "name another folder with --out" in captured.err
+    assert captured.out == "" and "another folder with --out" in captured.err
     assert (out / "thesis.txt").read_text() == "mine"
 
 
