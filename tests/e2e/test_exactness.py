@@ -162,7 +162,8 @@ def test_without_a_ring_data_is_left_out_and_a_person_goes_back_to_the_disk(
     with prompt_disk():
         assert train(a, 1) == "finished"
     causes = of_kind(a, "diagnosis")
-    assert causes and all("no older state to compare with" in event.message for event in causes)
+    assert causes
+    assert all(event.data["evidence"]["older_state"] is None for event in causes)
     assert [event.data["action"] for event in of_kind(a, "verdict")] == ["skip"] * 3
     assert [(done["tier"], done["to_step"]) for done in rollbacks(a)] == [("disk", 16)]
     assert_exact(config, a)

@@ -64,7 +64,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
         scratch.write_config(tomli_w.dumps(tree | {"faults": []}))
         assert train(scratch, 2) in ("stopped", "finished")
 
-    monkeypatch.setattr(replaying.launcher, "start_supervisor", lambda scratch: None)
+    monkeypatch.setattr(replaying.supervisor_process, "start_supervisor", lambda scratch: None)
     monkeypatch.setattr(replaying, "_follow", follow)
 
 
