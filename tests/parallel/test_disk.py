@@ -144,7 +144,9 @@ def test_a_rank_that_finds_a_full_disk_says_so_in_one_sentence(
         rank_main, 1, folder=tmp_path / "results", init=False, env={"GUARDRAIL_RUN": str(run.path)}
     )
     assert wait_ranks(pids) == [ExitCode.WORKERS_FAILED]
-    errors = capfd.readouterr().err
+    # tokenizers warns in a forked process that its parent used it.
+    lines = capfd.readouterr().err.splitlines(keepends=True)
+    errors = "".join(line for line in lines if "okenizers" not in line and "TOKENIZERS" not in line)
     assert f"{run.path} cannot be written: No space left on device" in errors
     assert "Traceback" not in errors and errors.count("\n") == 1
 

@@ -210,7 +210,9 @@ class CauseTest:
             (number of batches ahead, pass).
         """
         passes: list[tuple[int, ReplayPass]] = []
-        size, healthy = batch.last - batch.first, 0
+        # Not the range of the batch: quarantined positions make that longer, and a loader takes at
+        # most a full batch.
+        size, healthy = len(batch.positions), 0
         for distance in dict.fromkeys(round(share * reach) for share in PLACES):
             first = batch.last + (distance - 1) * size
             limit = self._ledger.limit

@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import shutil
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -158,7 +159,7 @@ def test_the_registered_trackers_load_without_torch_or_numpy() -> None:
         "heavy = {'numpy', 'torch', 'tensorboard'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    assert os.spawnlp(os.P_WAIT, "python", "python", "-c", code) == 0
+    assert os.spawnl(os.P_WAIT, sys.executable, sys.executable, "-c", code) == 0
 
 
 # -- the example
