@@ -77,7 +77,7 @@ def command(
     svg: bool,
     as_json: bool,
 ) -> int:
-    """Run the live controller over recorded runs and print what it would have done.
+    """Judge recorded runs with the code that judges a live run; print what it would have done.
 
     Reads {formats}. Folders are searched. A run directory is judged with its own settings, unless
     --config or --set is given.

@@ -60,8 +60,8 @@ def command(
     output: str | None,
     root: str,
 ) -> None:
-    """Print what happened in a run: incidents with cause, action and cost, checkpoints, and the
-    next commands.
+    """Print what happened in a run: incidents with cause, action and cost, checkpoints, and
+    commands that you may want to run next.
 
     Markdown and HTML hold the details of every incident; HTML is one file with the curves in it.
     --quarantine prints the format that `[data] quarantine = "FILE"` reads.

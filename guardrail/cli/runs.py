@@ -29,8 +29,8 @@ def command(
 ) -> int:
     """List the runs, the newest first.
 
-    In a terminal, choose one with the arrow keys and Enter to watch it. Leaving its screen returns
-    to the list.
+    In a terminal, choose a run with the arrow keys and press Enter to watch it. Leaving its screen
+    returns to the list.
     """
     from guardrail.operate.run_summary import RunSummary, summarize_runs
     from guardrail.rundir.liveness import HeartbeatObserver

@@ -40,10 +40,10 @@ def command(
     overrides: tuple[str, ...],
     budget: float,
 ) -> int:
-    """Propose a [guard] section for runs like these.
+    """Print detection thresholds that fit recorded runs, as a [guard] section.
 
-    Counts the alarms that each threshold would have raised. Prints TOML on stdout, with these
-    counts as comments, and writes no file. LOG... is what `backtest` reads. Most of each run should
+    Counts the alarms that each threshold would have raised in them. Prints TOML on stdout, with
+    these counts as comments, and writes no file. LOG... is what `backtest` reads. Most of each run should
     be healthy.
 
     Exit code 2: nothing could be read.

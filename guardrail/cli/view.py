@@ -55,7 +55,7 @@ def command(
     theme: str | None,
     no_mouse: bool,
 ) -> int:
-    """Show LOG on the screen: its curves, and the incidents that the live controller would find.
+    """Show LOG on the screen: its curves, and the incidents that the guard would find in it.
 
     LOG is one recorded run of a kind that `guardrail backtest` reads. Nothing is written. A run
     directory of guardrail is shown with what happened in it. With --config or --set, it is shown

@@ -111,5 +111,5 @@ def check_rendezvous(launch: LaunchSection) -> None:
             "HOST:PORT of the first node",
             key="launch.rendezvous_endpoint",
             value="",
-            hint="launch.nodes is greater than 1",
+            hint="needed because launch.nodes is greater than 1",
         )

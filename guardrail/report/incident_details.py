@@ -95,7 +95,7 @@ def _find_own_parameters(incident: Incident) -> dict[str, list[str]]:
 
 
 def describe_cost(incident: Incident) -> str:
-    """Return "3 steps discarded, 12 samples skipped, 1.3 s of training", of what was measured."""
+    """Return "3 steps discarded, 12 samples skipped, 1.3 s of training lost", of what was measured."""
     cost = incident.cost
     parts = []
     if cost.steps:
@@ -105,7 +105,7 @@ def describe_cost(incident: Incident) -> str:
     if incident.samples:
         parts.append(f"{format_plural(incident.samples, 'sample')} skipped")
     if cost.seconds >= 0:
-        parts.append(f"{format_duration(cost.seconds)} of training")
+        parts.append(f"{format_duration(cost.seconds)} of training lost")
     if cost.parked:
         parts.append(f"{format_duration(cost.parked)} waiting for an answer")
     return ", ".join(parts)
