@@ -1,7 +1,7 @@
-"""The typed records that cross a boundary: controller to guard, guard to run directory, run
+"""The typed records that rooms pass to each other: controller to guard, guard to run directory, run
 directory to screen.
 
-Plain immutable data. No I/O, no clock, no torch: the pure core, the backtest and the screen share
+Plain immutable data without I/O, clock or torch. The controller, the backtest and the screen share
 this file.
 """
 
@@ -25,7 +25,7 @@ EMBED_SHARE = "embed_share"  # embed_grad_norm^2 / grad_norm^2, in [0, 1]
 UPDATE_NORM = "update_norm"  # L2 norm of the optimizer's last update, where it is measured
 LOSS_SCALE = "loss_scale"  # what fp16 multiplies the loss by before the backward pass
 
-AUTOMATIC = ("rejected", "rollback")  # origins of spans that the guard decided by itself
+AUTOMATIC = ("rejected", "rollback")  # origins of the spans that the guard skipped automatically
 MAX_NAMED = 16  # documents or parameters named in one journal line; the rest is counted
 
 
@@ -33,23 +33,23 @@ class Action(str, Enum):
     """The controller's answer to a step, mildest first."""
 
     APPLY = "apply"
-    SKIP = "skip"  # leave this update out and quarantine its samples
-    ROLLBACK = "rollback"  # go back before the onset and quarantine the window
-    PAUSE = "pause"  # park and ask
-    HALT = "halt"  # checkpoint and exit with code 3
+    SKIP = "skip"  # do not apply this update; quarantine its samples
+    ROLLBACK = "rollback"  # restore a state from before the onset; quarantine the window
+    PAUSE = "pause"  # wait for a user's answer
+    HALT = "halt"  # write a checkpoint and exit with code 3
     # fp16: skip this update, halve the loss scale, continue with the next batch
     FP16_OVERFLOW = "overflow"
-    # the numbers did not come again: leave this update out and form the same batch once more
+    # the numbers were not reproduced: skip this update and repeat the batch
     RETRY = "retry"
 
 
 class Cause(str, Enum):
-    """What a replay of an incident's first step has shown to be behind it."""
+    """The cause of an incident, found by a replay of its first step."""
 
-    DATA = "data"  # this batch does it from an older state too, and other batches do not
-    STATE = "state"  # any batch does it from this state
-    DATA_AND_STATE = "data, only from this state"  # this batch spikes, but only from this state
-    HARDWARE = "not reproducible"  # the same batch from the same state gives other numbers
+    DATA = "data"  # the batch spikes from an older state too; other batches do not
+    STATE = "state"  # any batch spikes from this state
+    DATA_AND_STATE = "data, only from this state"  # the batch spikes, but only from this state
+    HARDWARE = "not reproducible"  # batch and state are the same, the numbers are not
     UNKNOWN = "unknown"  # nothing to compare with: no older state, no other batch
 
     @classmethod
@@ -60,7 +60,7 @@ class Cause(str, Enum):
 
     @property
     def of_data(self) -> bool:
-        """Whether the batch is to blame, alone or with this state."""
+        """Whether the batch is the cause, alone or together with this state."""
         return self in (Cause.DATA, Cause.DATA_AND_STATE)
 
 
@@ -72,11 +72,11 @@ OLD_CAUSES = {
 
 
 class Severity(str, Enum):
-    """What a finding calls for."""
+    """What has to be done about a finding."""
 
-    NOTE = "note"  # a line in the journal; the update is applied
+    NOTE = "note"  # journal it and apply the update
     REJECT = "reject"  # this update must not be applied
-    WEIGHTS_DAMAGED = "persistent"  # damage is in the weights already: roll back
+    WEIGHTS_DAMAGED = "persistent"  # the damage is in the weights already: roll back
     PERSISTENT = "persistent"  # old name of WEIGHTS_DAMAGED
 
 
@@ -86,30 +86,30 @@ _KIND_NAME = re.compile(r"[a-z][a-z0-9_]{0,59}")
 class FindingKind(str, Enum):
     """What a finding claims.
 
-    Any other name of lower-case letters, digits and underscores is a kind too, such as
-    `FindingKind("token_drift")`: of a detector that was added, or of another version.
+    Other names of lower-case letters, digits and underscores are kinds too. Example:
+    `FindingKind("token_drift")`. Added detectors and other versions may use them.
     """
 
     NONFINITE = "nonfinite"  # NaN or Inf in a loss or a gradient
     LOSS_SPIKE = "loss_spike"
     GRAD_SPIKE = "grad_spike"
     EMBED_SPIKE = "embed_spike"
-    UPDATE_SPIKE = "update_spike"  # the optimizer's step grew; the update is in the weights already
-    SPIKE = "spike"  # of a signal that the loop, or who reads a log, has named
-    GROWTH = "growth"  # a norm climbs step by step, none of which is a spike
-    DIVERGENCE = "divergence"  # the loss rose and stays up
-    LEVEL_SHIFT = "level_shift"  # a signal stepped up and stays there, without growing further
-    NO_TOKENS = "no_tokens"  # every label of the batch is ignored: nothing to learn from
-    IMPOSSIBLE = "impossible"  # finite, but no working model gives it: a loss of exactly 0, 1e30
-    STUCK = "stuck"  # the very same number again and again
-    # overflow after overflow: the gradients are to blame, not the loss scale
+    UPDATE_SPIKE = "update_spike"  # the update grew; it is in the weights already
+    SPIKE = "spike"  # of a signal that the loop or the reader of a log has named
+    GROWTH = "growth"  # a norm rises over many steps; none of them is a spike
+    DIVERGENCE = "divergence"  # the loss rose and stays high
+    LEVEL_SHIFT = "level_shift"  # a signal rose once and stays at the new level
+    NO_TOKENS = "no_tokens"  # every label of the batch is ignored
+    IMPOSSIBLE = "impossible"  # finite, but no working model gives it: a loss of 0 or 1e30
+    STUCK = "stuck"  # the same number in many steps
+    # many consecutive overflows: the gradients are the cause, not the loss scale
     SCALE_COLLAPSE = "scale_collapse"
-    RESUME_JUMP = "resume_jump"  # the run does not go on where it was before a resume
-    RESTART = "restart"  # the step counter went back: another run, or a resume in a recorded log
+    RESUME_JUMP = "resume_jump"  # after a resume, the numbers differ from those before it
+    RESTART = "restart"  # the step counter decreased: another run, or a resume in a recorded log
 
     @classmethod
     def _missing_(cls, value: object) -> FindingKind | None:
-        """Make the kind of a name that does not stand above; None: it is not a name."""
+        """Return the kind of a name that is not listed above; None: the value is not a name."""
         if not isinstance(value, str) or not _KIND_NAME.fullmatch(value):
             return None
         kind = str.__new__(cls, value)
@@ -118,30 +118,30 @@ class FindingKind(str, Enum):
 
 
 class Mode(str, Enum):
-    """Who decides about remedies. Changed live by the `policy` command."""
+    """Who decides about remedies. `guardrail ctl mode` changes it while the run goes on."""
 
     AUTO = "auto"
     ASK = "ask"
-    ADVISE = "advise"  # says what it would do and changes nothing
+    ADVISE = "advise"  # report what `auto` would do; change nothing
     OFF = "off"  # no detection at all
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
-    """Base of the records: immutable, keyword-only, tolerant of fields of a newer version."""
+    """Base of the records: immutable and keyword-only. Ignores the fields of newer versions."""
 
 
 class Observation(Record, frozen=True, kw_only=True):
-    """What every rank knows about one step after the one all-reduce; equal on all ranks.
+    """The numbers of one step after its all-reduce; equal on all ranks.
 
     Attributes:
-        step: the number this update would get, counting from 1.
+        step: number of this update if it is applied, counted from 1.
         first, last: positions [first, last) of the sample order that the batch covers.
-        signals: name -> value; NaN and Inf are allowed and meaningful.
-        nonfinite_loss, nonfinite_grad: ranks that saw a NaN or Inf themselves.
+        signals: name -> value. NaN and Inf are allowed.
+        nonfinite_loss, nonfinite_grad: ranks that computed NaN or Inf before the reduction.
         tokens: label tokens in the global batch that are not ignored.
-        streak: batches rejected directly before this one, with no applied update between.
-        overflow: the gradients, not the loss, are non-finite under a loss scale: too high a scale
-        explains it.
+        streak: consecutive batches rejected directly before this one.
+        overflow: under a loss scale, the gradients are not finite and the loss is. A scale that is
+            too high explains this.
     """
 
     step: int
@@ -156,7 +156,7 @@ class Observation(Record, frozen=True, kw_only=True):
 
 
 class Finding(Record, frozen=True, kw_only=True):
-    """A detector's claim. `onset` is the step at which the trouble is estimated to have begun."""
+    """What a detector reports about a step. `onset`: the estimated first step of the anomaly."""
 
     signal: str
     step: int
@@ -172,14 +172,15 @@ class Finding(Record, frozen=True, kw_only=True):
     def sentence(self) -> str:
         """Return one line: "loss 11.5 (normal 2.31), score 41.2 (limit 8)".
 
-        The detector of its kind has the wording.
+        The detector of this kind formats it.
         """
         return str(find_detector(self.kind).sentence(self))
 
 
 def score_words(score: float, limit: float) -> str:
-    """ "score 41.2 (limit 8)"; a score just above its limit gets as many digits as show it, at most
-    six.
+    """Return "score 41.2 (limit 8)".
+
+    A score just above its limit gets as many digits as show the difference, at most six.
     """
     digits = next(
         (n for n in range(3, 6) if score <= limit or f"{score:.{n}g}" != f"{limit:.{n}g}"), 6
@@ -192,19 +193,19 @@ class Diagnosis(Record, frozen=True, kw_only=True):
 
     Attributes:
         reason: one sentence with the numbers of the passes.
-        rank, host: for HARDWARE, who computed something else the second time; -1 and "" otherwise.
-        passes: forward and backward passes that it took.
-        applied: for DATA, an update of what is to blame is in the weights: to leave out what comes
-        is not enough.
-        positions: for DATA, the few samples that explain the trouble from its onset on, ascending;
-            () where they do not, or nobody looked.
-        ahead: what lies ahead is in the same trouble, as far as was looked: no bad stretch, but
-        what the data now is.
-        structure: what it costs the model when the labels of the batch stand in another order, as a
-            share of what that costs with usual batches; about 0 where labels are as good as drawn
-            by lot. None: nobody looked.
-        shift: so this is another kind of data, to be learnt as a new level.
-        borne: no spike, just raised steps, and no batch is to blame: applied.
+        rank, host: for HARDWARE, the rank whose second result differed; otherwise -1 and "".
+        passes: forward and backward passes of the test.
+        applied: for DATA, an update of the bad data is in the weights. Skipping later batches is
+            not enough.
+        positions: for DATA, the few samples that explain the anomaly since its onset, ascending;
+            (): they do not explain it, or this was not tested.
+        ahead: all later batches that were tested have the anomaly too. So it is not a bad range:
+            the data has changed.
+        structure: loss increase when the labels of the batch are shuffled, as a share of the same
+            increase on usual batches. About 0 for random labels. None: not tested.
+        shift: this is another kind of data, to be accepted as a new level.
+        borne: the update is tolerated and applied. The steps are raised but no spike, and no batch
+            is the cause.
         evidence: the numbers of `reason` under names; None in journals of older versions.
     """
 
@@ -223,13 +224,15 @@ class Diagnosis(Record, frozen=True, kw_only=True):
 
 
 class Remedy(Renamed, frozen=True, kw_only=True, forbid_unknown_fields=False):
-    """What a verdict does besides skipping data. A function of the step, so exact after a rollback.
+    """What a verdict does besides skipping data.
+
+    It depends on the step alone, so it is exact after a rollback.
 
     Attributes:
         kind: "lr" (factor on the scheduled rate), "embed_alpha" (factor on embedding gradients),
-            "clip" (factor on the clipping norm) or "moments" (optimizer moments set to zero, once).
+            "clip" (factor on the clipping norm) or "moments" (sets the optimizer's moments to 0).
         value: the factor, in (0, 1]; unused for "moments".
-        from_step: first step it holds for.
+        from_step: first step with the effect.
         hold_steps: steps at the full effect.
         ramp_steps: steps over which the factor then returns to 1, linearly.
     """
@@ -244,11 +247,12 @@ class Remedy(Renamed, frozen=True, kw_only=True, forbid_unknown_fields=False):
 
 
 class LossTrend(Record, frozen=True, kw_only=True):
-    """The loss before an incident: log loss = level + slope (log step - middle); see
-    guardrail.decide.recovery.
+    """The trend of the loss before an incident.
+
+    log loss = level + slope (log step - middle); see guardrail.decide.recovery.
 
     Attributes:
-        noise: of a single log loss, robust sigma.
+        noise: robust sigma of a single log loss.
         spread: sum of (log step - middle)^2 over the `count` losses that were fitted.
     """
 
@@ -261,11 +265,12 @@ class LossTrend(Record, frozen=True, kw_only=True):
 
 
 class RecoveryResult(Record, frozen=True, kw_only=True):
-    """The loss behind an incident against what its curve had promised, nats a token.
+    """The loss after an incident and the loss that the trend predicts, nats per token.
 
     Attributes:
-        offset: got - expected.
+        expected, got: predicted and measured loss.
         noise: of a single loss.
+        offset: got - expected.
         lasting: the offset is more than noise.
     """
 
@@ -280,26 +285,25 @@ class Verdict(Record, frozen=True, kw_only=True):
     """The controller's answer to one observation.
 
     Attributes:
-        action: what happens (in `advise`: APPLY, with `would` saying what would have happened).
+        action: what is done. In `advise` this is APPLY, and `would` holds the action of `auto`.
         findings: the evidence, most severe first.
-        onset: first step of the trouble; rollback goes to a snapshot before it.
+        onset: first step of the anomaly. A rollback restores a snapshot from before it.
         window: for ROLLBACK, positions [first, last) to quarantine; else the batch's own span.
-        positions: for ROLLBACK, the samples of the window that are to blame; (): all of it.
-        before_step: for ROLLBACK, the first step whose batch is in the window: the state to go back
-        to is older.
+        positions: for ROLLBACK, the samples of the window that are the cause; (): all samples.
+        before_step: for ROLLBACK, the first step whose batch is in the window. The state to restore
+            is older.
         reason: one sentence with numbers, for the journal.
         would: in `advise` and in PAUSE, the action that `auto` would have taken.
-        beyond: the action that was decided before, and would leave out more than
-        `guard.max_skipped_share` allows.
+        beyond: an action that was decided, but skips more than `guard.max_skipped_share` allows.
         accepted: the value enters the baselines (False for every rejected step).
-        incident: number of the incident that this step belongs to, None while all is well.
-        incident_state: "open" on the verdict that opens it, "repeated" on one that goes back for it
-            once more, "recovered" or "recovered with higher loss" on the one that closes it, "recovered" on a
-            later one that brings the loss back after that, else "".
-        escalation: action of the `[[guard.escalation]]` step that this is.
-        remedies: what goes with it.
-        cause: of the incident, where a replay has told it.
-        outcome: where the loss stands on the verdict that closes an incident.
+        incident: number of the incident that this step belongs to; None: no incident.
+        incident_state: "open" on the verdict that opens it. "repeated" on one that rolls back for
+            it again. "recovered" or "recovered with higher loss" on the one that closes it.
+            "recovered" also on a later verdict, when the higher loss has come down. Else "".
+        escalation: action of the `[[guard.escalation]]` step that decided.
+        remedies: that come with the action.
+        cause: of the incident, if a replay has found it.
+        outcome: of the loss, on the verdict that closes an incident.
     """
 
     action: Action
@@ -322,13 +326,13 @@ class Verdict(Record, frozen=True, kw_only=True):
 
 
 class Shown(Record, frozen=True, kw_only=True):
-    """What a command was shown to do when it was given. Where that has changed it is refused.
+    """The preview of a command when it was given. The command is refused if that has changed.
 
     Attributes:
         timeline: of the run; None: not shown.
-        to_step, tier: the state that it goes back to; None, "": it goes nowhere.
-        steps_lost: applied steps that it discards; `steps_lost_most`: as many may be, since
-        training goes on meanwhile.
+        to_step, tier: the state that it restores; None, "": it restores none.
+        steps_lost: applied steps that it discards.
+        steps_lost_most: limit of `steps_lost`, since training goes on until the command arrives.
         instead_of: the factor, or index of the mode, that it replaces; None: not shown.
     """
 
@@ -341,14 +345,16 @@ class Shown(Record, frozen=True, kw_only=True):
 
 
 class Command(Record, frozen=True, kw_only=True):
-    """One file of the inbox. Kind and value fit two float64 slots of the packed vector.
+    """One command of a user: a file in commands/.
+
+    Kind and value fit into two float64 elements of the all-reduced vector.
 
     Attributes:
         kind: name of the command; see `guardrail.decide.control_commands.registry`.
-        at_step: delays the effect to the end of that step, for scripts and tests.
-        question: journal line of the question that was open when the command was given, 0: none
-            was; None: not said, then the one counts that is open when the command arrives.
-        shown: what it was shown to do; None: nothing was.
+        at_step: the command takes effect at the end of this step, for scripts and tests.
+        question: journal line of the question that was open when the command was given; 0: none.
+            None: the question that is open when the command arrives.
+        shown: its preview; None: there was none.
     """
 
     id: str
@@ -369,9 +375,9 @@ class Span(Record, frozen=True, kw_only=True, rename={"origin": "cause"}):
     Attributes:
         origin: "rejected" (one skipped update), "rollback", "user" or "file".
         step: at which it was decided.
-        batches: how many it covers.
-        positions: ascending; where given, only these of the range are skipped.
-        allowed: a user was asked first, since it is more than the guard may skip by itself.
+        batches: number of batches that it covers.
+        positions: ascending. If there are any, only these samples of the range are skipped.
+        allowed: a user agreed to it. It is more than the guard may skip without asking.
     """
 
     first: int
@@ -385,13 +391,13 @@ class Span(Record, frozen=True, kw_only=True, rename={"origin": "cause"}):
 
 
 class DocumentRef(Record, frozen=True, kw_only=True):
-    """A stretch of one document: what a sample was cut from, for a person to look up.
+    """The part of a document that a sample consists of, so that a user can look it up.
 
     Attributes:
-        path: file, or "builtin:..." for text that stands in no file of its own.
-        record: line of a JSONL file, counting from 1; 0: the whole file is one document.
-        first_byte, last_byte: the stretch [first_byte, last_byte) of the document's text in UTF-8,
-            which is the (uncompressed) file itself where `record` is 0.
+        path: file, or "builtin:..." for text that is in no file.
+        record: line of a JSONL file, counted from 1; 0: the file is one document.
+        first_byte, last_byte: range [first_byte, last_byte) of the document's text in UTF-8. Where
+            `record` is 0, that text is the uncompressed file.
     """
 
     path: str
@@ -405,7 +411,7 @@ class DocumentRef(Record, frozen=True, kw_only=True):
 
 
 class SnapshotInfo(Record, frozen=True, kw_only=True):
-    """A restorable state, on either tier, as the policy and the screen see it."""
+    """A state that can be restored, in memory or on disk."""
 
     step: int
     cursor: int
@@ -418,17 +424,17 @@ class SnapshotInfo(Record, frozen=True, kw_only=True):
 
 
 def field_of(record: Any, name: str) -> Any:
-    """A field of a record, or of the dict that it became in the journal."""
+    """Return a field of a record, or of a dict that was read from the journal."""
     return record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)
 
 
 def origin_of_span(span: Any) -> Any:
-    """The origin of a span, as a record or as the dict that it became in the journal."""
+    """Return the origin of a span: a record, or a dict that was read from the journal."""
     return span.origin if isinstance(span, Span) else field_of(span, "cause")
 
 
 class Phase(str, Enum):
-    """Where a run or a rank is. Each phase has its own deadline for the heartbeat."""
+    """What a run or a rank is doing. Each phase has its own deadline for the heartbeat."""
 
     STARTING = "starting"
     SETUP = "setup"  # data, model, process group
@@ -448,20 +454,20 @@ class Phase(str, Enum):
 
 
 class Unresolved(Record, frozen=True, kw_only=True):
-    """An incident that is not over: no state of the run becomes good before it is. See
-    `Status.unresolved`.
+    """An incident that is not over. Until it is, no state of the run counts as good.
+
+    See `Status.unresolved`.
 
     Attributes:
         incident: its number.
-        since: the first step of it (the estimated onset).
+        since: its first step (the estimated onset).
         is_open: it still goes on. False: it has ended, and the loss has stayed above its trend.
-        acted: something was done about it: a batch was skipped, or a state restored.
-        let_pass: why an update that was found bad was applied all the same: "advise", "go on" (the
-            answer to the question), "new data" (the guard took it for another kind of data); ""
-            where none was.
-        loss: median of the newest applied steps, nats a token; None where there is none.
-        expected: the loss that the trend before the onset leads to; None where too few steps were
-        applied before it.
+        acted: the guard has skipped or repeated a batch because of it, or restored a state.
+        let_pass: why an update with findings was applied. "advise": the mode. "go on": the answer
+            to the question. "new data": the guard accepted another kind of data. "": none was.
+        loss: median of the newest applied steps, nats per token; None: there are none.
+        expected: the loss that the trend before the onset predicts; None: too few steps were
+            applied before it.
     """
 
     incident: int
@@ -474,13 +480,13 @@ class Unresolved(Record, frozen=True, kw_only=True):
 
     @property
     def offset(self) -> float | None:
-        """Loss above its trend, nats a token; None where one of them is not known."""
+        """Return the loss minus its trend, nats per token; None: one of them is not known."""
         return None if self.loss is None or self.expected is None else self.loss - self.expected
 
     def headline(self) -> str:
-        """The state in a few words: "LOSS +8.5 since 400", "UNSTABLE, no action (advise)".
+        """Return the state in a few words: "LOSS +8.5 since 400", "UNSTABLE, no action (advise)".
 
-        "" while the guard deals with it: the incident is open, and something was done.
+        "" while the incident is open and the guard has acted on it.
         """
         if self.is_open:
             why = f" ({self.let_pass})" if self.let_pass else ""
@@ -492,8 +498,8 @@ class Unresolved(Record, frozen=True, kw_only=True):
         return f"LOSS {self.offset:+.2g} since {self.since}"
 
     def sentence(self) -> str:
-        """One line: "unresolved since step 400: loss 10.3, +8.5 above its trend, no action was
-        taken (advise)".
+        """Return one line: "unresolved since step 400: loss 10.3, +8.5 above its trend, no action
+        was taken (advise)".
         """
         parts = [f"unresolved since step {self.since}"]
         if self.offset is not None:
@@ -507,7 +513,7 @@ class Unresolved(Record, frozen=True, kw_only=True):
 
 
 class Status(Record, frozen=True, kw_only=True):
-    """status.json: what a glance needs. `heartbeat` is the wall time of the last replacement."""
+    """status.json: the present state of a run. `heartbeat`: wall time of its last replacement."""
 
     run: str
     phase: Phase
@@ -517,25 +523,25 @@ class Status(Record, frozen=True, kw_only=True):
     timeline: int = 0
     heartbeat: float = 0.0
     started: float = 0.0
-    progress: str = ""  # a long set-up says how far it is: "tokenizing 43 %"
+    progress: str = ""  # of a long set-up: "tokenizing 43 %"
     mode: Mode = Mode.AUTO
     disk: str = "ok"  # "ok" or "failing: WHY"
-    commands_problem: str = ""  # why commands are not read at the moment, "" while they are
-    question: str = ""  # while parked by the guard: what it proposes
-    # seq of its journal line; 0: none is open, or the line is not on disk yet
+    commands_problem: str = ""  # why commands are not read now; "": they are read
+    question: str = ""  # while the guard waits for an answer: the action that it proposes
+    # seq of the question's journal line; 0: none is open, or the line is not on disk yet
     question_number: int = 0
-    deadline: float = 0.0  # wall time at which the guard answers its question itself; 0: never
-    default: str = ""  # what it then does: "proposal", "continue" or "stop"
+    deadline: float = 0.0  # wall time at which the default answer is taken; 0: never
+    default: str = ""  # that answer: "proposal", "continue" or "stop"
     tokens: int = 0  # label tokens of applied steps
     tokens_per_second: float = 0.0
     eta_seconds: float = 0.0
     lr_factor: float = 1.0
-    # The earliest incident that is not over: open, or ended with a loss above its trend that nobody
-    # accepted.
+    # The earliest incident that is not over. It is open, or it has ended with a loss above its
+    # trend that no user has accepted.
     unresolved: Unresolved | None = None
-    guard_share: float = 0.0  # the guard's own time as a share of the step, measured in the run
+    guard_share: float = 0.0  # time of the guard as a share of step time, measured in the run
     restarts: int = 0
-    # which start of the ranks wrote this: equal on all its ranks, another after each restart
+    # the start of the ranks that wrote this: equal on all ranks, different after each restart
     start: str = ""
     world: int = 0
     host: str = ""
@@ -547,12 +553,15 @@ class Status(Record, frozen=True, kw_only=True):
 
 
 class RankStatus(Record, frozen=True, kw_only=True):
-    """What the supervisor and the screen need of one rank. (Until 0.2 each rank wrote its own
-    ranks/rank-00000.json.)
+    """The state of one rank, for the supervisor and the screen.
 
-    `progress` counts up whenever the main thread gets ahead; a hung rank's heartbeat goes on (its
-    thread lives) while its progress does not. `step_seconds` is what the rank worked itself in its
-    last step, without waiting for others; `gpu_percent` below 0 is unknown.
+    Until version 0.2 each rank wrote its own file, ranks/rank-00000.json.
+
+    Attributes:
+        progress: a counter that grows as the main thread works. When a rank hangs, its heartbeat
+            continues and its progress does not: they come from different threads.
+        step_seconds: time that the rank worked in its last step, without waiting for other ranks.
+        gpu_percent: share of time in which the GPU is busy; below 0: unknown.
     """
 
     rank: int
@@ -568,11 +577,11 @@ class RankStatus(Record, frozen=True, kw_only=True):
     gpu_percent: float = -1.0
     gpu_memory_bytes: int = 0
     incarnation: int = 0
-    closed: bool = False  # it will report no more, although its process may go on
+    closed: bool = False  # this is its last report; its process may still run
 
 
 class NodeStatus(Record, frozen=True, kw_only=True):
-    """ranks/node-NAME.json: what the ranks of one node have reported; replaced every `seconds`."""
+    """ranks/node-NAME.json: the last reports of a node's ranks; replaced every `seconds`."""
 
     node: str
     host: str = ""
@@ -581,7 +590,7 @@ class NodeStatus(Record, frozen=True, kw_only=True):
     ranks: tuple[RankStatus, ...] = ()
 
 
-# Columns of metrics.bin, all float64. One row for each step that was tried, rejected ones included.
+# Columns of metrics.bin, all float64. One row per attempted step; rejected steps have one too.
 METRIC_COLUMNS = (
     "step",
     "timeline",
@@ -605,6 +614,6 @@ METRIC_COLUMNS = (
     "grad_norm_threshold",
     "embed_grad_norm_baseline",
     "embed_grad_norm_threshold",
-    "eval_loss",  # NaN where no evaluation was made after this step
+    "eval_loss",  # NaN: no evaluation after this step
     LOSS_SCALE,  # NaN without fp16
 )

@@ -32,7 +32,7 @@ class UndoPlan(Record, frozen=True, kw_only=True):
         of: seq of the decision's journal line.
         kind: of that line: "skipped", "rollback" or "remedy".
         message: of that line.
-        spans: that leave the quarantine.
+        spans: that are no longer quarantined.
         pardons: ranges [first, last) of positions whose batches the guard must not reject again.
         rollbacks: timelines that the undone rollbacks began; these no longer count.
         first: first position concerned; the state to restore has not used it. None: only the step
@@ -76,11 +76,11 @@ def find_undo_plan(events: Iterable[Event], seq: int | None = None) -> UndoPlan 
     """Return what the undo of a decision does.
 
     Args:
-        events: of the whole journal, in order.
-        seq: of its line; None: the newest one of the guard's own that stands.
+        events: all events of the journal, in order.
+        seq: of the decision's line; None: the newest automatic decision that is not undone.
 
     Returns:
-        Why there is nothing to undo, as the end of a sentence, where that is so.
+        The plan; or why there is nothing to undo, as the end of a sentence.
     """
     events = list(events)
     undone = {seq for event in events if isinstance(event, Undone) for seq in event.lines}

@@ -68,7 +68,7 @@ class Detector:
         severities: that its findings can have.
         title: heading of its section in docs/detection.md; detectors with the same one share it.
         help: Markdown text of that section.
-        Settings: type of its keys; None: it has none of its own.
+        Settings: type of its keys; None: it has no keys.
         keys: all configuration keys that it reads, below [guard].
         damage_is_in_weights: updates that were applied did the damage it reports. `advise` applies
             them and does not roll back, so it resets this detector after each report.
@@ -210,7 +210,7 @@ class Detector:
 
 
 def format_ranks(finding: Finding) -> str:
-    """Return " on rank 1" or " on ranks 1, 3"; "" where no rank saw it by itself."""
+    """Return " on rank 1" or " on ranks 1, 3"; "": the finding names no rank."""
     if not finding.ranks:
         return ""
     named = ", ".join(map(str, finding.ranks))

@@ -56,7 +56,7 @@ DETECTORS: tuple[type[Detector], ...] = (
 # after a resume, a step counter that went back. The last three have no state.
 ON_DEMAND: tuple[type[Detector], ...] = (NamedSpike, NoTokens, ResumeJump, Restart)
 
-# The signals that have a detector of their own. Each other signal gets a `NamedSpike`.
+# The signals that one of these detectors judges. Each other signal gets a `NamedSpike`.
 OWN_SIGNALS = frozenset(signal for cls in DETECTORS for signal in cls.signals)
 
 

@@ -33,8 +33,8 @@ from guardrail.detectors.spikes import EmbedNormSpike, spike_keys
 FLOOR = 0.2
 # A share above this counts as taking over.
 MOST = 0.5
-# Share of its own limit from which on the embedding's norm agrees. Two signals together need less
-# than one alone.
+# The embedding's norm agrees from this share of its limit on. Two signals together need less than
+# one alone.
 AGREE = 0.8
 # A share of exactly 0 or 1 has no log odds; 1 - 1e-9 is the nearest that is distinguished.
 EDGE = 1e-9

@@ -43,8 +43,8 @@ BLOCK = 8
 # ordinary: norms rise by a few per cent in a hundred steps while the learning rate is warmed up, or
 # late in a run.
 LEAST = BLOCK * math.log(1.06)
-# The same in robust sigmas of a single value. The difference of two medians of eight has 0.6 of
-# them, so this is four of its own.
+# The same in robust sigmas of a single value. The difference of two medians of eight has a sigma of
+# 0.6 of that, so this is four sigmas of the difference.
 SIGMAS = 2.5
 # Factor over the level at the start of the growth that is damage. None of 34 recorded runs without
 # such an anomaly grows at this pace at all.

@@ -1,7 +1,7 @@
 """NaN and Inf in the loss or a gradient. Active from the first step; needs no baseline.
 
-A NaN that a single rank saw is reported twice: as the flag of that rank, and as NaN in the sum over
-the ranks.
+A NaN on a single rank is reported twice: as the flag of that rank, and as NaN in the sum over the
+ranks.
 
 Under a loss scale (float16), an infinite gradient with a finite loss is an overflow. That is part
 of the search for the scale and is not reported here. `loss_scale.py` reports when there are too
@@ -27,7 +27,7 @@ SIGNALS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)
 
 
 class NonFinite(Detector):
-    """Rejects a step with NaN or Inf, and names the ranks that saw it themselves."""
+    """Rejects a step with NaN or Inf, and names the ranks that computed it."""
 
     name = "nonfinite"
     kind = FindingKind.NONFINITE
@@ -71,7 +71,7 @@ class NonFinite(Detector):
 
 
 def flagged_ranks(obs: Observation, signal: str) -> tuple[int, ...]:
-    """Return the ranks that saw a NaN or Inf in this signal themselves."""
+    """Return the ranks that computed NaN or Inf in this signal before the reduction."""
     if signal == LOSS:
         return obs.nonfinite_loss
     if signal == GRAD_NORM:

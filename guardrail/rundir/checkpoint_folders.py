@@ -14,8 +14,10 @@ _BEGINNING = re.compile(rb'"format":\d+,"step":(\d+),"timeline":(\d+),')
 
 
 def checkpoint_name(step: int, timeline: int = 0, copy: int = 0) -> str:
-    """`step-00001200`; with its timeline where an older timeline has taken that name; numbered if
-    that is taken too.
+    """Return the name of a checkpoint folder: `step-00001200`.
+
+    The timeline is added if an older timeline has used that name, and a number if that name is used
+    too.
     """
     name = f"step-{step:08d}"
     if timeline or copy:
@@ -24,11 +26,11 @@ def checkpoint_name(step: int, timeline: int = 0, copy: int = 0) -> str:
 
 
 def checkpoint_dirs(folder: Path) -> list[Path]:
-    """The committed checkpoints of a run, newest first: by timeline, then by step. Temporary
-    folders are passed over.
+    """Return the committed checkpoints of a run, newest first: by timeline, then by step.
 
-    One whose manifest cannot be read comes first of all: its age is unknown, so whoever looks for
-    the newest valid one must meet it and be able to say why it was refused.
+    Temporary folders are ignored. A checkpoint whose manifest cannot be read comes first, since its
+    age is unknown. So the search for the newest valid checkpoint meets it, and can report why it
+    was refused.
     """
     found = []
     if folder.is_dir():

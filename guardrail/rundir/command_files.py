@@ -1,8 +1,8 @@
 """commands/: one JSON file per command.
 
 The sender renames it into place. It is removed once its answer is in the journal. Reading the
-folder never raises, whatever lies there: a file that is no valid command is returned as a refusal
-with its reason. A part of `guardrail.rundir.run_directory`.
+folder never raises because of its files. A file that is not a valid command is returned as a
+refusal with its reason. A part of `guardrail.rundir.run_directory`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What is new in a run directory since the last look: for the headless printer, TensorBoard and the
-screen.
+"""Incremental reading of a run directory, for the headless printer, TensorBoard and the screen.
 
-Each look reads only what was added. Nothing here is written, and a run that has no file yet is
-merely quiet.
+Each poll reads only what was added since the last one. Nothing is written. A run that has no files
+yet has nothing new.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from guardrail.rundir.run_directory import RunDirectory
 if TYPE_CHECKING:
     import numpy as np
 
-POLL_SECONDS = 0.25  # between two looks where no notice comes: on a shared file system
-CHECK_SECONDS = 1.0  # between two looks all the same where notices come
-# changes found without a notice, in a row, after which notices are no longer believed in
+POLL_SECONDS = 0.25  # between two checks without inotify, as on a shared file system
+CHECK_SECONDS = 1.0  # between two checks with inotify, in case a notification is missing
+# consecutive changes without a notification after which inotify is no longer used
 _MISSED = 3
 
 
 @dataclass(frozen=True)
 class Update:
-    """Events and metric rows [first, last) that came since the last look."""
+    """Events and metric rows [first, last) that were added since the last poll."""
 
     events: list[Event]
     rows: tuple[int, int]
@@ -44,24 +43,23 @@ class Update:
 
 
 class Follower:
-    """An incremental reader of one run; cheap to make, and to look with when nothing happened.
+    """An incremental reader of one run. A poll without changes is cheap.
 
     Args:
         run: the run directory.
         seq: events up to this one are known already.
         row: metric rows before this one are known already.
-        most: rows that one look takes at most; the next look takes the next ones. None: all that
-        are new.
+        most: largest number of rows per poll; the next poll reads the next ones. None: no limit.
 
     Attributes:
-        timelines: which rows are the present, from all events and rows seen so far; for
-        `MetricsView.current`.
-        view: the rows as of the last look.
-        fresh: with `most`, the rows that the last look took, read and not mapped; float64 [rows,
-        columns].
-        complete: the last look took all that there was.
-        unreadable: complete lines of the journal that are no events.
-        cut: which file has lost what was read of it already: "journal.jsonl", "metrics.bin" or "".
+        timelines: which rows are the present ones, from all events and rows read so far; for
+            `MetricsView.current`.
+        view: the rows at the last poll.
+        fresh: with `most`, the rows of the last poll, read and not mapped; float64 [rows, columns].
+        complete: the last poll read everything.
+        unreadable: number of complete lines of the journal that are not events.
+        cut: the file that became shorter than what was read of it: "journal.jsonl", "metrics.bin"
+            or "".
     """
 
     def __init__(
@@ -77,7 +75,7 @@ class Follower:
         self.complete = True
         self.unreadable = 0
         self.cut = ""
-        self._learnt = 0  # rows that `timelines` has seen
+        self._learnt = 0  # rows that `timelines` contains
         self._offset = 0  # bytes of the journal that have been read
         self._signature: tuple[int, ...] = ()
         self._watch: _Watch | None = None
@@ -85,8 +83,9 @@ class Follower:
         self._missed = 0
 
     def poll(self) -> Update:
-        """What is new. Events first: a row never belongs to a timeline whose beginning was not seen
-        before.
+        """Return what is new.
+
+        Events are read first, so the start of a timeline is known before its rows.
 
         Raises:
             OSError, RunDirectoryError: the metrics cannot be read, and there is no new event.
@@ -102,7 +101,7 @@ class Follower:
             if not fresh:
                 raise
             self.complete = False
-            # what the journal says is not lost with the rows
+            # the events are returned even if the rows cannot be read
             return Update(fresh, (self.row, self.row))
 
     def _new_rows(self) -> tuple[int, int]:
@@ -114,12 +113,12 @@ class Follower:
             last = min(last, first + self._most)
         self.complete = last >= len(view)
         end = len(view) if self._most is None else last
-        # One row further back, so that a change of the timeline right here is seen.
+        # One row more at the start, to find a change of the timeline between both rows.
         back = max(0, min(self._learnt, first) - 1)
         rows = view.array[back:end]
         if self._most is not None:
             _, rows = self._run.rows(back, end)
-            end = last = max(first, back + len(rows))  # fewer where the file was cut since
+            end = last = max(first, back + len(rows))  # fewer if the file was cut meanwhile
             self.fresh = rows[first - back :]
         if self._learnt < end:
             part, known = (
@@ -137,11 +136,10 @@ class Follower:
         return first, last
 
     def wait(self, timeout: float) -> bool:
-        """Sleep until journal, metrics or status change, at most `timeout` seconds; True if they
-        did.
+        """Wait until journal, metrics or status change; return whether they did.
 
-        Through inotify where it works; where it does not (no watchdog, no watches left, a shared
-        file system), by looking at sizes and times.
+        Waits at most `timeout` seconds. It uses inotify where that works. Without it (no watchdog,
+        no watches left, a shared file system) it compares sizes and times of the files.
         """
         deadline = time.monotonic() + timeout
         self._start_watch()
@@ -176,14 +174,17 @@ class Follower:
         self.close()
 
     def _events(self) -> list[Event]:
-        """Complete lines behind the offset; a torn last line waits for its rest."""
+        """Return the events of the complete lines after the offset.
+
+        An incomplete last line is read later.
+        """
         try:
             with open_file(self._run.journal_path) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size < self._offset:
                     self.cut = self.cut or "journal.jsonl"
                     self._offset = self.unreadable = (
-                        # the folder was restored from a copy; known events are passed over by seq
+                        # the folder was restored from a copy; `poll` drops known events by seq
                         0
                     )
                 file.seek(self._offset)
@@ -213,8 +214,7 @@ class Follower:
             try:
                 self._watch = _Watch(self._run)
             except Exception:
-                # No watchdog, no inotify instances left, a system without: each is a reason to
-                # poll, not to stop.
+                # No watchdog, no inotify instances left, or a system without inotify: poll instead.
                 self._can_watch = False
 
     def _miss(self) -> None:
@@ -225,7 +225,7 @@ class Follower:
 
 
 class _Watch:
-    """watchdog on the run folder itself; imported when first waited for."""
+    """watchdog on the run folder. It is imported at the first wait."""
 
     def __init__(self, run: RunDirectory) -> None:
         from watchdog.events import FileSystemEventHandler

@@ -1,10 +1,10 @@
-"""A thread that reports once a second that this rank lives, where it is, and whether its main
-thread gets ahead.
+"""A thread that reports once a second: this rank lives, its phase and step, its main thread's
+progress.
 
-It reports to a folder on a local disk (`guardrail.rundir.rank_reports`). A second thread writes
-what goes to the run directory, which may lie on a slow file system: a disk that hangs must not make
-a rank look dead. The training loop only assigns attributes. A disk that is full or gone costs a
-heartbeat, never a step.
+It reports to a folder on a local disk (`guardrail.rundir.rank_reports`). A second thread writes to
+the run directory, which may be on a slow file system. So a disk that hangs does not make a rank
+look dead. The training loop only assigns attributes. A full or missing disk costs a heartbeat,
+never a step.
 """
 
 from __future__ import annotations
@@ -22,27 +22,29 @@ from guardrail.core.records import Phase, RankStatus, Status
 from guardrail.rundir.rank_reports import NodeReports, count_nodes
 from guardrail.rundir.run_directory import RunDirectory
 
-LAST_TRIES = 25  # times 20 ms, for another rank of the node to leave the node's file to this one
+LAST_TRIES = 25  # times 20 ms: so long this rank waits for the lock on the node's file
 
 
 class Heartbeat:
-    """Reports to the node's supervisor, or to the other ranks of the node; rank 0 writes
-    status.json as well.
+    """Reports to the node's supervisor, or to the other ranks of the node.
+
+    Rank 0 also writes status.json.
 
     Args:
         run: the run directory.
-        rank: of this process in the whole run.
+        rank: global rank of this process.
         status: called by the thread for status.json, on rank 0. Until it is set, the heartbeat
-            tells what it knows itself, on top of what the supervisor wrote: phase and progress of a
-            long set-up.
-        incarnation: which start of the ranks this is; None: as supervisor and torch elastic count
-        them.
-        seconds: between two beats.
+            keeps what the supervisor wrote, and adds the phase and the progress of a long set-up.
+        incarnation: number of this start of the ranks; None: as supervisor and torch elastic count
+            the starts.
+        seconds: between two heartbeats.
 
     Attributes:
-        step_seconds: what this rank worked in the last step, set by the loop.
-        meter: tells (per cent in which the GPU is busy, bytes in use on it), where there is one.
-        failures, error: beats that could not be written, and why the last one could not.
+        step_seconds: time that this rank worked in the last step, set by the loop.
+        meter: returns (percentage of time in which the GPU is busy, bytes in use on the GPU); None:
+            not measured.
+        failures: number of writes that failed.
+        error: why the last one of them failed.
     """
 
     def __init__(
@@ -89,8 +91,9 @@ class Heartbeat:
         return self
 
     def at(self, phase: Phase, step: int | None = None) -> None:
-        """The main thread is in `phase`, working on `step`; counts as progress. A new phase is
-        written at once.
+        """Record that the main thread is in `phase` and works on `step`. Counts as progress.
+
+        A new phase is written at once.
         """
         if step is not None:
             self.step = step
@@ -101,26 +104,27 @@ class Heartbeat:
             self._wake.set()
 
     def tick(self) -> None:
-        """The main thread got ahead."""
+        """Record progress of the main thread."""
         self.progress += 1
         self.progress_time = time.time()
 
     def say(self, text: str) -> None:
-        """How far a long phase is, for status.json: "tokenizing 43 %". Counts as progress; gone
-        with the phase.
+        """Set the progress text of a long phase for status.json: "tokenizing 43 %".
+
+        Counts as progress. The text is deleted when the phase changes.
         """
         self._text = text
         self.tick()
 
     def stop(self) -> None:
-        """End the threads and write the last state. May be called again; never raises."""
+        """End the threads and write the last state. A second call is allowed. Never raises."""
         self._ended.set()
         self._wake.set()
         self._changed.set()
         for thread in self._threads:
             thread.join(timeout=10)
         self._try(self._write_rank)
-        if self._writing.acquire(timeout=10):  # else the other thread hangs in a file system
+        if self._writing.acquire(timeout=10):  # else the other thread hangs in a file operation
             try:
                 self._publish_last()
                 self._try(self._write_status)
@@ -140,12 +144,13 @@ class Heartbeat:
                 if self._reports.try_lock():
                     self._try(self._reports.publish)
                 self._try(self._write_status)
-            self._changed.wait(2 * self._seconds)  # for what the other thread has reported
+            self._changed.wait(2 * self._seconds)  # until the other thread has reported
             self._changed.clear()
 
     def _publish_last(self) -> None:
-        """Have the last report in the node's file: the ranks of a custom loop end together, and one
-        of them writes.
+        """Write the last report into the node's file.
+
+        The ranks of a custom loop end together, and one of them writes. So this may wait.
         """
         for _ in range(LAST_TRIES if self._reports.shared else 1):
             if self._reports.try_lock():
@@ -155,9 +160,11 @@ class Heartbeat:
             time.sleep(0.02)
 
     def _try(self, write: Callable[[], None]) -> None:
-        """Whatever goes wrong here, from a full disk to a status that cannot be read in the middle
-        of a rollback, is counted and tried again a second later: these threads must not die before
-        their process.
+        """Call `write` and count its errors.
+
+        These threads must live as long as their process. So every error is caught, and the write is
+        repeated a second later. Examples: a full disk; a status that cannot be read during a
+        rollback.
         """
         try:
             write()
@@ -185,7 +192,7 @@ class Heartbeat:
         )
         try:
             self._reports.write(report)
-        except OSError:  # no local disk takes it: at least a viewer sees it
+        except OSError:  # no local disk accepts it; in the run directory viewers still see it
             self._run.write_rank(report)
 
     def _write_status(self) -> None:
@@ -193,7 +200,7 @@ class Heartbeat:
             self._run.write_status(self._status())
 
     def _status(self) -> Status:
-        """The loop's own status; what only the supervisor knows is kept from the file."""
+        """Return the status of the loop. What only the supervisor knows is kept from the file."""
         if self._base is None:
             self._base = self._run.read_status() or Status(run=self._run.name, phase=self.phase)
         base = self._base
@@ -218,8 +225,9 @@ class Heartbeat:
 
 
 def _incarnation() -> int:
-    """Starts of the ranks before this one: by earlier elastic agents, and by this one, which counts
-    from 0.
+    """Return how many starts of the ranks came before this one.
+
+    The sum of those by earlier elastic agents and those by this agent, which counts from 0.
     """
     counts = (
         os.environ.get(name, "") for name in ("GUARDRAIL_INCARNATION", "TORCHELASTIC_RESTART_COUNT")
@@ -228,12 +236,14 @@ def _incarnation() -> int:
 
 
 def this_start() -> str:
-    """Names the start that this process belongs to: equal on all ranks, and no clock is asked.
+    """Return the name of the start that this process belongs to. It is equal on all ranks.
 
-    Where the ranks meet changes with each rendezvous; where it is fixed, the count of starts does.
-    On several nodes each elastic agent has a count of its own, and that of a node which has come
-    back begins anew: there the meeting alone names the start, unless it is that of the agents' own
-    store and so the same for all starts.
+    No clock is used. The rendezvous address changes with each rendezvous. Where it is fixed, the
+    count of starts changes.
+
+    On several nodes each elastic agent counts its starts, and a node that joins again counts from
+    0. So the address alone is the name there. The exception: the address is that of the agents'
+    store, which is the same for all starts. Then the count is part of the name too.
     """
     meeting = [
         os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
@@ -244,8 +254,9 @@ def this_start() -> str:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM, without psutil: the page count of Linux, else the
-    peak.
+    """Return the bytes of this process that are in RAM, without psutil.
+
+    On Linux from its page count; on other systems the peak.
     """
     try:
         with open("/proc/self/statm", "rb") as file:

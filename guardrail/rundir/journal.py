@@ -1,4 +1,4 @@
-"""journal.jsonl: every event of a run, one JSON object a line, synced before it takes effect.
+"""journal.jsonl: every event of a run, one JSON object per line, synced before it takes effect.
 
 A part of `guardrail.rundir.run_directory`: callers go through `RunDirectory.append` and
 `RunDirectory.events`.
@@ -31,8 +31,8 @@ from guardrail.core.files import (
 )
 from guardrail.core.records import Finding, Phase, Span
 
-LOCK_SECONDS = 30.0  # a writer that holds the lock this long is stopped or dead on another host
-TURNS = ("started", "restarted", "ended")  # kinds of lines that say whether the run goes on
+LOCK_SECONDS = 30.0  # a writer that holds the lock longer is stopped, or dead on another host
+TURNS = ("started", "restarted", "ended")  # kinds of events that start or end a run
 EXIT_CODES = {
     Phase.FINISHED: ExitCode.FINISHED,
     Phase.STOPPED: ExitCode.INTERRUPTED,
@@ -53,15 +53,14 @@ def append_event(
     data: dict[str, Any],
     at: float,
 ) -> Event:
-    """Append one event, synced to disk; safe between processes and threads.
+    """Append one event and sync it. Safe between processes and threads.
 
-    A torn last line, left by a machine that died while writing, is ended or cut off first and
-    noted.
+    A machine that crashes while writing leaves an incomplete last line. It is completed or cut off
+    first; a cut is noted in the journal.
 
     Raises:
-        OSError: the event is not on disk and nothing of it was left behind (a full disk, a lost
-        file system).
-        ValueError: `data` names one of the fixed fields.
+        OSError: the event is not on disk, not even in part (a full disk, a lost file system).
+        ValueError: `data` contains one of the fixed fields.
     """
     clash = [name for name in data if name in FIXED]
     if clash:
@@ -91,7 +90,7 @@ def append_event(
 
 
 def read_events(path: Path, *, after: int = 0) -> list[Event]:
-    """All complete events with seq > `after`; lines that are not events are passed over."""
+    """Return all complete events with seq > `after`. Lines that are not events are ignored."""
     try:
         data = read_file(path)
     except FileNotFoundError:
@@ -100,8 +99,9 @@ def read_events(path: Path, *, after: int = 0) -> list[Event]:
 
 
 def end_of(path: Path) -> tuple[int, int]:
-    """(seq of the last event, bytes of the complete lines), of which only the end of the file is
-    read; (0, 0): none.
+    """Return (seq of the last event, bytes of the complete lines); (0, 0): there are none.
+
+    Only the end of the file is read.
     """
     try:
         with open_file(path) as file:
@@ -120,13 +120,13 @@ def end_of(path: Path) -> tuple[int, int]:
 
 
 def parse(data: bytes) -> tuple[list[Event], int]:
-    """The events of the complete lines in `data`, and how many bytes those lines take."""
+    """Return the events of the complete lines in `data`, and the bytes of those lines."""
     events, end, _ = parse_counted(data)
     return events, end
 
 
 def parse_counted(data: bytes) -> tuple[list[Event], int, int]:
-    """As `parse`, and how many of the complete lines are no events."""
+    """Return the same as `parse`, and how many complete lines are not events."""
     end = data.rfind(b"\n") + 1
     lines = [line for line in data[:end].split(b"\n") if line.strip()]
     events = [event for event in map(_event, lines) if event is not None]
@@ -134,12 +134,12 @@ def parse_counted(data: bytes) -> tuple[list[Event], int, int]:
 
 
 def last_turn(events: Sequence[Event]) -> Event | None:
-    """The newest line that says whether the run goes on or has ended."""
+    """Return the newest event that started or ended the run; None: there is none."""
     return next((event for event in reversed(events) if event.kind in TURNS), None)
 
 
 def outcome_of(event: Event) -> tuple[Phase, ExitCode] | None:
-    """How the run ended, of an `ended` line; None where the line does not say it."""
+    """Return how the run ended, from its `ended` event; None: the event does not contain it."""
     try:
         phase = Phase(event.data.get("phase"))
         given = event.data.get("exit_code")
@@ -149,8 +149,9 @@ def outcome_of(event: Event) -> tuple[Phase, ExitCode] | None:
 
 
 def findings_of(event: Event) -> tuple[Finding, ...]:
-    """The findings of a `finding` or `verdict` event; ones that a newer version wrote differently
-    are left out.
+    """Return the findings of a `finding` or `verdict` event.
+
+    Findings in a format of a newer version are ignored.
     """
     return tuple(
         f
@@ -160,7 +161,7 @@ def findings_of(event: Event) -> tuple[Finding, ...]:
 
 
 def span_of(event: Event) -> Span | None:
-    """The span of a `left_out` event."""
+    """Return the span of a `skipped` event; None: it has none that can be read."""
     return _convert(event.data.get("span"), Span)
 
 
@@ -207,8 +208,9 @@ def _lock(descriptor: int) -> None:
 
 
 def _mend(descriptor: int, size: int, *, timeline: int, at: float) -> tuple[bytes, int, int]:
-    """What must be written before the next event, the last seq, and how many bytes of the file to
-    keep.
+    """Return what to write before the next event, the last seq, and the bytes of the file to keep.
+
+    Both repair an incomplete last line.
     """
     start = max(0, size - _TAIL)
     while True:
@@ -224,7 +226,7 @@ def _mend(descriptor: int, size: int, *, timeline: int, at: float) -> tuple[byte
         return b"", seq, size
     whole = _event(torn)
     if whole is not None:
-        # Only its newline is missing: it was never acknowledged, but nothing of it is lost either.
+        # Only its newline is missing. The line was never acknowledged, but it is complete.
         return b"\n", whole.seq, size
     note = Note(
         seq=seq + 1,

@@ -1,8 +1,8 @@
-"""Whether somebody works on a run, on whatever host. No run is called dead because of a clock:
-those of two hosts may differ by minutes.
+"""Find out whether a run is alive, on this host or another one.
 
-What counts is that the heartbeat in status.json, which is written once a second, changes between
-two looks. The second look is spared where heartbeat and file are both seconds old by our own clock.
+The clocks of two hosts may differ by minutes, so a clock alone never makes a run dead. status.json
+is written once a second. A run is alive if the heartbeat in it changes between two reads. One read
+is enough if heartbeat and file are both at most FRESH_SECONDS old by the local clock.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from guardrail.core.records import Status
 from guardrail.rundir.run_directory import RunDirectory
 
-# a run that lives is seen to change within this time, on a slow file system too
+# a live run changes within this time, also on a slow file system
 FIRST_SECONDS = 5.0
-FRESH_SECONDS = 30.0  # one that was seen to change, and has not for this long, has ended or hangs
-# a status that was replaced longer ago, by the file system's clock, needs no second look
+FRESH_SECONDS = 30.0  # a run whose last change is longer ago has ended or hangs
+# a status that is older by the file system's clock needs no second read
 OLD_SECONDS = 86_400.0
 
 
@@ -31,7 +31,7 @@ class _Seen:
 
 
 class HeartbeatObserver:
-    """Remembers when the heartbeat of each run was last seen to change.
+    """Records when the heartbeat of each run last changed.
 
     Args:
         clock: of the viewer, in seconds; only differences count.
@@ -42,7 +42,7 @@ class HeartbeatObserver:
         self._seen: dict[str, _Seen] = {}
 
     def look(self, run: RunDirectory, status: Status) -> bool | None:
-        """Whether the run lives; None while that takes another look. Never waits."""
+        """Return whether the run is alive; None: another read is needed. Never waits."""
         if (known := _known(run, status)) is not None:
             return known
         now, path = self._clock(), str(run.path)
@@ -59,13 +59,17 @@ class HeartbeatObserver:
         return None if waited < FIRST_SECONDS else False
 
     def __call__(self, run: RunDirectory, status: Status) -> bool:
-        """Whether the run lives, as far as that is known now; one that was not looked at twice may
-        live.
+        """Return whether the run may be alive.
+
+        True also for a run that was read only once.
         """
         return self.look(run, status) is not False
 
     def listed(self, run: RunDirectory, status: Status) -> bool | None:
-        """As `look`, for a list of many runs: one whose status is a day old is not waited for."""
+        """Return the same as `look`, but False at once for a status that is a day old.
+
+        For lists of many runs.
+        """
         if (
             status.host != socket.gethostname()
             and str(run.path) not in self._seen
@@ -76,10 +80,10 @@ class HeartbeatObserver:
 
 
 def is_alive(run: RunDirectory, status: Status) -> bool:
-    """Somebody works on this run: its supervisor, or ranks that outlived it, here or on another
-    host.
+    """Return whether the run is alive, on this host or another one.
 
-    Waits up to FIRST_SECONDS for the next heartbeat of a run on another host.
+    It is alive if its supervisor runs, or ranks that outlived it. Waits up to FIRST_SECONDS for the
+    next heartbeat of a run on another host.
     """
     observer = HeartbeatObserver()
     while (answer := observer.look(run, status)) is None:
@@ -89,8 +93,9 @@ def is_alive(run: RunDirectory, status: Status) -> bool:
 
 
 def _known(run: RunDirectory, status: Status) -> bool | None:
-    """What needs no second look: processes and locks are asked, not files. None: the heartbeat
-    decides.
+    """Return whether the run is alive, if one read is enough; None: the heartbeat decides.
+
+    It checks the processes, the phase, the lock and the age of the heartbeat.
     """
     is_here = status.host == socket.gethostname()
     if is_here:
@@ -109,7 +114,7 @@ def _known(run: RunDirectory, status: Status) -> bool | None:
 
 
 def _file_age(run: RunDirectory) -> float:
-    """Seconds since the status was replaced, by the clock of its file system."""
+    """Return the seconds since the status was replaced, by the clock of its file system."""
     try:
         return time.time() - os.stat(run.path / "status.json").st_mtime
     except OSError:

@@ -1,6 +1,4 @@
-"""The processes of one node's ranks, as the supervisor finds them below itself, and what they last
-reported.
-"""
+"""The rank processes of one node: descendants of the supervisor, and their last reports."""
 
 from __future__ import annotations
 
@@ -23,28 +21,29 @@ from guardrail.rundir.run_directory import RunDirectory
 
 
 def become_reaper() -> None:
-    """Descendants whose parent dies become our children (prctl PR_SET_CHILD_SUBREAPER, Linux 3.4).
+    """Make this process the parent of descendants whose parent dies.
 
-    So ranks that an elastic agent leaves behind are still found below us, whatever session they are
-    in.
+    It calls prctl PR_SET_CHILD_SUBREAPER (Linux 3.4). So ranks that outlive their elastic agent are
+    still found among the descendants, also when they have another session.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 
 
 class LocalRanks:
-    """Children of the elastic agent.
+    """The ranks of one node: children of the elastic agent.
 
     Args:
         run: the run directory.
-        node_rank, nodes: which node this is, and of how many.
+        node_rank: number of this node.
+        nodes: number of nodes.
 
     Attributes:
-        reports: pid -> last report of that process, None before its first. Live ranks only; empty
-            between two incarnations.
-        last_pids: pids of the newest incarnation, also when it has ended.
-        heard: one of them has reported; from then on rank 0 writes the status, its last word
-        included.
+        reports: pid -> last report of that process; None: it has not reported yet. Live ranks
+            only; empty between two starts of the ranks.
+        last_pids: pids of the newest start, also after it has ended.
+        heard: one of them has reported. From then on rank 0 writes the status, including the last
+            one.
     """
 
     def __init__(self, run: RunDirectory, *, node_rank: int = 0, nodes: int = 1) -> None:
@@ -57,17 +56,17 @@ class LocalRanks:
         self._numbers: dict[int, int] = {}
         self._orphans: list[psutil.Process] = []
         self._spared: set[int] = set()
-        # between a child that starts and one who looks at all children
+        # so that a child that is being started is not taken for a rank
         self._sparing = threading.Lock()
         self.reports: dict[int, RankStatus | None] = {}
         self.last_pids: set[int] = set()
         self.heard = False
 
     def begin(self) -> dict[str, str]:
-        """Forget the ranks of an earlier elastic agent; returns what those of the next one need in
-        their environment.
+        """Prepare for the ranks of the next elastic agent; return their environment variables.
 
-        They report to another folder: no report of an earlier start is ever found in it.
+        The ranks of an earlier agent are forgotten. The next ones report to a new folder, so it
+        holds no report of an earlier start.
         """
         self.end()
         self._starts += 1
@@ -77,7 +76,7 @@ class LocalRanks:
         return {FOLDER_VARIABLE: str(self._reports.folder), NODE_VARIABLE: str(self._node_rank)}
 
     def end(self) -> None:
-        """Leave the folder in which the ranks of the last agent reported."""
+        """Publish the last reports, close their folder, and forget the ranks of the last agent."""
         if self._reports is not None:
             self.publish(now=True)
             self._reports.close()
@@ -92,15 +91,16 @@ class LocalRanks:
         self.last_pids, self.heard = set(), False
 
     def publish(self, *, now: bool = False) -> None:
-        """Write what the ranks of this node have reported to the run directory, if it is time."""
+        """Write the reports of this node's ranks to the run directory, if it is time."""
         reports = self._reports
         if reports is not None:
-            with contextlib.suppress(OSError):  # the next one will get through
+            with contextlib.suppress(OSError):  # the next call writes them
                 reports.publish(now=now)
 
     def look(self, agent_pid: int) -> None:
-        """Find who lives, and read what they report. A report of an earlier start carries another
-        pid.
+        """Find the live ranks and read their reports.
+
+        A report of an earlier start has another pid.
         """
         found, self._orphans = {}, []
         for process in self._children():
@@ -119,21 +119,20 @@ class LocalRanks:
             self.heard = bool(self.registered) or (self.heard and same)
 
     def read(self) -> None:
-        """Read what the ranks report."""
+        """Read the reports of the ranks."""
         if self._reports is not None:
             self._last_reports.update({report.pid: report for report in self._reports.read()})
         self._numbers.update({pid: report.rank for pid, report in self._last_reports.items()})
 
     def last_report(self, pid: int) -> RankStatus | None:
-        """What a rank of this agent has reported last, also when it is dead."""
+        """Return the last report of a rank of this agent, also of a dead one."""
         return self._last_reports.get(pid)
 
     @contextlib.contextmanager
     def spared(self, *arguments: Any, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-        """A child of the supervisor that is no rank: neither swept, nor reaped, nor buried with
-        them.
+        """Start a child of the supervisor that is not a rank.
 
-        Takes what `subprocess.Popen` takes.
+        `sweep` and `bury` neither end nor reap it. The arguments are those of `subprocess.Popen`.
         """
         with self._sparing:
             process = subprocess.Popen(*arguments, **options)
@@ -145,7 +144,7 @@ class LocalRanks:
             self._spared.discard(process.pid)
 
     def _children(self) -> list[psutil.Process]:
-        """All descendants but those that are spared, and theirs."""
+        """Return all descendants, except the spared children and their descendants."""
         with self._sparing:
             found = self._myself.children(recursive=True)
             spared = set(self._spared)
@@ -163,10 +162,9 @@ class LocalRanks:
         return {pid: report for pid, report in self.reports.items() if report is not None}
 
     def activity(self) -> tuple[dict[int, float], set[int]]:
-        """CPU seconds that each live rank's process has used, and the pids of those that a signal
-        has stopped.
+        """Return (pid -> CPU seconds of each live rank, pids of ranks that a signal has stopped).
 
-        A process under a debugger is not among the latter, and counts as one that works.
+        A process that a debugger has stopped counts as working, not as stopped.
         """
         cpu, stopped = {}, set()
         for pid, process in self._processes.items():
@@ -179,8 +177,9 @@ class LocalRanks:
         return cpu, stopped
 
     def number(self, pid: int) -> int | None:
-        """Global rank of a process of this node; asks its environment if it has not reported
-        yet.
+        """Return the global rank of a process of this node; None: unknown.
+
+        Before its first report, the rank is read from its environment.
         """
         if pid not in self._numbers and pid in self._processes:
             with contextlib.suppress(psutil.Error, KeyError, ValueError):
@@ -192,8 +191,9 @@ class LocalRanks:
             processes.tell(self._processes[pid], number)
 
     def kill(self, pids: Collection[int] | None = None) -> None:
-        """SIGKILL to the ranks, or to those of `pids`, and to whatever they started; the agent sees
-        them fail.
+        """Send SIGKILL to the ranks, or to those of `pids`, and to their descendants.
+
+        The agent then finds that they have failed.
         """
         ranks = [rank for pid, rank in self._processes.items() if pids is None or pid in pids]
         victims = list(ranks)
@@ -203,9 +203,7 @@ class LocalRanks:
         processes.kill(victims)
 
     def sweep(self, *, kill: bool) -> None:
-        """Reap orphans that came to us; with `kill`, end those that live: workers of a rank that
-        has died.
-        """
+        """Reap the dead orphans. With `kill`, end the live ones: workers of a dead rank."""
         for orphan in self._orphans:
             if not processes.alive(orphan):
                 processes.reap(orphan)
@@ -213,7 +211,7 @@ class LocalRanks:
                 processes.kill([orphan])
 
     def bury(self) -> list[psutil.Process]:
-        """End and reap every descendant; returns those that the kernel cannot end."""
+        """End and reap every descendant; return those that the kernel cannot end."""
         self._processes, self.reports = {}, {}
         while left := self._children():
             if stuck := processes.kill(left):

@@ -1,5 +1,5 @@
-"""Rank 0's view of the inbox: a thread polls the commands folder, so that no step waits for a file
-system.
+"""The commands that rank 0 receives. A thread polls the folder commands/, so no step waits for a
+file system.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from guardrail.core.records import Command
 from guardrail.core.text import clean_text
 from guardrail.rundir.run_directory import RunDirectory
 
-SILENT_SECONDS = 30.0  # a look that takes longer means that the file system hangs
+SILENT_SECONDS = 30.0  # a poll that takes longer means that the file system hangs
 
 
 class CommandPoller:
-    """Commands in the order of their arrival; `next` costs a look at a deque.
+    """Commands in the order of their arrival. `next` only reads a deque.
 
-    The thread outlives whatever goes wrong in a look; `problem` says so until a look succeeds
-    again.
+    The thread continues after every error. `problem` describes the error until a poll succeeds.
 
     Args:
         run: whose commands/ is polled.
-        seconds: between two looks.
-        stamp: called by the thread with each command that arrives, and returns what is kept of it.
+        seconds: between two polls.
+        stamp: called by the thread with each command that arrives; returns the command to keep.
     """
 
     def __init__(
@@ -41,14 +40,14 @@ class CommandPoller:
         self._seen: set[str] = set()
         self._stop = threading.Event()
         self._failure = ""
-        self._looked = time.monotonic()  # when the last look ended
-        self._try_to_look()  # what waits already is due from the first step on
+        self._looked = time.monotonic()  # when the last poll ended
+        self._try_to_look()  # commands that wait already are due at the first step
         self._thread = threading.Thread(target=self._poll, name="guardrail-mailbox", daemon=True)
         self._thread.start()
 
     @property
     def problem(self) -> str:
-        """Why commands are not read at the moment; "" while they are."""
+        """Return why commands are not read at present; "": they are read."""
         if self._failure:
             return self._failure
         if self._stop.is_set():
@@ -66,7 +65,7 @@ class CommandPoller:
         try:
             self._look()
             self._failure = self._run.commands_problem
-        # a file system that does not answer will be back; the commands wait on it
+        # the commands stay in the folder until the file system answers again
         except OSError as error:
             self._failure = clean_text(f"commands/: {error.strerror or error}", 200)
         except Exception as error:  # the thread must not end before the run does
@@ -83,7 +82,10 @@ class CommandPoller:
             self._run.answer(refusal, applied=False)
 
     def next(self, step: int) -> Command | None:
-        """The oldest command that is due at `step`; its file stays until it is answered."""
+        """Return the oldest command that is due at `step`; None: none is due.
+
+        Its file stays until the command is answered.
+        """
         while self._arrived:
             self._waiting.append(self._arrived.popleft())
         for command in self._waiting:

@@ -1,13 +1,12 @@
-"""What a checkpoint on disk says about itself, and whether that holds. Reads plain bytes: no torch,
-nothing unpickled.
+"""The manifest of a checkpoint, and its checks. Reads plain bytes, without torch and pickle.
 
-A checkpoint is a folder with one safetensors file a rank and `manifest.json`, written last:
+A checkpoint is a folder with one safetensors file per rank and `manifest.json`, written last:
 
     {"sha256": SHA-256 of the manifest's bytes, "manifest": {"format": 1, "step": ..., "tensors":
     {...}, ...}}
 
-A tensor is cut into pieces, boxes of its global shape, wherever they lie; so a reader with any
-number of ranks finds its own box. A folder without a valid manifest does not exist as a checkpoint.
+A tensor consists of pieces: boxes of its global shape, in any of the files. So a reader with
+another number of ranks finds its own box. A folder without a valid manifest is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -29,15 +28,13 @@ from guardrail.rundir.safetensors_header import ITEM_BYTES, Shape
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-MODEL, BUFFER, OPTIM = "model/", "buffer/", "optim/"  # what the name of a tensor begins with
+MODEL, BUFFER, OPTIM = "model/", "buffer/", "optim/"  # prefixes of tensor names
 
 _BEFORE, _BETWEEN, _AFTER = b'{"sha256":"', b'","manifest":', b"}\n"
 
 
 class Box(Record, frozen=True, kw_only=True):
-    """A part of a tensor: the elements [offset, offset + size) in every dimension of
-    `global_shape`.
-    """
+    """A part of a tensor: elements [offset, offset + size) in each dimension of `global_shape`."""
 
     global_shape: Shape
     offset: Shape
@@ -57,7 +54,7 @@ class Box(Record, frozen=True, kw_only=True):
         return math.prod(self.size)
 
     def overlap(self, other: Box) -> Box | None:
-        """The elements that both hold; None when there are none."""
+        """Return the box of the elements that both contain; None: there are none."""
         first = tuple(map(max, self.offset, other.offset))
         last = [
             min(a + m, b + n)
@@ -69,7 +66,7 @@ class Box(Record, frozen=True, kw_only=True):
         return Box(global_shape=self.global_shape, offset=first, size=size)
 
     def slices(self, within: Box) -> tuple[slice, ...]:
-        """Where this box lies in a tensor that holds the elements of `within`."""
+        """Return the slices of this box in a tensor that holds the elements of `within`."""
         starts = [own - base for own, base in zip(self.offset, within.offset, strict=True)]
         return tuple(
             slice(start, start + extent) for start, extent in zip(starts, self.size, strict=True)
@@ -77,7 +74,7 @@ class Box(Record, frozen=True, kw_only=True):
 
 
 class Piece(Record, frozen=True, kw_only=True):
-    """A box of a tensor and the file that holds it, under the tensor's own name."""
+    """A box of a tensor and the file that holds it, under the name of the tensor."""
 
     file: str
     offset: Shape
@@ -85,7 +82,7 @@ class Piece(Record, frozen=True, kw_only=True):
 
 
 class TensorEntry(Record, frozen=True, kw_only=True):
-    """A tensor as a whole. `dtype` as safetensors writes it, e.g. "F32"."""
+    """A complete tensor. `dtype` as safetensors writes it, e.g. "F32"."""
 
     dtype: str
     shape: Shape
@@ -96,7 +93,7 @@ class TensorEntry(Record, frozen=True, kw_only=True):
 
 
 class FileEntry(Record, frozen=True, kw_only=True):
-    """A file of the folder, as it was read back from the disk."""
+    """A file of the folder. Size and hash were read back from the disk."""
 
     name: str
     bytes: int
@@ -104,8 +101,11 @@ class FileEntry(Record, frozen=True, kw_only=True):
 
 
 class RankEntry(Record, frozen=True, kw_only=True):
-    """What one rank held: SHA-256 of each component of its local state, and its `extra` where it is
-    not rank 0's.
+    """The state of one rank.
+
+    Attributes:
+        digests: SHA-256 of each component of its local state.
+        extra: its guard state; None: the same as on rank 0.
     """
 
     rank: int
@@ -117,18 +117,17 @@ class Manifest(Record, frozen=True, kw_only=True):
     """manifest.json.
 
     Attributes:
-        world, strategy: number of ranks that wrote it, and how the state lay on them; see
-        TrainingState.layout.
-        identity: fingerprints of configuration and data, versions: what the guard wants to know
-        again at a resume.
+        world: number of ranks that wrote it.
+        strategy: how the state was distributed over them; see TrainingState.layout.
+        identity: fingerprints of configuration and data, and versions. The guard compares them at a
+            resume.
         scalars: learning rates, schedule and optimizer numbers; JSON as
-        `guardrail.torch.state.json_codec` writes it.
-        extra: the guard's own state (cursor, detectors, ...), from rank 0; JSON in the same way.
-        stateless: the optimizer keeps no tensors by nature (SGD without momentum): their absence is
-        no loss.
-        warning: what was odd although the save succeeded, such as replicas that had drifted apart.
-        suspect: it holds steps of an unresolved incident: kept for a look at it, never chosen by a
-        resume or rollback.
+            `guardrail.torch.state.json_codec` writes it.
+        extra: state of the guard on rank 0 (cursor, detectors, ...); JSON in the same way.
+        stateless: the optimizer never has tensors (SGD without momentum), so none are missing.
+        warning: a problem that did not stop the save, such as replicas that differ.
+        suspect: it holds steps of an unresolved incident. It is kept for inspection; a resume or
+            rollback never chooses it.
     """
 
     format: int
@@ -154,17 +153,17 @@ class Manifest(Record, frozen=True, kw_only=True):
 
 
 def sealed(manifest: Manifest) -> bytes:
-    """The content of manifest.json, with the hash that makes a flipped bit in it show."""
+    """Return the content of manifest.json. Its hash makes a changed bit detectable."""
     body = msgspec.json.encode(manifest)
     return _BEFORE + hashlib.sha256(body).hexdigest().encode() + _BETWEEN + body + _AFTER
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint, proven intact and consistent in itself.
+    """Return the manifest of a checkpoint, checked for damage and consistency.
 
     Raises:
-        CheckpointInvalid: missing, cut off, changed, of another format, or its pieces do not make
-        up the tensors.
+        CheckpointInvalid: the manifest is missing, cut off, changed or of another format, or its
+            pieces do not cover the tensors.
     """
     path = folder / MANIFEST
     try:
@@ -212,9 +211,7 @@ def _unsealed(content: bytes, folder: Path) -> bytes:
 
 
 def _check_consistent(manifest: Manifest, folder: Path) -> None:
-    """A manifest that is intact may still be wrong: pieces must lie in known files and make up the
-    whole.
-    """
+    """Raise CheckpointInvalid unless all pieces are in listed files and cover their tensors."""
     names = {file.name for file in manifest.files}
     if any(Path(name).name != name or name in (".", "..") for name in names):
         raise CheckpointInvalid(f"{folder.name}: the manifest names a file outside of its folder")
@@ -232,8 +229,9 @@ def _check_consistent(manifest: Manifest, folder: Path) -> None:
 
 
 def covers(shape: Shape, boxes: list[Box]) -> bool:
-    """Whether the boxes lie inside `shape`, are disjoint, and leave nothing out. No piece is needed
-    for no elements.
+    """Return whether the boxes are inside `shape`, are disjoint, and cover all of it.
+
+    A shape without elements needs no box.
     """
     total = 0
     for box in boxes:
@@ -245,8 +243,9 @@ def covers(shape: Shape, boxes: list[Box]) -> bool:
         ):
             return False
         total += box.elements
-    # Disjoint boxes of the right volume fill the shape. Sorted along the first dimension in which
-    # they differ, only those that begin before the present one ends can meet it.
+    # Disjoint boxes with the volume of the shape cover it. They are sorted along the first
+    # dimension in which they differ. Only boxes that start before the present one ends can
+    # overlap it.
     if total != math.prod(shape):
         return False
     axis = next((d for d in range(len(shape)) if len({box.offset[d] for box in boxes}) > 1), 0)
@@ -261,9 +260,9 @@ def covers(shape: Shape, boxes: list[Box]) -> bool:
 
 
 def refuse_link(folder: Path, name: str, mode: int) -> None:
-    """Raise CheckpointInvalid where a file is a link.
+    """Raise CheckpointInvalid unless the file is a regular file, such as for a link.
 
-    What it points to may change or go, and a copy of the folder lacks it.
+    The target of a link may change or disappear, and a copy of the folder does not contain it.
     """
     if not stat.S_ISREG(mode):
         what = "a link to another file" if stat.S_ISLNK(mode) else "no regular file"

@@ -1,4 +1,4 @@
-"""metrics.bin: one fixed-size little-endian record a step, columns named in metrics.json.
+"""metrics.bin: one fixed-size little-endian row per step; metrics.json names the columns.
 
 A part of `guardrail.rundir.run_directory`: callers go through `RunDirectory.metrics_writer` and
 `RunDirectory.metrics`.
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 
 class Layout(Record, frozen=True, kw_only=True):
-    """metrics.json. The file that began a run keeps its columns, also when a newer version goes on
-    with it.
-    """
+    """metrics.json. A run keeps its first columns, also when a newer version continues it."""
 
     version: int = 1
     dtype: str = "<f8"
@@ -42,7 +40,7 @@ class Layout(Record, frozen=True, kw_only=True):
 
 
 def read_layout(path: Path) -> Layout | None:
-    """None while no metrics were written."""
+    """Return the layout of metrics.bin; None: no metrics were written yet."""
     try:
         layout = msgspec.json.decode(read_file(path), type=Layout)
     except FileNotFoundError:
@@ -59,15 +57,15 @@ def read_layout(path: Path) -> Layout | None:
 
 
 class MetricsWriter:
-    """Appends rows; one system call a row, flushed and not synced. For one writer: the holder of
-    run.lock.
+    """Appends rows. There is one writer: the holder of run.lock.
 
-    A torn row at the end, left by a crash or a full disk, is cut off when the file is opened and
-    after a write that failed. OSError of a full disk reaches the caller; the next `append` starts
-    clean.
+    Each row is one system call; it is flushed and not synced. A crash or a full disk can leave an
+    incomplete row at the end. It is cut off when the file is opened and after a failed write. The
+    OSError of a full disk reaches the caller. The next `append` then starts after the last complete
+    row.
 
     Args:
-        further: names of columns behind the usual ones, of a file that begins now.
+        further: names of columns after the usual ones, for a new file.
     """
 
     def __init__(self, path: Path, layout_path: Path, *, further: Sequence[str] = ()) -> None:
@@ -96,9 +94,7 @@ class MetricsWriter:
         return self._size // self._row_bytes
 
     def append(self, row: dict[str, float]) -> None:
-        """Write one row; columns that `row` lacks are NaN, names that are no column are passed
-        over.
-        """
+        """Write one row. Columns that `row` lacks are NaN; names without a column are ignored."""
         if self._torn:
             self._cut()
         data = self._pack(*[row.get(name, math.nan) for name in self.columns])
@@ -114,11 +110,11 @@ class MetricsWriter:
         self._size += written
 
     def amend(self, row: dict[str, float]) -> None:
-        """Write the last row again, with more in it."""
+        """Replace the last row by `row`, which holds more values."""
         if self._torn or not self._size:
             return
         data = self._pack(*[row.get(name, math.nan) for name in self.columns])
-        # the other one only appends
+        # the descriptor of this writer can only append
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             os.pwrite(descriptor, data, self._size - self._row_bytes)
@@ -148,12 +144,11 @@ class MetricsWriter:
 
 
 class MetricsView:
-    """The rows that were complete when the view was made; a file that grows meanwhile does not
-    change it.
+    """The rows that were complete when the view was made. It does not grow with the file.
 
     Attributes:
         columns: names, in file order.
-        array: float64 [rows, columns], mapped from the file and read as touched.
+        array: float64 [rows, columns], mapped from the file and read on access.
     """
 
     def __init__(
@@ -167,7 +162,7 @@ class MetricsView:
         return len(self.array)
 
     def column(self, name: str) -> np.ndarray:
-        """float64 [rows]; all NaN where the run has no such column."""
+        """Return one column, float64 [rows]; all NaN if the run has no such column."""
         import numpy as np
 
         if name not in self.columns:
@@ -175,17 +170,20 @@ class MetricsView:
         return self.array[:, self.columns.index(name)]
 
     def sensible(self) -> MetricsView:
-        """The rows whose step and timeline are numbers that a run can have; itself where all rows
-        are so.
+        """Return a view of the rows whose step and timeline are valid numbers.
+
+        Returns this view if all rows are valid.
         """
         good = valid_rows(self.column("step"), self.column("timeline"))
         return self if good.all() else MetricsView(self.columns, self.array[good], self._timelines)
 
     def current(self, timelines: TimelineIndex | None = None) -> np.ndarray:
-        """bool [rows]: rows of the present; what a rollback or a restart abandoned is False.
+        """Return bool [rows]: True for rows of the present timeline.
+
+        Rows that a rollback or a restart abandoned are False.
 
         Args:
-            timelines: as a `Follower` keeps them; without, the journal is read.
+            timelines: those of a `Follower`; None: the journal is read.
         """
         steps, numbers = self.column("step"), self.column("timeline")
         if timelines is None:
@@ -201,8 +199,10 @@ def read_metrics(
     columns: Sequence[str] | None,
     timelines: Callable[[], TimelineIndex],
 ) -> MetricsView:
-    """Map the complete rows. `columns` picks and orders columns (a copy); None maps all of them
-    without reading.
+    """Return a view of the complete rows.
+
+    Args:
+        columns: the columns to copy, in this order; None: all columns are mapped without reading.
     """
     import numpy as np
 
@@ -214,7 +214,7 @@ def read_metrics(
             if rows := os.fstat(file.fileno()).st_size // layout.row_bytes:
                 try:
                     array = np.memmap(file, dtype="<f8", mode="r", shape=(rows, len(names)))
-                except ValueError as error:  # the file was cut since its size was asked for
+                except ValueError as error:  # the file was cut after its size was read
                     raise RunDirectoryError(f"{path}: cannot be mapped ({error})") from error
     whole = MetricsView(names, array, timelines)
     if columns is None:
@@ -225,9 +225,11 @@ def read_metrics(
 def read_rows(
     path: Path, layout_path: Path, first: int, end: int
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    """(Columns, rows [first, end) as float64 [rows, columns]), read and not mapped; fewer rows
-    where the file ends before. To touch a mapped file that is cut meanwhile ends the process by
-    SIGBUS."""
+    """Return (columns, rows [first, end) as float64 [rows, columns]).
+
+    There are fewer rows if the file ends before `end`. The rows are read and not mapped: access to
+    a mapped file that was cut ends the process with SIGBUS.
+    """
     import numpy as np
 
     layout = read_layout(layout_path)
@@ -245,7 +247,7 @@ def read_rows(
 
 
 class _Picked(MetricsView):
-    """Some columns of a view; `current()` still sees step and timeline of the whole."""
+    """Some columns of a view. `current()` uses step and timeline of the complete view."""
 
     def __init__(self, whole: MetricsView, columns: Sequence[str]) -> None:
         import numpy as np

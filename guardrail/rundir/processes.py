@@ -1,5 +1,7 @@
-"""Which processes belong to a run, and how they are ended. A pid is believed only with its command
-line or environment, because pids are used again.
+"""Find the processes of a run, and end them.
+
+Systems reuse pids. So a pid counts only if the command line or the environment of the process names
+the run.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ SUPERVISOR_MODULE = "guardrail.launch.supervisor"
 
 
 def alive(process: psutil.Process) -> bool:
-    """Running, and not a zombie that waits for a parent which does not reap."""
+    """Return whether the process is running and not a zombie, which waits to be reaped."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
@@ -32,7 +34,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 def supervisor_of(run: Path, pid: int) -> psutil.Process | None:
-    """The live process `pid` if it is the supervisor of `run`, else None."""
+    """Return the live process `pid` if it is the supervisor of `run`, else None."""
     try:
         process = psutil.Process(pid)
         arguments = process.cmdline()
@@ -43,10 +45,10 @@ def supervisor_of(run: Path, pid: int) -> psutil.Process | None:
 
 
 def processes_of(run: Path) -> list[psutil.Process]:
-    """Every live process of this user that was started for `run`: elastic agents, ranks and their
-    children.
+    """Return each live process of this user that was started for `run`.
 
-    A supervisor is not among them: it gives the variable to others only.
+    These are elastic agents, ranks and their children. A supervisor is not one of them: it does not
+    have the variable itself.
     """
     found, path = [], str(run.resolve())
     for process in psutil.process_iter():
@@ -58,13 +60,14 @@ def processes_of(run: Path) -> list[psutil.Process]:
             ):
                 found.append(process)
         except (psutil.Error, OSError):
-            continue  # another user's, or gone
+            continue  # of another user, or ended
     return found
 
 
 def orphans_of(run: Path) -> list[psutil.Process]:
-    """Those of them whose supervisor is dead. Another node's supervisor may stand on this host and
-    be alive.
+    """Return the processes of `run` whose supervisor is dead.
+
+    Another node's supervisor may run on the same host and be alive.
     """
     found = []
     for process in processes_of(run):
@@ -78,7 +81,7 @@ def orphans_of(run: Path) -> list[psutil.Process]:
 
 
 def tell(process: psutil.Process, number: signal.Signals) -> bool:
-    """Send a signal; False if the process is gone (psutil refuses a pid that was used again)."""
+    """Send a signal; return False if the process has ended. psutil refuses a reused pid."""
     try:
         process.send_signal(number)
         return True
@@ -87,8 +90,9 @@ def tell(process: psutil.Process, number: signal.Signals) -> bool:
 
 
 def kill(processes: Iterable[psutil.Process], *, seconds: float = 10.0) -> list[psutil.Process]:
-    """SIGKILL all and wait until they are gone; returns those that the kernel could not end in
-    `seconds`.
+    """Send SIGKILL to all and wait until they have ended.
+
+    Returns those that the kernel could not end in `seconds`.
     """
     victims = list(processes)
     for process in victims:
@@ -104,14 +108,15 @@ def kill(processes: Iterable[psutil.Process], *, seconds: float = 10.0) -> list[
 
 
 def reap(process: psutil.Process) -> None:
-    """Take the exit status of a dead child; nothing happens for another's child or a live one."""
+    """Read the exit status of a dead child. Does nothing for a live one or a child of others."""
     with contextlib.suppress(psutil.Error, psutil.TimeoutExpired):
         process.wait(0)
 
 
 def cores() -> int:
-    """CPU cores that this process may use: affinity, and the quota of its control group (version
-    2).
+    """Return the number of CPU cores that this process may use.
+
+    It is limited by the affinity and by the quota of its control group (version 2).
     """
     count = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

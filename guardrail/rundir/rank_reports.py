@@ -1,8 +1,8 @@
-"""Where the ranks of one node report: small files in a folder on a local disk, one for each rank.
+"""The reports of one node's ranks: one small file per rank, in a folder on a local disk.
 
-The run directory, which may lie on a shared file system, gets one file a node
-(ranks/node-NAME.json). Whoever holds the folder's lock writes it: the node's supervisor; without
-one (a custom loop, a supervisor that was killed) one of the ranks.
+The run directory, which may be on a shared file system, gets one file per node
+(ranks/node-NAME.json). The process that holds the folder's lock writes it. That is the node's
+supervisor. Without one (a custom loop, a killed supervisor) it is one of the ranks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LONGEST_INTERVAL = 10.0  # seconds; a viewer calls a rank silent after 15
 
 
 def seconds_between(nodes: int) -> float:
-    """Between two replacements of a node's file: the more nodes write, the rarer each does."""
+    """Return the seconds between two writes of a node's file; more nodes, more seconds."""
     return min(LONGEST_INTERVAL, max(1.0, nodes / NODES_A_SECOND))
 
 
@@ -46,9 +46,9 @@ class NodeReports:
 
     Args:
         run: the run directory.
-        folder: on a local disk; made when something is written.
-        name: of the node's file in the run directory; "" takes the host's name and the lowest rank.
-        nodes: of the run.
+        folder: on a local disk; made at the first write.
+        name: of the node's file in the run directory; "": the host's name and the lowest rank.
+        nodes: number of nodes of the run.
         shared: no supervisor reads the folder; the ranks of the node do it themselves.
     """
 
@@ -70,14 +70,15 @@ class NodeReports:
         self._published: tuple[float, object] = (-LONGEST_INTERVAL, None)
         self._reading, self._publishing = threading.Lock(), threading.Lock()
 
-    # -- who uses it
+    # -- constructors
 
     @classmethod
     def of_supervisor(
         cls, run: RunDirectory, *, node_rank: int, nodes: int, start: int
     ) -> NodeReports:
-        """An empty folder for one start of the ranks; those of earlier starts of this node are
-        removed.
+        """Return the reports of one start of the ranks, with an empty folder.
+
+        The folders of earlier starts of this node are removed.
         """
         prefix = f"{_digest(run)}-{node_rank}-"
         base = _base(run)
@@ -90,8 +91,9 @@ class NodeReports:
 
     @classmethod
     def of_rank(cls, run: RunDirectory, *, start: str) -> NodeReports:
-        """The folder that the supervisor names; without one, a folder that all ranks of `start` on
-        this host find.
+        """Return the reports for a rank, in the folder that the supervisor names.
+
+        Without a supervisor, all ranks of `start` on this host use the same folder.
         """
         nodes = count_nodes(os.environ)
         folder, started = os.environ.get(FOLDER_VARIABLE, ""), os.environ.get(RUN_VARIABLE, "")
@@ -108,10 +110,9 @@ class NodeReports:
     # -- the folder
 
     def write(self, status: RankStatus) -> None:
-        """Overwrite what a rank has reported. Raises OSError.
+        """Overwrite the report of a rank in place. Raises OSError.
 
-        In place: once the file is there, it takes no more room, so that a full disk does not make a
-        rank look dead.
+        An existing file needs no more room, so a full disk does not make a rank look dead.
         """
         data = encode_json(status)
         data += b" " * (-len(data) % SIZE)
@@ -134,7 +135,7 @@ class NodeReports:
             self.folder.mkdir(mode=FOLDER_MODE, parents=True)
 
     def read(self) -> list[RankStatus]:
-        """What each rank of this node has reported last, by rank. Any thread may call it."""
+        """Return the last report of each rank of this node, by rank. Thread-safe."""
         with self._reading:
             return self._read()
 
@@ -142,8 +143,7 @@ class NodeReports:
         names = [name for name in _names(self.folder) if name.startswith("rank-")]
         self._known = {name: status for name, status in self._known.items() if name in names}
         for name in names:
-            # One that is being overwritten just now cannot be read; then the report before it
-            # stands.
+            # A report that is just being overwritten cannot be read. The one before it stays.
             with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeDecodeError):
                 data = read_file(self.folder / name)
                 self._known[name] = msgspec.json.decode(data, type=RankStatus, strict=False)
@@ -152,7 +152,7 @@ class NodeReports:
     # -- the node's file
 
     def try_lock(self) -> bool:
-        """Become the one who writes the node's file; False while another process is."""
+        """Become the process that writes the node's file; return False while another one is."""
         if self._lock is not None:
             return True
         try:
@@ -174,11 +174,12 @@ class NodeReports:
         return True
 
     def publish(self, *, now: bool = False) -> None:
-        """Replace the node's file if it is time, or if a rank is in another phase and few nodes
-        write. OSError.
+        """Replace the node's file if it is time. Raises OSError.
+
+        It is also replaced when a rank changes its phase, if the run has few nodes.
 
         Args:
-            now: whatever the time is.
+            now: replace it in any case.
         """
         with self._publishing:
             ranks = self.read()
@@ -202,7 +203,7 @@ class NodeReports:
             self._published = (time.monotonic(), phases)
 
     def close(self) -> None:
-        """Let another process write the node's file. The folder goes with the last of its ranks."""
+        """Let another process write the node's file. The last rank removes the folder."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -216,8 +217,9 @@ class NodeReports:
 
 
 def _base(run: RunDirectory) -> Path:
-    """A folder of this user on a local disk, in memory where there is one; else in the run
-    directory.
+    """Return a folder of this user on a local disk, in memory if possible.
+
+    If there is none, it is in the run directory.
     """
     for place in ("/dev/shm", os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir()):
         folder = Path(place) / f"guardrail-{os.getuid()}"
@@ -228,8 +230,9 @@ def _base(run: RunDirectory) -> Path:
 
 
 def _is_usable(folder: Path) -> bool:
-    """Whether it belongs to this user alone, and its disk is not full. Made if it is not there.
-    Raises OSError.
+    """Return whether the folder belongs to this user alone and its disk has room.
+
+    A missing folder is made. Raises OSError.
     """
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=FOLDER_MODE)
@@ -252,7 +255,7 @@ def _names(folder: Path) -> Iterator[str]:
 
 
 def count_nodes(variables: Mapping[str, str]) -> int:
-    """Nodes of the run, as torchrun and its kin count its ranks; 1 where they do not."""
+    """Return the number of nodes, from the variables of torchrun; 1 without them."""
     try:
         return max(1, int(variables["WORLD_SIZE"]) // max(1, int(variables["LOCAL_WORLD_SIZE"])))
     except (KeyError, ValueError):
@@ -260,7 +263,7 @@ def count_nodes(variables: Mapping[str, str]) -> int:
 
 
 def _ranks(variables: Mapping[str, str]) -> int:
-    """Ranks of the run; 1 where nothing counts them."""
+    """Return the number of ranks, from the variables of torchrun; 1 without them."""
     try:
         return int(variables["WORLD_SIZE"])
     except (KeyError, ValueError):

@@ -1,8 +1,7 @@
-"""What a trainer writes into its run directory: events and metric rows, by rank 0, never stopping a
-step.
+"""Rank 0 writes events and metric rows into the run directory. A failing disk never stops a step.
 
-A disk that fails is named in the journal and in the status. Events and rows wait in memory, in
-order, until the disk takes them again. They keep the time at which they happened.
+The journal and the status report such a disk. Events and rows wait in memory, in order, until they
+can be written. They keep the time at which they happened.
 """
 
 from __future__ import annotations
@@ -20,19 +19,18 @@ from guardrail.core.events.kinds import make_event, with_data
 from guardrail.rundir.metrics import MetricsWriter
 from guardrail.rundir.run_directory import RunDirectory
 
-RETRY_SECONDS = 5.0  # between two tries of a step to write what a disk has refused
-ROWS_KEPT = 100_000  # rows that wait in memory, some 20 MB; beyond that the oldest are lost
+RETRY_SECONDS = 5.0  # between two attempts to write after a failure
+ROWS_KEPT = 100_000  # rows that wait in memory, about 20 MB; above this limit the oldest are lost
 
 
 class Recorder:
-    """Journal and metrics of one trainer.
+    """Writes journal and metrics of one trainer.
 
     Args:
-        run: the run directory; None records nothing (a guard without one still decides).
-        active: True on rank 0. On other ranks the same calls return the same events and write
-        nothing.
-        columns: signals that are recorded besides the usual ones.
-        learn: called with every event, written or not, so that all ranks remember the same past.
+        run: the run directory; None: nothing is written. The guard also works without one.
+        active: True on rank 0. On other ranks the calls return the same events and write nothing.
+        columns: signals to record in addition to the usual ones.
+        learn: called with every event, written or not, so that all ranks have the same history.
     """
 
     def __init__(
@@ -55,11 +53,11 @@ class Recorder:
 
     @property
     def disk(self) -> str:
-        """ "ok" or "failing: WHY", for status and screen."""
+        """Return "ok" or "failing: WHY", for status and screen."""
         return "ok" if not self._failing else "failing: " + "; ".join(self._failing.values())
 
     def event(self, kind: str, message: str, *, step: int, timeline: int, **data: Any) -> Event:
-        """Append an event, synced before this returns, or queue it when the disk refuses."""
+        """Append an event and sync it before returning. If the disk fails, queue it."""
         fixed = {
             "time": time.time(),
             "step": step,
@@ -70,7 +68,7 @@ class Recorder:
         return self._append(make_event(fixed | data))
 
     def write(self, event: Event) -> Event:
-        """Append an event that was built from its fields, as `event` does; its time is now."""
+        """Append an event object as `event` does, with the present time."""
         return self._append(with_data(msgspec.structs.replace(event, time=time.time())))
 
     def _append(self, event: Event) -> Event:
@@ -81,29 +79,30 @@ class Recorder:
         return event
 
     def settle(self) -> None:
-        """One more try to write all that waits, at the end of a run."""
+        """Try once more to write all waiting events and rows, at the end of a run."""
         if self._run is not None and self._rows:
             self._write_rows(self._run)
         self.flush()
 
     @property
     def waiting_because(self) -> str:
-        """Why events wait that the journal on disk does not have; "" when none do."""
+        """Return why events wait that are not in the journal on disk; "": none wait."""
         return self._failing.get("journal", "they were not written yet") if self._waiting else ""
 
     def retry(self) -> None:
-        """Try again to write what waits, if it is time; for a loop that waits itself."""
+        """Try again to write waiting events, if it is time. For a loop that waits."""
         if self._waiting and time.monotonic() >= self._retry:
             self.flush()
 
     @property
     def has_waiting(self) -> bool:
-        """Whether events wait that the journal on disk does not have yet."""
+        """Return whether events wait that are not in the journal on disk yet."""
         return bool(self._waiting)
 
     def flush(self) -> None:
-        """Write the events that wait. Called with each event, and every few seconds while some
-        wait.
+        """Write the waiting events.
+
+        Called with each event, and every few seconds while events wait.
         """
         if self._run is None:
             return
@@ -127,8 +126,9 @@ class Recorder:
             self.note_working("journal")
 
     def row(self, values: dict[str, float]) -> None:
-        """Append a metrics row; flushed to the kernel, not synced. It waits while the disk refuses
-        rows.
+        """Append a metrics row. It is flushed to the kernel and not synced.
+
+        It waits in memory while the disk fails.
         """
         if self._run is not None:
             self._rows.append(values)
@@ -138,7 +138,7 @@ class Recorder:
                     self.flush()
 
     def amend(self, values: dict[str, float]) -> None:
-        """The row that was handed over last holds more now."""
+        """Replace the last row by `values`: the same row with more values."""
         if self._metrics is None or any(row is values for row in self._rows):
             return
         try:
@@ -160,7 +160,7 @@ class Recorder:
             self.note_working("metrics")
 
     def note_failing(self, what: str, reason: str) -> None:
-        """Note that `what` cannot be kept safely; journaled once, when it changes."""
+        """Record that `what` cannot be written. It is journaled when the reason changes."""
         if self._failing.get(what) == reason:
             return
         self._failing[what] = reason

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 class RunDirectory:
-    """One run on disk. Cheap to make; `open` and `create` check, the constructor does not."""
+    """One run on disk. `open` and `create` check the folder; the constructor does not."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -174,40 +174,40 @@ class RunDirectory:
         status_files.write_node(self._ranks, status)
 
     def write_rank(self, status: RankStatus) -> None:
-        """Write a file for one rank, where a node's local disk takes none. Raises OSError."""
+        """Write the report of one rank, if the node's local disk fails. Raises OSError."""
         status_files.write_rank(self._ranks, status)
 
     def remove_ranks(self) -> None:
         """Remove the reports of an earlier start, before the next ranks are started."""
         status_files.remove_rank_reports(self._ranks)
 
-    # -- who was notified
+    # -- notifications
 
     def notified(self) -> int | None:
-        """Seq of the newest event that somebody was to be told of; None if nothing was remembered
-        yet.
-        """
+        """Return the seq of the newest event with a notification; None: none was recorded yet."""
         try:
             return int(read_file(self.path / "notified"))
         except (OSError, ValueError):
             return None
 
     def write_notified(self, seq: int) -> None:
-        """Remember it, synced. Raises OSError."""
+        """Record that seq and sync it. Raises OSError."""
         replace_file(self.path / "notified", f"{seq}\n".encode())
 
     # -- the one trainer
 
     def lock(self, who: str) -> RunLock:
-        """Become the run's only trainer until the lock is released or this process ends, however it
-        ends.
+        """Become the only trainer of the run.
 
-        Raises RunDirectoryError that names the holder.
+        The lock lasts until it is released or this process ends in any way.
+
+        Raises:
+            RunDirectoryError: another process holds the lock; the message names it.
         """
         return RunLock(self.path / "run.lock", who)
 
     def lock_holder(self) -> Holder | None:
-        """The running trainer, or None."""
+        """Return the running trainer, or None."""
         return holder_of(self.path / "run.lock")
 
     # -- the journal
@@ -232,7 +232,7 @@ class RunDirectory:
             happened: wall time of the event, seconds since the epoch; None: now.
 
         Raises:
-            OSError: the event is not on disk, and nothing half written is left.
+            OSError: the event is not on disk, not even in part.
         """
         at = time.time() if happened is None else happened
         return journal.append_event(
@@ -240,8 +240,9 @@ class RunDirectory:
         )
 
     def events(self, after: int = 0) -> list[Event]:
-        """Events with seq > `after`, oldest first. A torn last line and unknown fields do no
-        harm.
+        """Return the events with seq > `after`, oldest first.
+
+        An incomplete last line and unknown fields are ignored.
         """
         return journal.read_events(self.journal_path, after=after)
 
@@ -252,13 +253,14 @@ class RunDirectory:
         return self.path / "metrics.bin"
 
     def metrics_writer(self, further: Sequence[str] = ()) -> MetricsWriter:
-        """For the holder of the lock; a run that begins gets `further` columns besides the usual.
-        Raises OSError.
+        """Return a writer of metric rows, for the holder of the lock. Raises OSError.
+
+        A new run gets the `further` columns in addition to the usual ones.
         """
         return MetricsWriter(self.metrics_path, self.path / "metrics.json", further=further)
 
     def metrics(self, columns: Sequence[str] | None = None) -> MetricsView:
-        """The rows that are complete now; empty while there are none."""
+        """Return the rows that are complete now; empty while there are none."""
 
         def timelines() -> TimelineIndex:
             known = TimelineIndex()
@@ -270,8 +272,9 @@ class RunDirectory:
         )
 
     def rows(self, first: int, end: int) -> tuple[tuple[str, ...], np.ndarray]:
-        """(Columns, rows [first, end) of the metrics), read and not mapped: safe while the file may
-        be cut.
+        """Return (columns, rows [first, end) of the metrics).
+
+        They are read and not mapped, so a file that is cut meanwhile does no harm.
         """
         return read_rows(self.metrics_path, self.path / "metrics.json", first, end)
 
@@ -284,11 +287,10 @@ class RunDirectory:
         return self._inbox
 
     def send(self, command: Command) -> None:
-        """Ask the run for something; the answer is a journal line of kind `command` with the same
-        id.
+        """Send a command to the run. The answer is a `command` event with the same id.
 
         Raises:
-            RunDirectoryError: the command can never be obeyed, or the run belongs to somebody else.
+            RunDirectoryError: the command is invalid, or another user owns the run.
             OSError: the file cannot be written.
         """
         reason = check_command(command)
@@ -300,20 +302,23 @@ class RunDirectory:
         self.inbox.send(command)
 
     def commands_pending(self) -> list[Command]:
-        """Commands that wait for an answer, oldest first. Never raises; see `commands_refused` for
-        the rest.
+        """Return the commands that wait for an answer, oldest first. Never raises.
+
+        `commands_refused` returns the other files.
         """
         return self.commands_waiting()[0]
 
     def commands_refused(self) -> list[Refusal]:
-        """Files of the inbox that cannot be obeyed: broken, foreign, out of range. Each wants an
-        answer as well.
+        """Return the files in commands/ that are not valid commands; each needs an answer too.
+
+        They are damaged, of another user, or their value is out of range.
         """
         return self.commands_waiting()[1]
 
     def commands_waiting(self) -> tuple[list[Command], list[Refusal]]:
-        """Both, of one look at the folder. Never raises for what lies there; `commands_problem`
-        says what failed.
+        """Return both, from one read of the folder.
+
+        Never raises because of its files; `commands_problem` holds the error.
         """
         try:
             found = self._pending()

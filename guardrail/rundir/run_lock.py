@@ -1,5 +1,6 @@
-"""run.lock: one trainer a run, for as long as its process lives, and who that is. A part of
-`guardrail.rundir.run_directory`.
+"""run.lock: allows one trainer per run, and names it. A part of `guardrail.rundir.run_directory`.
+
+The lock ends with the process of the trainer.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from guardrail.core.files import FILE_MODE, encode_json
 from guardrail.core.records import Record
 from guardrail.core.text import clean_text
 
-_TRIES = 25  # times 20 ms: longer than any reader takes to ask who holds the lock
+_TRIES = 25  # times 20 ms: longer than a reader holds the lock to check it
 
 
 class Holder(Record, frozen=True, kw_only=True):
-    """Who trains into a run directory."""
+    """The trainer of a run directory."""
 
     who: str
     host: str = ""
@@ -34,10 +35,12 @@ class Holder(Record, frozen=True, kw_only=True):
 
 
 class RunLock:
-    """Held until `release`, or until this process ends, however it ends. Forked children do not
-    hold it.
+    """The lock of a trainer. It lasts until `release`, or until this process ends in any way.
 
-    Raises RunDirectoryError that names the holder.
+    Forked children do not hold it.
+
+    Raises:
+        RunDirectoryError: another process holds the lock; the message names it.
     """
 
     def __init__(self, path: Path, who: str) -> None:
@@ -46,7 +49,7 @@ class RunLock:
         try:
             self._acquire(path)
             holder = Holder(who=who, host=socket.gethostname(), pid=os.getpid(), time=time.time())
-            # a full disk: the lock is held all the same, by an unknown process
+            # on a full disk the lock is held, and its holder is unknown to others
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
                 os.pwrite(self._descriptor, encode_json(holder), 0)
@@ -79,8 +82,9 @@ class RunLock:
 
 
 def holder_of(path: Path) -> Holder | None:
-    """The running trainer, or None. Asks the lock itself, so that what a dead one left does not
-    count.
+    """Return the running trainer, or None.
+
+    It tests the lock itself, so the file of a dead trainer does not count.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -108,8 +112,10 @@ _HELD: set[RunLock] = set()
 
 
 def _release_in_child() -> None:
-    """flock lasts as long as any copy of its descriptor: a forked worker must not outlive the
-    trainer with it.
+    """Release the locks in a forked child.
+
+    A flock lasts as long as any copy of its descriptor. A forked worker that outlives the trainer
+    would otherwise keep the lock.
     """
     for lock in list(_HELD):
         lock.release()

@@ -13,8 +13,9 @@ from guardrail.rundir.run_directory import RunDirectory
 
 
 def list_runs(root: str | os.PathLike[str]) -> list[RunDirectory]:
-    """All runs under ROOT/NAME/, newest first; folders that are no runs, or that cannot be read,
-    are passed over.
+    """Return all runs under ROOT/NAME/, newest first.
+
+    Folders that are not runs, or that cannot be read, are ignored.
     """
     found: list[tuple[float, str, RunDirectory]] = []
     for folder in _folders(Path(root)):
@@ -26,14 +27,14 @@ def list_runs(root: str | os.PathLike[str]) -> list[RunDirectory]:
 
 
 def find_run(spec: str | None, root: str | os.PathLike[str]) -> RunDirectory:
-    """The run that a person means.
+    """Return the run that a user names.
 
     Args:
-        spec: a path, NAME (its newest run), NAME/DATE-NN, the unique beginning of one, or None: the
-        newest run.
+        spec: a path, NAME (its newest run), NAME/DATE-NN, or the unique beginning of one; None: the
+            newest run.
 
     Raises:
-        RunDirectoryError: none or several match; says which come close.
+        RunDirectoryError: no run or several runs match; the message names similar ones.
     """
     if spec is not None and (os.sep in spec or spec in (".", "..")) and Path(spec).is_dir():
         return RunDirectory.open(spec)

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read as plain bytes: no torch, nothing unpickled."""
+"""The header of a safetensors file, read as plain bytes, without torch and pickle."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 
 
 class HeaderEntry(msgspec.Struct, frozen=True):
-    """One tensor in a safetensors header: bytes [begin, end) from `data` on, the beginning of the
-    file's data.
+    """One tensor in a safetensors header.
+
+    `data_offsets` is the range of bytes [begin, end), counted from the start of the file's data.
     """
 
     dtype: str
@@ -37,11 +38,10 @@ class HeaderEntry(msgspec.Struct, frozen=True):
 
 
 def read_header(path: Path) -> tuple[dict[str, HeaderEntry], int]:
-    """The header of a safetensors file: (tensors by name, where the data begin in the file, in
-    bytes).
+    """Return the header of a safetensors file: (tensors by name, offset of the data in bytes).
 
     Raises:
-        CheckpointInvalid: not a safetensors file, or one whose tensors do not fit in it.
+        CheckpointInvalid: it is not a safetensors file, or its tensors do not fit into it.
     """
     try:
         with (

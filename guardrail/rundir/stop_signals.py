@@ -1,4 +1,4 @@
-"""Requests that reach a rank, the supervisor or `launch` as signals. Imports no torch.
+"""Signals that a rank, the supervisor or `launch` handles. Imports no torch.
 
                    rank                                  supervisor
 SIGTERM, SIGUSR1   save and stop at the next safe point  ask the ranks to save and stop
@@ -6,9 +6,9 @@ later SIGTERM      end at once with status 143           kill everything at once
 SIGUSR2            stacks of all threads to a file       -
 SIGHUP             ignored: training outlives every terminal
 
-Schedulers and `timeout` send one request as several SIGTERMs, to a process and to its group. All
-that arrive within DEBOUNCE_SECONDS of the first one are that request; one that comes later is a
-second.
+Schedulers and `timeout` send several SIGTERMs for one request, to a process and to its group. All
+that arrive within DEBOUNCE_SECONDS of the first one are one request. A later SIGTERM is a second
+request.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ DEBOUNCE_SECONDS = 2.0
 
 
 class TermRequests:
-    """Tells a second request to stop from a repetition of the first one."""
+    """Distinguishes a second request to stop from a repetition of the first one."""
 
     def __init__(self) -> None:
         self._first: float | None = None  # time.monotonic()
 
     def is_second(self) -> bool:
-        """Take in one SIGTERM; whether it comes too late to be part of the first request."""
+        """Record one SIGTERM; return whether it is too late to be part of the first request."""
         now = time.monotonic()
         if self._first is None:
             self._first = now
@@ -44,12 +44,13 @@ class TermRequests:
 
 
 class StopSignals:
-    """Of a rank. `install` from the main thread, as early as possible and before any data worker is
-    forked.
+    """The stop signals of a rank.
 
-    The Python handler of a signal runs only between two bytecodes of the main thread, which may sit
-    in a collective for minutes. So a thread reads the bytes that the interpreter's C handler writes
-    to a pipe, and ends the process.
+    Call `install` from the main thread, as early as possible and before a data worker is forked.
+
+    Python runs a signal handler only between two bytecodes of the main thread. That thread may be
+    in a collective for minutes. So another thread reads the bytes that the interpreter's C handler
+    writes to a pipe, and ends the process.
     """
 
     def __init__(self) -> None:
@@ -63,11 +64,11 @@ class StopSignals:
         return self._requested
 
     def came_from_supervisor(self, *, seconds: float) -> bool:
-        """Whether the supervisor asks to stop (SIGUSR1); waits so long for it.
+        """Return whether the supervisor asks to stop (SIGUSR1). Waits up to `seconds` for it.
 
-        Where there is a supervisor, a SIGTERM without it comes from the elastic agent, which ends
-        this rank because another one has failed. A batch system's SIGTERM reaches the supervisor as
-        well.
+        A run with a supervisor can get a SIGTERM without SIGUSR1. It then comes from the elastic
+        agent, which ends this rank because another one has failed. A batch system sends its SIGTERM
+        to the supervisor as well.
         """
         deadline = time.monotonic() + seconds
         while signal.SIGUSR1 not in self._received and time.monotonic() < deadline:
@@ -75,11 +76,12 @@ class StopSignals:
         return signal.SIGUSR1 in self._received
 
     def install(self, stacks: Path | None = None) -> None:
-        """Take over SIGTERM and SIGUSR1; with `stacks`, SIGUSR2 appends the stacks of all threads
-        to that file.
+        """Handle SIGTERM and SIGUSR1.
+
+        With `stacks`, SIGUSR2 appends the stacks of all threads to that file.
         """
         reading, writing = os.pipe()
-        os.set_blocking(writing, False)  # the interpreter refuses a blocking one
+        os.set_blocking(writing, False)  # the interpreter refuses a blocking descriptor
         threading.Thread(
             target=self._listen, args=(reading,), name="stop-signals", daemon=True
         ).start()
@@ -92,12 +94,13 @@ class StopSignals:
         _hook_forks()
 
     def request(self) -> None:
-        """The same as a signal; for a stop that came another way."""
+        """Request a stop without a signal."""
         self._requested = True
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        """Says at once what the thread is about to find out; replaces the default action, which
-        would kill.
+        """Set the request at once, before the thread reads the pipe.
+
+        It replaces the default action, which ends the process.
         """
         self._requested = True
 
@@ -111,9 +114,9 @@ class StopSignals:
                     os._exit(KILLED)
 
 
-# A forked child, such as a data worker, must neither save nor speak for the rank. Until it has
-# forgotten the handlers and the pipe, which it shares with its parent, no signal may reach it: they
-# are blocked over the fork.
+# A forked child, such as a data worker, must not save or report for the rank. It inherits the
+# handlers and the pipe. So the signals are blocked during the fork, until the child has removed
+# both.
 _masks = threading.local()
 _hooked = False
 
@@ -134,8 +137,9 @@ def _unblock() -> None:
 
 
 def _forget() -> None:
-    """SIGTERM gets its default action back, because multiprocessing ends its workers by it; SIGUSR1
-    is ignored.
+    """Restore the default action of SIGTERM and ignore SIGUSR1, in a forked child.
+
+    multiprocessing ends its workers with SIGTERM.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -144,12 +148,13 @@ def _forget() -> None:
 
 
 class SupervisorSignals:
-    """Of the supervisor. `wait` returns early when a signal arrives, SIGCHLD of the elastic agent
-    included.
+    """The signals of the supervisor.
+
+    `wait` returns early when a signal arrives, also on SIGCHLD of the elastic agent.
 
     Attributes:
-        stop: name of the signal that asked first to stop, or "".
-        kill: asked to kill everything at once.
+        stop: name of the first signal that asked to stop, or "".
+        kill: a signal has asked to kill all processes at once.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
-"""Whether the files of a checkpoint are what was written, and one hash over its parameters.
+"""Check that the files of a checkpoint are unchanged, and compute one hash of its parameters.
 
-Reads plain bytes: no torch, nothing unpickled.
+Reads plain bytes, without torch and pickle.
 """
 
 from __future__ import annotations
@@ -110,12 +110,12 @@ def _check_headers(folder: Path, manifest: Manifest) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """One SHA-256 over all parameters, the same however many ranks wrote them and however they were
-    sharded.
+    """Return one SHA-256 of all parameters. It depends neither on the ranks nor on the sharding.
 
-    Over the tensors "model/...", by name: a line `name dtype shape`, then the whole tensor's bytes
-    in row-major order. Buffers and moments stay out. Holds one tensor in memory at a time, and only
-    where pieces interleave. Hashes of the files are not checked here; see `verify`.
+    It covers the tensors "model/...", by name: a line `name dtype shape`, then all bytes of the
+    tensor in row-major order. Buffers and optimizer moments are not part of it. At most one tensor
+    is in memory at a time, and only if its pieces interleave. The hashes of the files are not
+    checked; see `verify`.
     """
     manifest = read_manifest(folder)
     for file in manifest.files:
@@ -137,8 +137,9 @@ def _row_major(
     tensor: TensorEntry,
     headers: dict[str, tuple[dict[str, HeaderEntry], int]],
 ) -> Iterable[Any]:
-    """The bytes of a tensor in order, in parts. Elements are opaque: the item's bytes are one more
-    dimension.
+    """Yield the bytes of a tensor in row-major order, in parts.
+
+    The bytes of an element are one more dimension.
     """
     import numpy as np
 
@@ -161,7 +162,7 @@ def _row_major(
         )
 
     pieces = sorted(tensor.pieces, key=lambda piece: piece.offset)
-    if all(piece.size[1:] == tensor.shape[1:] for piece in pieces):  # whole rows follow one another
+    if all(piece.size[1:] == tensor.shape[1:] for piece in pieces):  # each piece: complete rows
         yield from map(content, pieces)
         return
     whole = np.empty((*tensor.shape, item), dtype=np.uint8)

@@ -123,10 +123,11 @@ class Skipped(SamplesTaken, frozen=True, kw_only=True):
 
 
 class RolledBack(SamplesTaken, frozen=True, kw_only=True):
-    """An earlier state was restored, and the window that led here is skipped.
+    """An earlier state was restored, and the window that led to the rollback is skipped.
 
     Attributes:
-        to_step, from_step: applied steps of the restored state, and of the state before.
+        to_step, from_step: applied steps of the restored state, and of the state before the
+            rollback.
         onset: first bad step.
         window: positions [first, last).
         tier: of the state: "memory" or "disk".
@@ -162,11 +163,12 @@ class RolledBack(SamplesTaken, frozen=True, kw_only=True):
 
 
 class Undone(Event, frozen=True, kw_only=True):
-    """A decision was taken back: an earlier state was restored, and its samples are allowed again.
+    """A decision was undone: an earlier state was restored, and its samples are allowed again.
 
     Attributes:
         lines: numbers of the journal lines that no longer hold.
-        spans: what is no longer skipped; `samples`: how many.
+        spans: that are no longer skipped.
+        samples: number of samples in them.
         pardons: ranges [first, last) of positions that the guard must not reject again.
         rollbacks: timelines that the undone rollbacks began.
         to_step, from_step, tier, new_timeline: see `RolledBack`.

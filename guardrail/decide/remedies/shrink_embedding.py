@@ -1,7 +1,7 @@
 """shrink_embedding: smaller embedding gradients for some steps (GLM-130B).
 
-It is also used without an entry of its own: where the embedding leads an incident, the first skip or
-rollback has this effect with the settings of [guard.shrink_embedding].
+It is also used without an entry in the escalation list. If the embedding leads an incident, the
+first skip or rollback has this effect, with the settings of [guard.shrink_embedding].
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def _check_room(job: SaveJob) -> None:
 
 
 def report_failure(job: SaveJob, reason: str) -> None:
-    """Remove this rank's partial file and tell rank 0 that its share failed. Ignores OSError."""
+    """Remove this rank's partial file and report the failure to rank 0. Ignores OSError."""
     with contextlib.suppress(OSError):
         job.data_path().unlink(missing_ok=True)
     if job.rank == 0:

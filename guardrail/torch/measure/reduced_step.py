@@ -22,7 +22,7 @@ class ReducedStep:
         overflow: there is a loss scale, every loss is finite, and a gradient is not.
         nonfinite_loss, nonfinite_grad: ranks that computed NaN or Inf themselves (before the
             reduction, where that is known).
-        step_times: by rank, seconds of its own work in this step, without waiting for other ranks
+        step_times: by rank, seconds that it worked in this step, without waiting for other ranks
             (see `RankTimer`).
         command_kind: 0, or 1 + index in COMMANDS; command_value its argument.
         stop: number of ranks that were asked to stop.

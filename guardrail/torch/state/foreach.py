@@ -91,7 +91,7 @@ def shard_place(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def drop_step_hooks(optimizer: Optimizer) -> None:
-    """Give the optimizer empty dicts of its own step hooks."""
+    """Replace the step hooks of the optimizer by new empty dicts."""
     optimizer._optimizer_step_pre_hooks = {}
     optimizer._optimizer_step_post_hooks = {}
 

@@ -97,8 +97,8 @@ def _create(
 def keeps_tensors(optimizer: Optimizer) -> bool | None:
     """Return whether the optimizer keeps tensors for a parameter; None: unknown.
 
-    If it has none yet, a copy of it takes one step on a parameter of its own. The copy shares
-    nothing that a step changes.
+    If it has none yet, a copy of it takes one step on a new parameter. The copy shares nothing that
+    a step changes.
     """
     if _has_tensors(optimizer.state):
         return True

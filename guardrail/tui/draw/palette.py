@@ -1,7 +1,7 @@
 """Named tones -> styles, one set for each theme; NO_COLOR keeps their attributes only.
 
 A tone never carries a meaning alone: a symbol or a word stands beside it. Colour-blind viewers can
-tell all hues apart; one set is exactly that of Okabe and Ito ("Color Universal Design", 2008).
+distinguish all hues; one set is exactly that of Okabe and Ito ("Color Universal Design", 2008).
 """
 
 from __future__ import annotations
