@@ -60,7 +60,7 @@ class Cause(str, Enum):
 
     @property
     def of_data(self) -> bool:
-        """Whether the batch is the cause, alone or together with this state."""
+        """Return whether the batch is the cause, alone or together with this state."""
         return self in (Cause.DATA, Cause.DATA_AND_STATE)
 
 

@@ -56,7 +56,7 @@ class AnomalySignature(Record, frozen=True, kw_only=True):
 
     @property
     def is_level(self) -> bool:
-        """Whether numbers are only too high: new data cannot cause NaN or stuck numbers."""
+        """Return whether numbers are only too high. New data cannot cause NaN or stuck numbers."""
         return not self.nonfinite and not self.stuck
 
     @classmethod

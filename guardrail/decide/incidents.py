@@ -146,7 +146,7 @@ class Incidents:
 
     @property
     def compared(self) -> int:
-        """How many of the newest losses are compared with the trend."""
+        """Return how many of the newest losses are compared with the trend."""
         return max(self.confirm, LEAST)
 
     def _is_checked(self, step: int) -> bool:

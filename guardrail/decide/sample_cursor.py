@@ -88,7 +88,7 @@ class SampleCursor:
 
     @property
     def batch_size(self) -> int:
-        """Samples of the next batch."""
+        """Return the number of samples of the next batch."""
         if callable(self._size):
             return self._size(self.applied + 1)
         return self._size

@@ -41,7 +41,7 @@ class TimelineIndex:
 
     @property
     def newest(self) -> int:
-        """The newest timeline."""
+        """Return the newest timeline."""
         return max(self.begins, default=0)
 
     def begin(self, timeline: int, step: int) -> None:

@@ -53,7 +53,7 @@ class UndoPlan(Record, frozen=True, kw_only=True):
 
     @property
     def positions(self) -> int:
-        """How many positions leave the quarantine."""
+        """Return how many positions are no longer quarantined."""
         positions: set[int] = set()
         for span in self.spans:
             positions.update(positions_of(span))

@@ -200,7 +200,7 @@ def _rejects(spike: Spike, obs: Observation) -> bool:
 
 
 def _known_distance(spike: Spike, obs: Observation) -> tuple[float, float] | None:
-    """As `_distance`; None while the baseline is too young."""
+    """Return the same as `_distance`; None: the baseline has fewer than `min_history` values."""
     if spike.baseline.count < spike.min_history:
         return None
     return _distance(spike, obs)

@@ -42,7 +42,7 @@ def checkpoint_dirs(folder: Path) -> list[Path]:
 
 
 def _age(path: Path, step: int) -> tuple[float, int]:
-    """(timeline, step), from the first bytes of the manifest."""
+    """Return (timeline, step), from the first bytes of the manifest."""
     try:
         with open_file(path / MANIFEST) as stream:
             match = _BEGINNING.search(stream.read(512))

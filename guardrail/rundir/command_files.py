@@ -35,7 +35,7 @@ _SPECIAL_NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class Refusal(Record, frozen=True, kw_only=True):
-    """A file of the folder that is no valid command.
+    """A file of the folder that is not a valid command.
 
     Attributes:
         id: the command's own id, where it has a valid one; else made of the file name.
@@ -68,10 +68,9 @@ def check_command(command: Command) -> str | None:
 
 
 def find_interrupted(events: Iterable[Event]) -> dict[str, int]:
-    """Return the commands that were taken, but whose own journal line is missing.
+    """Return the commands that were accepted, but whose action is not in the journal.
 
-    A process died between the two lines. Pure. The line of the action comes directly after that of
-    the answer.
+    A process died between the two lines: the action comes directly after the answer. Pure.
 
     Returns:
         id of the command -> step after which its line belongs.
@@ -90,7 +89,7 @@ def find_interrupted(events: Iterable[Event]) -> dict[str, int]:
 
 
 def _is_action_of_user(event: Event, kinds: dict[str, str]) -> bool:
-    """Return whether this is the journal line of a command's action, not of the guard's own."""
+    """Return whether this is the journal line of a command's action, not of an automatic one."""
     if event.kind not in kinds.values():
         return False
     if "span" not in event.data:
@@ -151,7 +150,7 @@ class Inbox:
         return commands, refusals
 
     def remove(self, id: str) -> None:
-        """Remove the file of an answered command. One that cannot be removed is ignored from now on."""
+        """Remove the file of an answered command. If that fails, the file is ignored from then on."""
         if id not in self._names:
             self.scan()
         name = self._names.pop(id, None)
@@ -189,7 +188,7 @@ class Inbox:
         return [name for _, name in sorted(found)]
 
     def _read_checked(self, folder: int, name: str) -> Command | Refusal | None:
-        """Return what a file holds, as `_read_file`. Never raises, so that the others are read."""
+        """Return the same as `_read_file`. Never raises, so the other files are read."""
         try:
             found = self._read_file(folder, name)
         except Exception as error:  # hostile content that no other check expects
@@ -201,7 +200,7 @@ class Inbox:
         return found
 
     def _read_file(self, folder: int, name: str) -> Command | Refusal | None:
-        """Return what a file holds; None: it is gone, or cannot be read at the moment."""
+        """Return the content of a file; None: it is missing, or cannot be read now."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             info = os.stat(name, dir_fd=folder, follow_symlinks=False)

@@ -21,7 +21,7 @@ NAME = "1 to 100 letters, digits, and . _ + = @ - inside"
 
 
 def is_run_name(name: str) -> bool:
-    """Whether a folder of runs can have this name. A letter may take four bytes."""
+    """Return whether a folder of runs can have this name. A letter may take four bytes."""
     return bool(_NAME.fullmatch(name)) and len(name.encode()) <= LONGEST_NAME
 
 
@@ -54,7 +54,7 @@ def create_numbered(root: str | os.PathLike[str], name: str, config_toml: str) -
 
 
 def create_at(path: Path, config_toml: str) -> None:
-    """Make a run directory at exactly this place, which is empty or not there yet.
+    """Make a run directory at exactly this path, which is empty or missing.
 
     Raises RunDirectoryError.
     """
@@ -78,8 +78,9 @@ def create_at(path: Path, config_toml: str) -> None:
 
 
 def _claim(hidden: Path, parent: Path) -> Path:
-    """Rename a complete directory to the next free number. Renaming onto a directory that is not
-    empty fails.
+    """Rename a complete directory to the next free number; return the new path.
+
+    A rename onto a directory that is not empty fails. So each process gets another number.
     """
     day = datetime.date.today().isoformat()
     taken = [

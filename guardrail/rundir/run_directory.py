@@ -1,11 +1,11 @@
-"""A run directory: all that is known of a run, and the only channel between its processes.
+"""A run directory: all data of a run, and the only channel between its processes.
 
-Writers only append lines or replace files atomically. So a reader on any machine sees a true state,
-and a crash at any moment leaves one. Only this class and its parts read or write the files:
+Writers only append lines or replace files atomically. So a reader on any machine finds a consistent
+state, also after a crash. Only this class and its parts read or write the files:
 
     run_creation, run_search   make a run; find runs
     journal, metrics           events; rows of numbers
-    command_files              commands that wait
+    command_files              waiting commands
     status_files, screen_files status, ranks, attached screens
     run_lock                   one trainer per run
 
@@ -58,16 +58,16 @@ class RunDirectory:
         self._screens = self.path / "screens"
         self._inbox: Inbox | None = None
         self._undone: dict[str, int] = {}
-        # what an earlier trainer answered without removing it has been removed
+        # whether the commands that an earlier trainer answered, but did not remove, are removed
         self._recovered = False
-        self.commands_problem = ""  # why commands/ could not be read at the last look
+        self.commands_problem = ""  # why the last read of commands/ failed; "": it did not
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
 
     @property
     def name(self) -> str:
-        """NAME/YYYY-MM-DD-NN."""
+        """Return NAME/YYYY-MM-DD-NN."""
         return f"{self.path.parent.name}/{self.path.name}"
 
     @classmethod
@@ -77,13 +77,17 @@ class RunDirectory:
 
     @classmethod
     def create_at(cls, path: Path, config_toml: str) -> RunDirectory:
-        """Make a run directory at exactly this place. Raises RunDirectoryError."""
+        """Make a run directory at exactly this path. Raises RunDirectoryError."""
         run_creation.create_at(path, config_toml)
         return cls(path)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
-        """An existing run. Raises RunDirectoryError: nothing there, not a run, not yours."""
+        """Return an existing run.
+
+        Raises:
+            RunDirectoryError: the folder is missing, is not a run, or may not be read.
+        """
         where = Path(path).absolute()
         try:
             known = any(
@@ -105,11 +109,11 @@ class RunDirectory:
         """Return the resolved configuration as TOML, without secrets. Raises RunDirectoryError.
 
         Args:
-            display: for a screen or a report: also mask whatever is named like a secret.
+            display: for a screen or a report. Values whose key looks like a secret are masked too.
         """
         try:
             text = read_file(self.path / "config.toml").decode("utf-8")
-            return secret.mask_text(text, display=display)  # older versions wrote them out
+            return secret.mask_text(text, display=display)  # older versions wrote secrets
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise RunDirectoryError(f"{self.path / 'config.toml'}: {reason}") from error
@@ -118,11 +122,11 @@ class RunDirectory:
         replace_file(self.path / "config.toml", secret.mask_text(text).encode("utf-8"))
 
     def read_status(self) -> Status | None:
-        """Return the status; None where there is none, or this version cannot understand it."""
+        """Return the status; None: there is none, or this version cannot read it."""
         return status_files.read_status(self.path / "status.json")
 
     def known_status(self) -> Status | None:
-        """Return the status; where there is none, what the journal says of the end of the run."""
+        """Return the status; without one, a status of how the run ended, from the journal."""
         if (status := self.read_status()) is not None:
             return status
         try:
@@ -131,7 +135,7 @@ class RunDirectory:
             return None
 
     def status_of_end(self, events: Sequence[Event]) -> Status | None:
-        """Return a status made from the last lines of a run; None where it has not ended."""
+        """Return a status made from the last events of a run; None: the run has not ended."""
         last = last_turn(events)
         if last is None or last.kind != "ended" or (outcome := outcome_of(last)) is None:
             return None
@@ -146,14 +150,16 @@ class RunDirectory:
         )
 
     def write_status(self, status: Status) -> None:
-        """Replace status.json; not synced, since a second later it is replaced again. Raises
-        OSError.
+        """Replace status.json. Raises OSError.
+
+        It is not synced, since it is replaced again a second later.
         """
         replace_file(self.path / "status.json", encode_json(status), sync=False)
 
     def write_last_status(self, status: Status) -> None:
-        """`write_status`; where the disk has no room for a second file, over the one that is there.
-        Raises OSError.
+        """Replace status.json as `write_status` does. Raises OSError.
+
+        If the disk has no room for a second file, the existing file is overwritten.
         """
         try:
             self.write_status(status)
@@ -161,7 +167,7 @@ class RunDirectory:
             overwrite_file(self.path / "status.json", encode_json(status))
 
     def check_writable(self) -> None:
-        """Raises DiskRefuses when nothing can be written here."""
+        """Raise DiskRefuses if no file can be written here."""
         if why := why_unwritable(self.path):
             raise DiskRefuses(self.path, why)
 
@@ -170,7 +176,7 @@ class RunDirectory:
         return status_files.read_rank_reports(self._ranks)
 
     def write_node(self, status: NodeStatus) -> None:
-        """Replace what the ranks of one node have reported. Raises OSError."""
+        """Replace the reports of one node's ranks. Raises OSError."""
         status_files.write_node(self._ranks, status)
 
     def write_rank(self, status: RankStatus) -> None:
@@ -341,8 +347,10 @@ class RunDirectory:
         step: int = 0,
         timeline: int = 0,
     ) -> Event:
-        """Journal the answer to a command, then remove its file. Raises OSError and keeps the
-        file.
+        """Journal the answer to a command, then remove its file.
+
+        Raises:
+            OSError: the answer is not in the journal; the file is kept.
         """
         kind = str(to.kind)
         reason = reason or (to.reason if isinstance(to, Refusal) else "")
@@ -365,8 +373,9 @@ class RunDirectory:
     def _pending(self) -> tuple[list[Command], list[Refusal]]:
         commands, refusals = self.inbox.scan()
         if not self._recovered and (commands or refusals):
-            # A crash between the answer and the removal of its file must not make it count twice.
-            # What was answered and not done is due where it was said to take effect.
+            # A crash may come between an answer and the removal of the command's file. That command
+            # must not be executed twice. One that was answered but not executed is due at the step
+            # that its answer names.
             events = self.events()
             self._undone = find_interrupted(events)
             answered = {
@@ -382,15 +391,15 @@ class RunDirectory:
     def _due(self, command: Command) -> Command:
         if command.id not in self._undone:
             return command
-        # It was taken when what it was shown for still held; the question of that time went with
-        # the process.
+        # Its preview was valid when it was accepted, and the question of that time ended with the
+        # process.
         at_step = max(command.at_step, self._undone[command.id])
         return msgspec.structs.replace(command, at_step=at_step, question=None, shown=None)
 
     # -- screens
 
     def screen_seen(self) -> None:
-        """Say, every few seconds, that this process shows the run."""
+        """Record that this process shows the run. Call it every few seconds."""
         screen_files.mark_seen(self._screens)
 
     def screen_gone(self) -> None:

@@ -1,4 +1,4 @@
-"""The screens that are attached to a run: one empty file each, whose time is kept fresh."""
+"""The screens that are attached to a run: one empty file each, whose time is updated."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from guardrail.core.files import FILE_MODE, FOLDER_MODE
 from guardrail.core.text import clean_text
 
-SCREEN_SECONDS = 15.0  # a screen that has not been seen for this long is gone
+SCREEN_SECONDS = 15.0  # a screen whose file is older counts as closed
 
 
 def mark_seen(folder: Path) -> None:
-    """Say that this process shows the run. On a full disk the screen is not counted."""
+    """Record that this process shows the run. On a full disk the screen is not counted."""
     with contextlib.suppress(OSError):
         folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
         _touch(_own_file(folder))
@@ -47,7 +47,7 @@ def _own_file(folder: Path) -> Path:
 
 
 def _time_of(folder: Path) -> float:
-    """Return the time of the file system; the host's where nothing may be written."""
+    """Return the time of the file system; that of the host if nothing can be written."""
     try:
         return _touch(folder / ".clock")
     except OSError:

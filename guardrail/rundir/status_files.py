@@ -1,4 +1,4 @@
-"""The files that say where a run is: status.json, and one file for the ranks of each node."""
+"""The present state of a run: status.json, and one file for the ranks of each node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from guardrail.core.records import NodeStatus, RankStatus, Status
 
 
 def read_status(path: Path) -> Status | None:
-    """Return the status; None where there is none, or this version cannot understand it."""
+    """Return the status; None: there is none, or this version cannot read it."""
     found: Status | None = _read(path, Status)
     return found
 
@@ -46,7 +46,7 @@ def _read_reports(path: Path) -> tuple[RankStatus, ...]:
 
 
 def write_node(folder: Path, status: NodeStatus) -> None:
-    """Replace what the ranks of one node have reported. Raises OSError."""
+    """Replace the reports of one node's ranks. Raises OSError."""
     folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
     replace_file(folder / f"node-{status.node}.json", encode_json(status), sync=False)
 
@@ -54,7 +54,7 @@ def write_node(folder: Path, status: NodeStatus) -> None:
 def write_rank(folder: Path, status: RankStatus) -> None:
     """Write a file for one rank, as older versions did. Raises OSError.
 
-    Now it is only written where a node's local disk takes none.
+    This version writes it only if the node's local disk fails.
     """
     folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
     replace_file(folder / f"rank-{status.rank:05d}.json", encode_json(status), sync=False)
@@ -76,7 +76,7 @@ def _list_files(folder: Path) -> list[str]:
 
 
 def _read(path: Path, kind: type[Any]) -> Any:
-    """Return the record of a JSON file; None where it cannot be read as one."""
+    """Return the record of a JSON file; None: it cannot be read."""
     try:
         fields = msgspec.json.decode(read_file(path))
         if kind is Status:

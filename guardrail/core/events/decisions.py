@@ -93,7 +93,7 @@ class SamplesTaken(Event, frozen=True, kw_only=True):
 
     @property
     def is_by_user(self) -> bool:
-        """Whether a user asked for it."""
+        """Return whether a user asked for it."""
         return self.span is not None and self.span.origin == "user"
 
     def describe_samples(self) -> str:

@@ -21,12 +21,12 @@ FIXED = ("seq", "time", "step", "timeline", "kind", "message")
 
 
 class Event(Record, frozen=True, kw_only=True):
-    """One journal line. Of a kind that this version lacks, `data` holds all that is known.
+    """One journal line. For a kind that this version does not know, `data` holds all fields.
 
     Attributes:
         seq: number of the line, from 1; 0 before it is written.
         time: seconds since the epoch.
-        data: the fields beside the six fixed ones, as they stand on disk.
+        data: all fields except the six fixed ones, as on disk.
         unreadable: names of fields that hold no value of their type. They have their defaults.
 
     Class attributes:
@@ -50,30 +50,30 @@ class Event(Record, frozen=True, kw_only=True):
 
     @property
     def is_printed(self) -> bool:
-        """Whether a program that prints a run as plain lines shows this line."""
+        """Return whether a program that prints a run as plain lines shows this line."""
         return self.printed
 
     @property
     def mark(self) -> str:
-        """The symbol of this line."""
+        """Return the symbol of this line."""
         return self.symbol
 
     @property
     def tone(self) -> str:
-        """How the line is meant on the screen: "plain", "good", "warn" or "bad"."""
+        """Return the tone of the line on the screen: "plain", "good", "warn" or "bad"."""
         return "plain"
 
     @property
     def notice(self) -> str:
-        """The word of `[notify] on` for this line; "" where no one is notified."""
+        """Return the word of `[notify] on` for this line; "": there is no notification."""
         return ""
 
     def sentence(self) -> str:
-        """Return the line in one sentence; "" where the line has none."""
+        """Return the line in one sentence; "": it has none."""
         return self.message
 
     def check_readable(self, *names: str) -> None:
-        """Raise ValueError where one of these fields is damaged."""
+        """Raise ValueError if one of these fields is damaged."""
         for name in names:
             if name in self.unreadable:
                 raise ValueError(f"line {self.seq}: {name} cannot be read")

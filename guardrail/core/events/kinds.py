@@ -73,7 +73,7 @@ def make_event(fields: dict[str, Any]) -> Event:
 
 
 def _make_from_readable(cls: type[Event], fields: dict[str, Any]) -> Event:
-    """As `make_event`, field by field."""
+    """Return the event as `make_event` does, converting each field by itself."""
     fixed = {name: fields.pop(name) for name in FIXED if name in fields}
     base = msgspec.convert({**fixed, "data": fields}, Event)
     if cls is Event:

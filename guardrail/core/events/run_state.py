@@ -248,7 +248,7 @@ class CheckpointChanged(Event, frozen=True, kw_only=True):
 
     @property
     def is_printed(self) -> bool:
-        """A checkpoint that became good is routine."""
+        """Return whether the line is printed. A checkpoint that became good is routine."""
         return self.state in ("failed", "invalid", "suspect", "foreign")
 
     @property

@@ -29,7 +29,7 @@ class Answer(ControlCommand):
 
     @property
     def result(self) -> ParkResult:
-        """How the answer ends the wait."""
+        """Return how the answer ends the wait."""
         return ParkResult(int(self.value))
 
     def describe(self) -> str:

@@ -33,7 +33,7 @@ class Argument(ABC):
     @property
     @abstractmethod
     def expected(self) -> str:
-        """What is accepted, as the end of "lr takes ..."."""
+        """Return what is accepted, as the end of "lr takes ..."."""
 
     @abstractmethod
     def accepts(self, value: float) -> bool:

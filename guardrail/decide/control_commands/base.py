@@ -194,13 +194,13 @@ class ReplayTarget:
     """
 
     def set_factor(self, factor: str, from_step: int, value: float) -> None:
-        """A user has set a factor; `factor` is the kind of a remedy, LR or EMBED_ALPHA."""
+        """Apply a factor that a user has set. `factor`: kind of a remedy, LR or EMBED_ALPHA."""
 
     def set_mode(self, mode: Mode) -> None:
-        """A user has changed what the guard may do by itself."""
+        """Apply a mode that a user has set."""
 
     def accept_incidents(self, step: int, batch: tuple[int, int]) -> None:
-        """A user has accepted the run as it was after `step`; `batch` came next."""
+        """Apply that a user has accepted the run as it was after `step`; `batch` came next."""
 
 
 class ControlCommand:

@@ -48,7 +48,7 @@ class ChangeMode(ControlCommand):
 
     @property
     def mode(self) -> Mode:
-        """The mode that the command sets."""
+        """Return the mode that the command sets."""
         return MODES[int(self.value)]
 
     def describe(self) -> str:

@@ -30,7 +30,7 @@ class Rollback(ControlCommand):
 
     @property
     def to_step(self) -> int | None:
-        """The step that is named; None: the newest good state is meant."""
+        """Return the step that is named; None: the newest good state is meant."""
         if math.isnan(self.value):
             return None
         return int(self.value)

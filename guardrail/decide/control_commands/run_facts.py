@@ -26,36 +26,36 @@ class Setting(NamedTuple):
 
 
 class RunFacts(Protocol):
-    """Where a run stands. Both the guard and a reader of the run directory know this."""
+    """The present state of a run. The guard and a reader of the run directory both have it."""
 
     @property
     def step(self) -> int:
-        """Applied steps."""
+        """Return the number of applied steps."""
         ...
 
     @property
     def mode(self) -> Mode:
-        """What the guard may do by itself."""
+        """Return the mode of the guard."""
         ...
 
     @property
     def is_paused(self) -> bool:
-        """Whether training is paused, by a command or for a question."""
+        """Return whether training is paused, by a command or for a question."""
         ...
 
     @property
     def is_asking(self) -> bool:
-        """Whether a question of the guard is open."""
+        """Return whether a question of the guard is open."""
         ...
 
     @property
     def question(self) -> int:
-        """Journal line of the open question; 0: none is open, or its line is not known yet."""
+        """Return the open question's journal line; 0: none is open, or it is not known yet."""
         ...
 
     @property
     def unresolved(self) -> Unresolved | None:
-        """The earliest incident that is not over."""
+        """Return the earliest incident that is not over."""
         ...
 
     def setting_of(self, factor: str) -> StepSetting:
@@ -64,36 +64,36 @@ class RunFacts(Protocol):
 
 
 class RecordedFacts(RunFacts, Protocol):
-    """What a preview needs besides: the records of a run directory."""
+    """The records of a run directory, which a preview also needs."""
 
     @property
     def timeline(self) -> int:
-        """Number of the present timeline."""
+        """Return the number of the present timeline."""
         ...
 
     @property
     def cursor(self) -> int:
-        """Position in the sample order after the last step."""
+        """Return the position in the sample order after the last step."""
         ...
 
     @property
     def end(self) -> int:
-        """End of the batch under question, which a rollback by command skips as well; else 0."""
+        """Return the end of the batch in question; 0: none. A rollback by command skips it too."""
         ...
 
     @property
     def states(self) -> Sequence[SnapshotInfo]:
-        """Snapshots and checkpoints that can be restored."""
+        """Return the snapshots and checkpoints that can be restored."""
         ...
 
     @property
     def events(self) -> Sequence[Event]:
-        """The journal."""
+        """Return the events of the journal."""
         ...
 
     @property
     def remedies(self) -> Sequence[tuple[Span | int | None, Remedy]]:
-        """Remedies of the decisions that stand, each with its decision."""
+        """Return the remedies of the decisions that are not undone, each with its decision."""
         ...
 
     def next_rates(self) -> Rates:

@@ -36,7 +36,7 @@ class Undo(ControlCommand):
 
     @property
     def seq(self) -> int | None:
-        """The journal line that is named; None: the newest decision is meant."""
+        """Return the journal line that is named; None: the newest decision is meant."""
         if math.isnan(self.value):
             return None
         return int(self.value)
