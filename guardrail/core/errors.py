@@ -21,8 +21,8 @@ from enum import IntEnum
 
 from guardrail.core.text import MASK, escape_text, hide_credentials, redact_secrets
 
-# Keys whose value may be a secret: all under [notify] but these two, and each whose name looks like
-# one, since a key may be misspelt or stand in the wrong section.
+# Keys whose value may be a secret: all under [notify] except these two, and keys with such a name
+# in other sections. A key may be misspelt or in the wrong section.
 _PLAIN_NOTIFY = re.compile(r"notify\.(on|seconds)\b")
 _SECRET_NAMES = re.compile(
     r"(^|\.)notify($|[.\[])|webhook|apprise|command|token(?!s\b|iz)|secret|password|api_?key|credential",

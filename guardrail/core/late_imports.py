@@ -1,8 +1,8 @@
 """The two lists that core looks up by name: the detectors and the remedies.
 
 Both stand in rooms above core, which core does not import. A configuration needs the settings of
-each detector, and a finding read from a journal needs the wording of its detector. So core imports
-the module that holds the list when it is first needed.
+each detector. A finding from a journal needs the wording of its detector. So core imports the
+module with the list when it is first needed.
 """
 
 from __future__ import annotations

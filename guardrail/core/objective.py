@@ -1,8 +1,8 @@
 """What kind of number a loss is, by the names of a run's signals. Pure.
 
 A cross-entropy is positive, and its ratios have a meaning. A policy loss of reinforcement learning
-has either sign, is exactly 0 where advantages sum to 0, and does not fall with progress. Its ratios
-and its logarithm have no meaning.
+has either sign and does not fall with progress. It is exactly 0 where advantages sum to 0. Its
+ratios and its logarithm have no meaning.
 """
 
 from __future__ import annotations

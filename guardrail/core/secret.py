@@ -1,8 +1,8 @@
-"""Secrets of a configuration: how they are referred to, read and masked.
+"""Secrets of a configuration: references to them, reading and masking.
 
-A secret is `{ env = "NAME" }` or `{ file = "PATH" }`, and is read when it is used. One that is
-written out works too. It is masked in every copy of the configuration, and reaches the process that
-uses it through a pipe.
+A secret is `{ env = "NAME" }` or `{ file = "PATH" }`. It is read when it is used. The configuration
+may also contain the secret itself. It is then masked in every copy of the configuration, and
+reaches the process that uses it through a pipe.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ state    Detectors and the recent batches. It travels with each snapshot and rol
 memory   Rollbacks, incidents, causes, the allowlist (see guardrail.decide.memory). It outlives a
          rollback. The journal holds it, and `rebuild` reads it back after a crash.
 
-So a controller that was loaded from a checkpoint and rebuilt from the journal reaches the verdicts
-of one that never stopped.
+So a controller can be loaded from a checkpoint and rebuilt from the journal. Its verdicts are then
+those of a controller that never stopped.
 """
 
 from __future__ import annotations
@@ -144,9 +144,9 @@ class Controller:
     def _judge_warily(self, obs: Observation) -> list[Finding]:
         """Return findings of a step that loss and norm raise together, during an open incident.
 
-        While the cause is known, one such step is enough. If the data is the cause, more bad data is
-        likely and a skipped batch costs little, so any step counts with which a row might begin. If
-        the state is the cause, the run would be rolled back, so both must be higher.
+        While the cause is known, one such step is enough. If the data is the cause, more bad data
+        is likely and a skipped batch costs little. So each step counts that could begin a row. If the
+        state is the cause, the run would be rolled back, so both must be higher.
         """
         memory = self._state.memory
         joint = self._state.detectors.joint_cusum
@@ -181,8 +181,8 @@ class Controller:
     def _follow_restart(self, step: int) -> None:
         """Follow a recorded log whose step counter went back. A live run never shows this.
 
-        If it went back by less than half, the run was resumed from a checkpoint and its level should
-        be the same. Otherwise another run begins in the same log, and everything is forgotten.
+        If it went back by less than half, the run was resumed from a checkpoint. Its level should
+        be the same. Otherwise another run begins in the same log, and all state is reset.
         """
         state = self._state
         if 2 * step < state.steps.last_step:
@@ -284,17 +284,17 @@ class Controller:
         """Return signal -> value up to which the next step is applied without a finding.
 
         The limits hold if all signals keep to them, with a loss above 0. Detectors report high
-        values, whichever signal it is. So they are asked about one step with each signal at its
-        limit: what is silent there is silent about every lower step. `Stuck` alone reports an equal
-        number; while it would, there are no limits.
+        values of any signal. So they judge one step with each signal at its limit. A detector
+        without a finding there has none on any lower step. Only `Stuck` reports an equal number.
+        While it would, there are no limits.
 
         Args:
             like: the next step, with the names of its signals; their values do not matter.
 
         Returns:
             None where it is not certain: in other modes than `auto` and `ask`, while an incident is
-            open, where the step may bring the loss of an unresolved incident back, directly after a
-            resume, and where a detector reports the step with the high values.
+            open, and directly after a resume. Also if the step may bring the loss of an unresolved
+            incident back, or a detector reports the step with the high values.
         """
         state = self._state
         if state.mode not in (Mode.AUTO, Mode.ASK) or not state.steps.batches:

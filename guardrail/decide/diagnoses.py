@@ -1,9 +1,9 @@
 """The causes of incidents that replays have found: facts of the journal that a rollback keeps.
 
-Pure. A cause belongs to the anomaly for which it was found. One incident holds all that happens
-without enough healthy steps in between, and that may be several anomalies. So the cause is tested
-again if another signal is anomalous, if the anomaly began at another step, or if a rollback for
-that cause did not help.
+Pure. A cause belongs to the anomaly for which it was found. One incident lasts until
+there are enough healthy steps, so it may contain several anomalies. The cause is tested again in
+three cases: another signal is anomalous, the anomaly began at another step, or a rollback for that
+cause did not help.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class Diagnoses:
     def up_to(self, incident: int, place: int) -> Diagnosis | None:
         """Return the last diagnosis for a batch that begins at this position or before.
 
-        Positions are compared, not steps: after a rollback, or in a process that starts again from
-        an older state, steps are made again whose batches were judged before the diagnosis.
+        Positions are compared, not steps. A rollback, or a new start from an older state, repeats
+        steps. Their batches were judged before the diagnosis.
         """
         for position, diagnosis in reversed(self._places.get(incident, [])):
             if position <= place:

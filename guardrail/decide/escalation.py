@@ -1,13 +1,14 @@
 """Which remedy is used next, from those that were used. Pure.
 
-The remedies of [[guard.escalation]] are used in their order. One is not used while it does not fit
-the cause, when it was used `max_uses` times among the recent rollbacks, or within its cooldown. When
-none is left, or `guard.max_rollbacks` recent rollbacks have not helped, the run halts.
+The remedies of [[guard.escalation]] are used in their order. A remedy is not used in three cases:
+it does not fit the cause, it was used `max_uses` times among the recent rollbacks, or its cooldown
+is not over. The run halts if no remedy is left, or `guard.max_rollbacks` recent rollbacks have not
+helped.
 
 data    Skipping data comes first, whatever the order. Remedies for the optimizer follow.
 state   No batch is the cause: no data is skipped, so a wider window is pointless. An anomaly that
-        came again from a good state also comes again from an older one, so a lower learning rate
-        comes before that.
+        came again from a good state also comes again from an older one. So a lower learning rate is
+        used first.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ snapshot; after a crash the journal restores it (`resume`).
                 it has ended, but the loss has stayed above that trend. It is unresolved until the
                 loss is back ("recovered") or a user accepts the loss ("accepted")
 
-No state from the onset on becomes good before the incident has recovered or is accepted, whoever
-had its updates applied. A state from within the incident never becomes good, only later ones do.
+No state from the onset on becomes good before the incident has recovered or is accepted. That holds
+also if a user had its updates applied. A state from within the incident never becomes good; only
+later states do.
 """
 
 from __future__ import annotations

@@ -189,8 +189,8 @@ class Rejection:
         """Return whether a cause test comes before the verdict takes effect.
 
         It is made once for each anomaly of an incident (see guardrail.decide.diagnoses). It is
-        repeated after a test without a result, after one that was not reproducible, and while
-        update after update is skipped because the data is bad.
+        repeated after a test without a result, and after one that was not reproducible. It is also
+        repeated while many consecutive updates are skipped because of bad data.
         """
         state = self._state
         if not state.settings.cause_test or state.mode not in (Mode.AUTO, Mode.ASK):

@@ -6,11 +6,11 @@
     an older state      The batch there. It shows the anomaly too: the data. It is healthy there:
                         data, only from this state.
 
-If the anomaly began before the present step (a divergence, a norm that climbed), the updates of the
-onset are in the weights. Every batch then shows the anomaly, whatever began it. "State" then means
-that the weights are damaged, and the older state shows what damaged them. If one of the batches
-from the onset on shows the anomaly there, it was the data. If each of them is healthy there, it was
-the state: the learning rate, the optimizer, a weight.
+The anomaly may have begun before the present step (a divergence, a norm that climbed). Then the
+updates of the onset are in the weights, and every batch shows the anomaly. "State" then means that
+the weights are damaged, and the older state shows what damaged them. If a batch from the onset on
+shows the anomaly there, the data was the cause. If each of them is healthy there, the state was the
+cause: the learning rate, the optimizer, a weight.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The state of a run is checkpoint + journal. The checkpoint holds what a rollback restores (weights,
 moments, cursor, detectors). The journal holds the rest: the quarantine, the rollbacks, rates that a
-user has set, which checkpoints are on the present timeline and which are suspect.
+user has set, the present timeline, and the suspect checkpoints.
 """
 
 from __future__ import annotations

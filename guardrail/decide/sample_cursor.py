@@ -135,8 +135,8 @@ class SampleCursor:
                     samples.append(sample)
                 position += 1
             # The only usable sample may be the first of one epoch and the last of the next. Two
-            # epochs of held samples contain one epoch in which all are held, and the quarantine
-            # does not shrink from one epoch to the next.
+            # epochs of held samples contain one epoch in which all are held. The quarantine does
+            # not shrink from one epoch to the next.
             if consecutive_held >= 2 * self.order.n_samples:
                 raise DataError(
                     f"all {self.order.n_samples} samples of the training split are quarantined"

@@ -1,10 +1,10 @@
-"""Which samples of a batch stand out, by their loss and by their gradient norm. Pure.
+"""Find the outliers among the samples of a batch, by loss and by gradient norm. Pure.
 
-The score is the distance of the logarithm from the median of ordinary samples, in robust sigmas
-(1.4826 x the median absolute deviation; Hampel 1974; Iglewicz & Hoaglin 1993, who call 3.5 an
-outlier). Ordinary samples are those of healthy batches that the same state was given. Without
-enough of them, the batch's own samples are used: bad ones cannot move their median as long as they
-are fewer than half.
+The score is the distance of the logarithm from the median of ordinary samples, in robust sigmas. A
+robust sigma is 1.4826 x the median absolute deviation (Hampel 1974). Iglewicz & Hoaglin (1993) call
+3.5 of them an outlier. Ordinary samples are those of healthy batches, run from the same state.
+Without enough of them, the samples of the batch itself are used. Bad ones cannot move their median
+as long as they are fewer than half.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from guardrail.core.records import Record
 
 ENOUGH = 8  # ordinary samples needed for a median
-# Robust sigmas. Far above 3.5: in a batch of hundreds of ordinary samples none may be named, and a
+# Robust sigmas. Far above 3.5: in a batch of hundreds of ordinary samples none may be named. A
 # median absolute deviation of a dozen samples may be wrong by half.
 LIMIT = 6.0
 # Least sigmas in log units: 5 % of a loss and 25 % of a gradient norm are no outliers, however
@@ -83,9 +83,9 @@ def select_heaviest(
 ) -> list[Outlier]:
     """Return the outliers with at least this part of the weight of the heaviest one, in order.
 
-    The weight is the excess of the loss, or the squared gradient norm. In a well-trained model
-    samples are so similar that one whose last label is the first token of a bad document stands out
-    as clearly as a bad one, with a hundredth of its weight.
+    The weight is the excess of the loss, or the squared gradient norm. In a well-trained model all
+    samples are similar. The last label of a good sample may be the first token of a bad document.
+    Its score is then as high as that of a bad sample, with a hundredth of the weight.
     """
     losses = [sample.loss for sample in ordinary if math.isfinite(sample.loss)]
     usual = statistics.median(losses) if losses else 0.0

@@ -1,15 +1,14 @@
-"""How high the harmless outliers of a run are.
+"""An estimate of how high the harmless outliers of a run are.
 
-Some signals have heavy tails by nature. A loss that is printed for one micro-batch jumps by one or
-two nats every few hundred steps, and the next step is as before. A fixed score would skip dozens of
-good updates in ten thousand steps. So an outlier that was back to normal in the next step teaches
-this estimate. Its limit is a jump that this run shows by a harmless outlier only once in `1 / RATE`
-steps.
+Some signals have heavy tails. Example: the loss of one micro-batch jumps by one or two nats every
+few hundred steps, and the next step is normal. A fixed score would skip dozens of good updates in
+ten thousand steps. So this estimate uses each outlier whose next step was normal. Its limit is a
+jump that a harmless outlier reaches only once in `1 / RATE` steps.
 
-The estimate is Hill's (1975) for a power-law tail, on the upper half of the last `KEEP` outliers,
-with a prior worth `PRIOR` observations of a light tail. The extrapolation to a rate is peaks over
-threshold as in Siffer et al. 2017. Jumps are measured in log units and not in sigmas: a run that
-grows quieter has not grown less prone to outliers.
+The estimate is Hill's (1975) for a power-law tail. It uses the upper half of the last `KEEP`
+outliers, and a prior worth `PRIOR` observations of a light tail. The extrapolation to a rate is
+peaks over threshold, as in Siffer et al. 2017. Jumps are measured in log units and not in sigmas: a
+run whose noise decreases does not have fewer outliers.
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ from typing import Any
 KEEP = 24
 # With fewer outliers there is no limit: three spikes do not make a heavy tail.
 LEAST = 8
-# Harmless outliers above the limit per step: one in 6,700 steps. That gives fewer than the 1 in
-# 10,000 rejections that a run should not notice, since the plain threshold must reject such a step
-# as well.
+# Harmless outliers above the limit per step: one in 6,700 steps. The plain threshold must reject
+# such a step as well. So fewer than 1 in 10,000 steps are rejected, which does not harm a run.
 RATE = 1.5e-4
 # Weight of the prior, and its mean excess in log units. That is exponent 10, which nearly normal
 # noise has at 5 sigma.

@@ -1,4 +1,4 @@
-"""The loss rose and stays up: slow divergence, or a step to a worse level that no single value
+"""The loss rose and stays high: slow divergence, or a step to a worse level that no single value
 shows.
 
 The level of the loss is the median of the logarithms of the last `steps` accepted steps. It is
@@ -7,8 +7,8 @@ reference is from before the rise. A rejected value never enters a level, so thi
 in the weights already. A smaller rise that neither grows nor goes away is noted as a level shift.
 
 The onset is the point that best separates the last values into "before" and "after". It is the k
-that maximises the sum over i >= k of y[i] - middle, with the middle between reference and present
-level (the maximum-likelihood change point of a step in normal noise, Hinkley 1970).
+that maximises the sum over i >= k of y[i] - middle. The middle lies between reference and present
+level. This is the maximum-likelihood change point of a step in normal noise (Hinkley 1970).
 """
 
 from __future__ import annotations

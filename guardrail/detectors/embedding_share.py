@@ -1,18 +1,17 @@
 """The embedding takes over the gradient: its share of the squared norm goes towards 1.
 
-GLM-130B's spikes began in the embedding layer, whose gradients grew orders of magnitude above all
-others. Under a global clip that also starves the rest: what the embedding takes of the norm, the
-others lose.
+GLM-130B's spikes began in the embedding layer. Its gradients grew orders of magnitude above all
+others. With global clipping, the gradients of all other layers then become too small.
 
 The share lies between 0 and 1, so its distance is measured in log odds. The centre is the median of
 the complete history, not of the last few values as for spikes. A share that grows over fifty steps
-would drag a fast centre along.
+would raise a fast centre too.
 
-note      The share is far above its history, and more than half of all. Reported once, until it is
-          back or has become the new normal.
-reject    In addition the embedding's own norm is near its limit, so this update would move the
-          embedding by far more than usual. A share that grew because the other gradients shrank
-          does not.
+note      The share is far above its history, and more than half of all. It is reported once, until
+          the share is normal again or has a new level.
+reject    In addition the norm of the embedding gradients is near its limit. The update would change
+          the embedding by far more than usual. A share that grew because the other gradients
+          shrank is not rejected.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A gradient norm grows by a similar factor at each step, and no step is a spike.
 
-The centre of the spike detector follows what it accepts, so a norm that grows by up to a fifth a
+The centre of the spike detector follows the accepted values. So a norm that grows by up to 20 % a
 step is never far enough above it. 10 % a step is a factor of 200 in 56 steps without a finding.
 Diverging runs begin like that while their loss is still flat (BLOOM-176B, Marin-32B).
 
@@ -9,9 +9,9 @@ first to the second AND from the second to the third. A single jump of any heigh
 the two. Drift over thousands of steps falls into neither.
 
 The first finding is a note: each of these updates is clipped, so there is no single one to skip.
-But states since the growth began are not called good, and when the loss follows, the rollback goes
-back to before it. A growth that has reached `SURE` without a pause leads to an explosion, so it
-calls for a rollback at once.
+But states since the start of the growth do not count as good. If the loss rises too, the rollback
+restores a state from before the growth. A growth that reaches `SURE` without a pause leads to an
+explosion. It calls for a rollback at once.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from guardrail.detectors.spikes import EmbedNormSpike, GradNormSpike, UpdateNorm
 # in 24 steps.
 BLOCK = 8
 # Smallest growth from block to block in log units: 6 % a step, 2.6-fold over both. Slower drift is
-# ordinary: norms rise by a few per cent in a hundred steps while the learning rate is warmed up, or
-# late in a run.
+# normal: during warm-up of the learning rate, or late in a run, norms rise by a few per cent in a
+# hundred steps.
 LEAST = BLOCK * math.log(1.06)
 # The same in robust sigmas of a single value. The difference of two medians of eight has a sigma of
 # 0.6 of that, so this is four sigmas of the difference.

@@ -1,17 +1,17 @@
-"""Loss and gradient norm are both high, step after step: surer than one of them alone, or once.
+"""Loss and gradient norm are both high in consecutive steps.
 
-A spike of one signal must stand far out, since the noise of one signal has heavy tails. Both
-signals high in the same step, and in the next one again, is not noise. Batches with wrong labels,
-or with text from elsewhere, raise the loss by less than a spike in batch after batch. Each of them
-does harm when it is applied.
+One signal has noise with heavy tails, so a spike of it must be very high. Two signals that are high
+in the same step, and again in the next one, are not noise. Batches with wrong labels, or with
+foreign text, raise the loss by less than a spike in many consecutive batches. Each of them does
+harm if it is applied.
 
 So evidence is summed over consecutive steps, as in Page's (1954) cumulative sum. Each signal has
-gone a share of the way to its limit. A step counts by the sum of both shares less `DRIFT`. A step
-that counts nothing ends the row. Two steps on which both are half-way are enough, or three with the
-loss half-way and the norm at a quarter.
+reached a share of its distance to the limit. A step counts by the sum of both shares minus `DRIFT`.
+A step that counts 0 ends the row. Two steps with both signals at half of the distance are enough.
+So are three with the loss at half and the norm at a quarter.
 
-A row begins on an ordinary step. After a rejection, values come down over several steps; in a log
-of a run without a rollback, over hundreds. There both must be half-way, twice.
+A row begins on a normal step. After a rejection, values decrease over several steps; in a log of a
+run without a rollback, over hundreds. There both signals must be at half, twice.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ RAISED = 0.2
 SHARE = 0.5
 # Sum of both shares that counts nothing.
 DRIFT = 0.5
-# What a row must sum up to. On 34 recorded runs (317,250 records) 0.3 rejects nothing that 1.0 does
+# Sum that a row must reach. On 34 recorded runs (317,250 records) 0.3 rejects nothing that 1.0 does
 # not.
 ENOUGH = 0.7
-# What one step counts for at most: one step is never enough, however high its values are.
+# Largest count of one step: one step is never enough, however high its values are.
 MOST = 0.6
 # A scale is a median absolute deviation of n values. Its relative standard error is 1.17 / sqrt(n)
 # (Rousseeuw & Croux 1993: efficiency 37 %, so 0.71 / sqrt(0.37 n)). The numbers above hold for a
 # history of `KNOWN` values. A scale of fewer values counts as larger by `DOUBT` of the additional
-# standard errors. This detector rejects far below the limits, so a scale that is too small by
-# chance would be enough to reject.
+# standard errors. This detector rejects far below the limits. A scale that is too small by chance
+# would be enough to reject.
 STANDARD_ERROR = 1.17
 KNOWN = 128
 DOUBT = 2.0

@@ -1,9 +1,9 @@
 """The first steps after a resume are far above or BELOW the level before it.
 
-A higher loss says that something was not restored: moments, schedule, scaler. A lower one says that
-data is met a second time. Neither is a reason to skip an update, and a spike directly after a
-resume is a spike like any other. So this is a note, which names the resume. Its onset is the step
-itself: the decisions of a resumed run must not depend on the resume.
+A higher loss means that something was not restored: moments, schedule, scaler. A lower one means
+that data is used a second time. Neither is a reason to skip an update. A spike directly after a
+resume is judged like any other spike. So this is a note, which names the resume. Its onset is the
+step itself: the decisions of a resumed run must not depend on the resume.
 """
 
 from __future__ import annotations

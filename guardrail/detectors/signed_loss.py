@@ -1,8 +1,7 @@
-"""A loss that may be 0 or negative: the policy loss of reinforcement learning, around 0 and of any
-size.
+"""A loss that may be 0 or negative, such as a policy loss of reinforcement learning.
 
-Its ratios and its logarithm mean nothing, and a value of 0 is healthy. So while the loss of a run
-is signed, the detectors of positive losses are not asked, and this one is:
+Its values are around 0 and of any size. Its ratios and its logarithm have no meaning, and a value
+of 0 is healthy. While the loss is signed, this detector replaces those of positive losses:
 
 note     |x - median| exceeds `NOTED` times the 90th percentile of |x - median| over the last values
 reject   it exceeds `REJECTED` times that: no update of a working run gives such a number
@@ -10,9 +9,9 @@ reject   it exceeds `REJECTED` times that: no update of a working run gives such
 `guard.loss` says whether a loss is signed. With "auto" it is signed in two cases: a signal of
 reinforcement learning is recorded with it, or more than `MOST_NOT_POSITIVE` of the first `FIRST`
 losses were 0 or negative. From the first such loss until that is decided it is treated as signed.
-Later only losses below 0 show it, since no cross-entropy is ever negative. A loss that is signed by
-its values alone becomes positive again when it has behaved like a cross-entropy for `KEEP` steps:
-all values above 0, and their spread well below their median.
+Later only losses below 0 show it, since no cross-entropy is ever negative. A loss that is signed only
+because of its values can become positive again. It must behave like a cross-entropy for `KEEP`
+steps: all values above 0, and their spread well below their median.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from guardrail.core.records import LOSS, Finding, FindingKind, Observation, Seve
 from guardrail.detectors.base import Detector, DetectorParts, LogJumps
 
 FIRST, MOST_NOT_POSITIVE = 20, 2
-# Values in the spread. A value that repeats the one before it (logged again, or held for ten rows)
-# is not new, and a value of 0 is that of a batch without variance.
+# Values in the spread. A value equal to the one before it is not used: it was logged again, or held
+# for ten rows. A value of 0 is not used either: its batch has no variance.
 KEEP, LEAST = 50, 16
 NOTED, REJECTED = 10.0, 1000.0
 # Largest spread of a positive loss, as a share of its median. That of a loss around 0 is greater

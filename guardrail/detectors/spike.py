@@ -1,4 +1,4 @@
-"""A value far above what the signal was: loss spikes, gradient spikes, embedding gradient spikes.
+"""A value far above the history of its signal: spikes of loss, gradients, embedding gradients.
 
 The score is the distance of the logarithm from the centre of the baseline, in robust sigmas. Only a
 rise counts: a loss that drops is no reason to skip an update.
@@ -10,12 +10,11 @@ young runs      The scale is known roughly, so the limit is widened by min_histo
 afterwards      The limit is `threshold` sigmas. From `NOTE_SHARE` of it on, a step is noted and
                 applied.
 loss scale      Some programs log the norm of gradients that are still multiplied by the loss scale.
-                A jump of such a norm that the scale's own jump in the same step explains is another
-                unit, and no finding.
-heavy tails     Where harmless outliers are common, a single jump must also exceed what they have
-                shown (see benign_outliers.py). A second consecutive high value meets the plain
-                limit
-                again: an outlier is gone in the next step, a spike stays.
+                A jump of the scale in the same step may explain the jump of the norm. That is a
+                change of the unit, and not a finding.
+heavy tails     Where harmless outliers are common, a single jump must also exceed their limit (see
+                benign_outliers.py). For a second consecutive high value, the plain limit holds
+                again: an outlier ends in the next step, a spike stays.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from guardrail.detectors.loss_scale import ScaleCollapse
 from guardrail.detectors.signed_loss import SignedLoss
 from guardrail.detectors.spike_settings import SpikeSettings
 
-# Accepted values from which on a scale has a meaning.
+# Accepted values that a scale needs.
 COLD = 8
 # A note from this share of the rejecting threshold on.
 NOTE_SHARE = 0.6
@@ -43,8 +42,8 @@ ONSET_SHARE = 0.4
 # Consecutive accepted values above the note line that are a new level, not outliers. The last one
 # is noted as a level shift.
 NEW_LEVEL = 8
-# A safe limit lies at this share of the way to the note, since exp and log do not undo one another
-# in the last bit.
+# A safe limit is at this share of the distance to a note, since exp(log(x)) differs from x in the
+# last bit.
 BELOW = 1.0 - 1e-9
 # Steps over which an onset is searched backwards.
 LOOK_BACK = 16

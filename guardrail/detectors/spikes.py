@@ -21,8 +21,8 @@ from guardrail.detectors.spike_settings import SpikeSettings
 # does no harm.
 LOSS_FLOOR, NORM_FLOOR = 0.01, 0.2
 # The norm of an update, and any other signal, is judged by its own scatter. Under Adam an update
-# norm scatters by a few per cent, and one that has doubled is in the weights already. A note needs
-# at least 22 % (0.6 x 10 x 0.033).
+# norm scatters by a few per cent. An update whose norm has doubled is in the weights already. A
+# note needs at least 22 % (0.6 x 10 x 0.033).
 QUIET_FLOOR = 0.033
 # Jumps over the median of the first steps that are rejected before there is a scale.
 LOSS_COLD, NORM_COLD = 3.0, 100.0

@@ -16,8 +16,8 @@ _BEGINNING = re.compile(rb'"format":\d+,"step":(\d+),"timeline":(\d+),')
 def checkpoint_name(step: int, timeline: int = 0, copy: int = 0) -> str:
     """Return the name of a checkpoint folder: `step-00001200`.
 
-    The timeline is added if an older timeline has used that name, and a number if that name is used
-    too.
+    The timeline is added if an older timeline has used that name. A number is added if the name
+    with the timeline is used too.
     """
     name = f"step-{step:08d}"
     if timeline or copy:

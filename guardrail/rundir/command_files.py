@@ -150,7 +150,7 @@ class Inbox:
         return commands, refusals
 
     def remove(self, id: str) -> None:
-        """Remove the file of an answered command. If that fails, the file is ignored from then on."""
+        """Remove the file of an answered command. If that fails, it is ignored from then on."""
         if id not in self._names:
             self.scan()
         name = self._names.pop(id, None)
