@@ -1,6 +1,6 @@
 """The two lists that core looks up by name: the detectors and the remedies.
 
-Both stand in rooms above core, which core does not import. A configuration needs the settings of
+Both are in rooms above core, which core does not import. A configuration needs the settings of
 each detector. A finding from a journal needs the wording of its detector. So core imports the
 module with the list when it is first needed.
 """

@@ -27,7 +27,7 @@ _UNWANTED = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
-MASK = "(masked)"  # stands where a secret was
+MASK = "(masked)"  # replaces a secret
 _SHORTEST_PIECE = 8  # characters; a shorter word of a command is no token
 # What follows the scheme of an address. It may hold a password, and the path of many webhooks is a
 # secret.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from guardrail.core.events.event import Event
 from guardrail.core.records import Action
 
-# What is done with a step about which the guard only advises.
+# Actions that are taken on a step in `advise`.
 _DONE = (Action.APPLY.value, Action.FP16_OVERFLOW.value)
 
 

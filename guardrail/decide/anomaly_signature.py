@@ -11,7 +11,7 @@ from guardrail.detectors.build import find_detector
 from guardrail.detectors.impossible import Impossible
 from guardrail.detectors.nonfinite import NonFinite
 
-# Robust sigmas below which no signal is ever rejected by itself.
+# Robust sigmas below which one signal alone is never rejected.
 ALONE = 4.0
 
 
@@ -21,7 +21,7 @@ class ReplayPass(Record, frozen=True, kw_only=True):
     Attributes:
         what: the batch, for a sentence: "the batch of step 30".
         signals: as in an Observation.
-        nonfinite: NaN or Inf on some rank, whatever the sums are.
+        nonfinite: NaN or Inf on some rank, even if the sums are finite.
     """
 
     what: str

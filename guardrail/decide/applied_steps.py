@@ -57,7 +57,7 @@ class AppliedSteps:
             losses.append((obs.step, loss))
 
     def add_other_loss(self, obs: Observation) -> None:
-        """Add the loss of a step that was not accepted and is applied all the same."""
+        """Add the loss of a step that was not accepted but is applied."""
         loss = obs.signals.get(LOSS)
         if loss is not None and math.isfinite(loss):
             self.other_losses.append((obs.step, loss))

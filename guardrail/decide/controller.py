@@ -145,8 +145,8 @@ class Controller:
         """Return findings of a step that loss and norm raise together, during an open incident.
 
         While the cause is known, one such step is enough. If the data is the cause, more bad data
-        is likely and a skipped batch costs little. So each step counts that could begin a row. If the
-        state is the cause, the run would be rolled back, so both must be higher.
+        is likely and a skipped batch costs little. So each step counts that could begin a row. If
+        the state is the cause, the run would be rolled back, so both must be higher.
         """
         memory = self._state.memory
         joint = self._state.detectors.joint_cusum
@@ -335,7 +335,7 @@ class Controller:
         It is independent of what is done with the controller afterwards.
         """
         state = self._state
-        # Only a recorded log can be resumed in the middle of what is one state.
+        # Only a recorded log can be resumed within one state.
         resumed = self._resume.state() if state.mode is Mode.ADVISE else []
         return {
             "detectors": state.detectors.state_dict(),

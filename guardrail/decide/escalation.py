@@ -52,7 +52,7 @@ def choose_remedy(
 
 
 def _is_cooling_down(entry: EscalationStep, rollbacks: Sequence[Rollback], applied: int) -> bool:
-    """Return whether the last use of a remedy lies within its cooldown."""
+    """Return whether the last use of a remedy is within its cooldown."""
     if not entry.cooldown:
         return False
     uses = [one.from_step for one in rollbacks if one.escalation == entry.action]

@@ -1,10 +1,10 @@
-"""A new level: what would be rejected is where the run is now, so the detectors learn it. Pure.
+"""A new level: values that would be rejected are normal now, so the detectors learn them. Pure.
 
-only norms   Norms are high again after a rollback, and the loss is normal. Then no batch is the cause
-             and no harm is done: the clip keeps the updates at their length.
-new data     The data has become another kind, as a cause test shows. It is there to be learnt.
-tolerated    Loss and norm are both raised step after step, and so are those of every other batch. To
-             skip a batch, or to roll back, would not help.
+only norms   Norms are high again after a rollback, and the loss is normal. No batch is the cause.
+             Clipping limits the length of the updates, so they do no harm.
+new data     A cause test has shown that the data is of another kind. The model must learn it.
+tolerated    Loss and norm are both raised in consecutive steps, also on every other batch. Skipping
+             a batch, or a rollback, would not help.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from guardrail.core.records import LOSS, Diagnosis, Finding, FindingKind, Observ
 from guardrail.decide.detector_set import DetectorSet
 from guardrail.detectors.build import find_detector
 
-# Loss increase when the labels stand in another order, as a share of that of usual batches. Text of
+# Loss increase when the labels are in another order, as a share of that of usual batches. Text of
 # other kinds had 0.39 to 0.91 (capitals, rot13, backwards). Shuffled labels, shuffled letters and
 # noise had less than 0.05 (tests/bench/structure.py).
 STRUCTURE = 0.25

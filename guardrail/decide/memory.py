@@ -15,12 +15,12 @@ Range = tuple[int, int]  # positions [first, last) of the sample order
 
 
 class ControllerMemory:
-    """Rollbacks, incidents, causes, and batches that are applied whatever is found.
+    """Rollbacks, incidents, causes, and batches that are applied even with findings.
 
     Attributes:
         incidents: numbered; the last one may be open.
         rollbacks: all that were done and not undone, oldest first.
-        diagnoses: what cause tests have shown.
+        diagnoses: results of the cause tests.
         allowlist: ranges whose batches are applied with any finite finding.
         levels: batches with which the data became another kind; applied likewise.
         tolerated: batches that were raised a little, with no batch as the cause; applied likewise.

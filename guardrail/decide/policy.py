@@ -153,7 +153,7 @@ def recent_rollbacks(
 
 
 def count_close_together(steps: Sequence[int], *, at: int, healthy_after: int) -> int:
-    """Return how many of these steps lie less than `healthy_after` apart, up to `at`.
+    """Return how many of these steps are less than `healthy_after` apart, up to `at`.
 
     Args:
         steps: the newest last.
@@ -194,7 +194,7 @@ def choose_target(
     Args:
         before_step: the state must be older than this, the first step whose batch is skipped.
         good_only: candidates do not count; suspects never do.
-        cursor: first position of the window. The state must not lie after it.
+        cursor: first position of the window. The state must not be after it.
     """
     states: tuple[str, ...] = ("good",)
     if not good_only:

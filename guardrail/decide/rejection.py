@@ -27,7 +27,7 @@ from guardrail.decide.rejected_step import RejectedStep
 from guardrail.decide.response import Response, respond
 from guardrail.detectors.build import find_detector
 
-# Verdicts whose cause no test looks for.
+# Verdicts without a cause test.
 WITHOUT_CAUSE_TEST = (Action.APPLY, Action.FP16_OVERFLOW, Action.RETRY)
 
 

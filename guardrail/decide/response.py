@@ -106,9 +106,9 @@ def _choose_effects(
     *,
     leads: bool,
 ) -> tuple[Remedy, ...]:
-    """Return the effects of the remedy, and a smaller embedding gradient where the embedding leads.
+    """Return the effects of the remedy, and a smaller embedding gradient if the embedding leads.
 
-    The first skip or rollback of such an incident shrinks it, whatever the remedy is.
+    The first skip or rollback of such an incident shrinks it, with any remedy.
     """
     effects: tuple[Remedy, ...] = ()
     if remedy is not None:
@@ -123,7 +123,7 @@ def _choose_effects(
 def _choose_window(
     case: RejectedStep, action: Action, remedy: EscalationRemedy | None
 ) -> tuple[tuple[int, int], int | None]:
-    """Return (positions to skip, step before which the restored state lies)."""
+    """Return (positions to skip, step that the restored state must precede)."""
     obs = case.obs
     if action is Action.SKIP:
         return (obs.first, obs.last), None

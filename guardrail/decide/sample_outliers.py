@@ -42,7 +42,7 @@ class Sample(Record, frozen=True, kw_only=True):
 
 
 class Outlier(Record, frozen=True, kw_only=True):
-    """A sample that stands out.
+    """A sample with an unusual loss or gradient norm.
 
     Attributes:
         score: robust sigmas of the loss or the gradient, the larger one; Inf if a number is not
@@ -57,7 +57,7 @@ class Outlier(Record, frozen=True, kw_only=True):
 
 
 def find_outliers(batch: Sequence[Sample], ordinary: Sequence[Sample]) -> list[Outlier]:
-    """Return the samples of a batch that stand out, the largest score first.
+    """Return the outliers among the samples of a batch, the largest score first.
 
     Args:
         ordinary: samples of healthy batches from the same state.

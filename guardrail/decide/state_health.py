@@ -19,7 +19,7 @@ class StateHealth:
     def healthy_through(self) -> int:
         """Return the newest applied step that is surely healthy; 0: there is none.
 
-        No detector suspects it, and it lies before every incident that is not over.
+        No detector suspects it, and it is before every incident that is not over.
         """
         since = self._state.memory.incidents.since
         through = self.unsuspected_through

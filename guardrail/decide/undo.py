@@ -151,7 +151,7 @@ def _make_plan(
 def _list_covered(
     event: Skipped | RolledBack, others: Sequence[Skipped | RolledBack]
 ) -> list[Skipped | RolledBack]:
-    """Return the guard's other decisions whose samples all lie in those of this one."""
+    """Return the other automatic decisions whose samples are all part of those of this one."""
     found = []
     for other in others:
         if other is event or other.span is None or event.span is None:

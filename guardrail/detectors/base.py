@@ -1,7 +1,7 @@
 """What a detector is: numbers in, findings out.
 
 `observe` judges a step and changes nothing. `update` learns from a step whose update was applied.
-The verdict lies between the two, so a rejected value never enters the baseline that rejected it. A
+The verdict is made between the two, so a rejected value never enters its own baseline. A
 detector reads no clock, draws no random number and does not depend on the rank: equal observations
 give equal findings everywhere.
 

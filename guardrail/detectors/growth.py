@@ -159,7 +159,7 @@ Marin-32B began like that while their loss was still flat. A growth of 10 % a st
             return
         first = levels[0][1]
         if self._since:
-            # Half of what it took to begin, or noise at the border would begin it anew.
+            # Half of the growth that starts it. Otherwise noise at the limit would start it again.
             if now - first < self._least():
                 self._since, self._is_noted = 0, False
         elif now - first > LEAST:

@@ -13,8 +13,8 @@ from guardrail.detectors.base import Detector, DetectorParts
 from guardrail.detectors.spike import NOTE_SHARE, Spike
 from guardrail.detectors.spikes import GradNormSpike, LossSpike
 
-# Rows after a resume that are compared. The first may have odd data; what was not restored shows in
-# all of them.
+# Rows after a resume that are compared. The first may have unusual data; a missing part of the
+# state changes all of them.
 ROWS = 4
 
 

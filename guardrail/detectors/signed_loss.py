@@ -9,8 +9,8 @@ reject   it exceeds `REJECTED` times that: no update of a working run gives such
 `guard.loss` says whether a loss is signed. With "auto" it is signed in two cases: a signal of
 reinforcement learning is recorded with it, or more than `MOST_NOT_POSITIVE` of the first `FIRST`
 losses were 0 or negative. From the first such loss until that is decided it is treated as signed.
-Later only losses below 0 show it, since no cross-entropy is ever negative. A loss that is signed only
-because of its values can become positive again. It must behave like a cross-entropy for `KEEP`
+Later only losses below 0 show it, since no cross-entropy is ever negative. A loss that is signed
+only because of its values can become positive again. It must behave like a cross-entropy for `KEEP`
 steps: all values above 0, and their spread well below their median.
 """
 

@@ -144,7 +144,7 @@ The detectors `loss`, `grad_norm`, `embed_grad_norm` and `update_norm` work alik
             return []
         limit = self._plain
         if not obs.streak and not self._above:
-            # An outlier is alone if an ordinary accepted step stands before it.
+            # An outlier is alone if the step before it is normal and accepted.
             limit = max(limit, self.outliers.limit(self.baseline.count))
         is_rejected = jump > limit and not self.is_note_only
         severity = Severity.REJECT if is_rejected else Severity.NOTE
@@ -287,7 +287,7 @@ The detectors `loss`, `grad_norm`, `embed_grad_norm` and `update_norm` work alik
         return min(self.cold_jump, limit * self.min_history / count)
 
     def _learn_high(self, obs: Observation, jump: float) -> None:
-        """Remember an outlier that is being applied, if it stands alone after ordinary steps."""
+        """Record an outlier that is being applied, if the steps before it are normal."""
         self._alone = None
         if not obs.streak and not self._above:
             self._alone = jump

@@ -23,7 +23,7 @@ from guardrail.detectors.base import Detector, LogJumps, ReplaySign
 # steps each would be 1e-11. A few digits of a quiet signal repeat more than independent draws, and
 # this leaves room for that.
 CHANCE = 1e-12
-# Repeats that are never reported, whatever the history: one value in 10 steps of accumulation,
+# Repeats that are never reported, with any history: one value in 10 steps of accumulation,
 # logged at each of them.
 LEAST = 8
 # Values outside the present series before a history has a meaning.

@@ -11,7 +11,7 @@ from guardrail.core.format import format_plural
 
 
 class Started(Event, frozen=True, kw_only=True):
-    """Training began. Fingerprints of the setup stand beside these fields in `data`.
+    """Training began. `data` also holds fingerprints of the setup.
 
     Attributes:
         world: number of ranks.
@@ -172,7 +172,7 @@ class Paused(Event, frozen=True, kw_only=True):
 
     @property
     def notice(self) -> str:
-        return self.kind if self.proposals else ""  # a user who pauses knows it
+        return self.kind if self.proposals else ""  # none for a pause by a user
 
 
 class Resumed(Event, frozen=True, kw_only=True):
@@ -261,7 +261,7 @@ class CheckpointChanged(Event, frozen=True, kw_only=True):
 
 
 class Note(Event, frozen=True, kw_only=True):
-    """Anything else. Numbers of a note stand in `data`.
+    """Any other message. `data` holds the numbers of a note.
 
     Attributes:
         overflow: fp16: an update was skipped and the loss scale was halved.
