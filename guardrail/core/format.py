@@ -46,8 +46,8 @@ def format_short_count(value: float) -> str:
         return "–"
     for unit in ("", "k", "M", "G", "T"):
         if value < 999.5:
-            is_whole = not unit and value == int(value)
-            return f"{value:.0f}" if is_whole else f"{value:.3g}{unit}"
+            is_integer = not unit and value == int(value)
+            return f"{value:.0f}" if is_integer else f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.2g}P"
 

@@ -326,7 +326,7 @@ def end_orphans(run: RunDirectory, seconds: float) -> None:
     ranks = [report for report in run.read_ranks() if report.pid in pids]
     by_pid = {process.pid: process for process in orphans}
     for report in ranks:
-        processes.tell(by_pid[report.pid], signal.SIGUSR1)
+        processes.send_signal(by_pid[report.pid], signal.SIGUSR1)
     deadline = time.monotonic() + (seconds if ranks else 0.0)
     while time.monotonic() < deadline and any(
         processes.alive(by_pid[report.pid]) for report in ranks

@@ -42,7 +42,7 @@ def capture_stacks(logs: Path, ranks: LocalRanks, culprit: int) -> tuple[list[Pa
     for pid, report in ranks.registered.items():
         file = logs / f"rank-{report.rank}.stacks"
         sizes[file] = _file_size(file)
-        ranks.tell(pid, signal.SIGUSR2)
+        ranks.send_signal(pid, signal.SIGUSR2)
         if pid not in stopped:
             awaited.append(file)
     deadline = time.monotonic() + FAULTHANDLER_SECONDS

@@ -298,7 +298,7 @@ class Supervisor:
         else:
             for pid in registered.keys() - self._asked_to_stop:
                 self._asked_to_stop.add(pid)
-                self._ranks.tell(pid, signal.SIGUSR1)
+                self._ranks.send_signal(pid, signal.SIGUSR1)
 
     def _end_descendants(self) -> None:
         """Kill and reap every process below this one."""

@@ -155,7 +155,7 @@ def send_and_wait(run: RunDirectory, command: Command, *, seconds: float) -> Eve
     if is_stop and status.phase in (Phase.STARTING, Phase.SETUP):
         supervisor = processes.supervisor_of(run.path, status.supervisor_pid)
         if supervisor is not None:
-            processes.tell(supervisor, signal.SIGUSR1)
+            processes.send_signal(supervisor, signal.SIGUSR1)
     if seconds <= 0:
         return None
     deadline = time.monotonic() + seconds

@@ -84,7 +84,7 @@ class Heartbeat:
         if not self._threads:
             for work, name in (
                 (self._beat, "guardrail-heartbeat"),
-                (self._tell, "guardrail-status"),
+                (self._publish_status, "guardrail-status"),
             ):
                 self._threads.append(threading.Thread(target=work, name=name, daemon=True))
                 self._threads[-1].start()
@@ -138,7 +138,7 @@ class Heartbeat:
             self._wake.wait(self._seconds)
             self._wake.clear()
 
-    def _tell(self) -> None:
+    def _publish_status(self) -> None:
         while not self._ended.is_set():
             with self._writing:
                 if self._reports.try_lock():

@@ -224,10 +224,10 @@ def _mend(descriptor: int, size: int, *, timeline: int, at: float) -> tuple[byte
     torn = complete[end:]
     if not torn:
         return b"", seq, size
-    whole = _event(torn)
-    if whole is not None:
+    parsed = _event(torn)
+    if parsed is not None:
         # Only its newline is missing. The line was never acknowledged, but it is complete.
-        return b"\n", whole.seq, size
+        return b"\n", parsed.seq, size
     note = Note(
         seq=seq + 1,
         time=at,

@@ -186,9 +186,9 @@ class LocalRanks:
                 self._numbers[pid] = int(self._processes[pid].environ()["RANK"])
         return self._numbers.get(pid)
 
-    def tell(self, pid: int, number: signal.Signals) -> None:
+    def send_signal(self, pid: int, number: signal.Signals) -> None:
         if pid in self._processes:
-            processes.tell(self._processes[pid], number)
+            processes.send_signal(self._processes[pid], number)
 
     def kill(self, pids: Collection[int] | None = None) -> None:
         """Send SIGKILL to the ranks, or to those of `pids`, and to their descendants.

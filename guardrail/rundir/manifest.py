@@ -41,12 +41,12 @@ class Box(Record, frozen=True, kw_only=True):
     size: Shape
 
     @classmethod
-    def whole(cls, shape: Iterable[int]) -> Box:
+    def of_shape(cls, shape: Iterable[int]) -> Box:
         shape = tuple(shape)
         return cls(global_shape=shape, offset=(0,) * len(shape), size=shape)
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         return self.size == self.global_shape
 
     @property

@@ -216,10 +216,10 @@ def read_metrics(
                     array = np.memmap(file, dtype="<f8", mode="r", shape=(rows, len(names)))
                 except ValueError as error:  # the file was cut after its size was read
                     raise RunDirectoryError(f"{path}: cannot be mapped ({error})") from error
-    whole = MetricsView(names, array, timelines)
+    view = MetricsView(names, array, timelines)
     if columns is None:
-        return whole
-    return _Picked(whole, columns)
+        return view
+    return _Picked(view, columns)
 
 
 def read_rows(
@@ -249,16 +249,16 @@ def read_rows(
 class _Picked(MetricsView):
     """Some columns of a view. `current()` uses step and timeline of the complete view."""
 
-    def __init__(self, whole: MetricsView, columns: Sequence[str]) -> None:
+    def __init__(self, view: MetricsView, columns: Sequence[str]) -> None:
         import numpy as np
 
         picked = (
-            np.stack([whole.column(name) for name in columns], axis=1)
+            np.stack([view.column(name) for name in columns], axis=1)
             if columns
-            else whole.array[:, :0]
+            else view.array[:, :0]
         )
-        super().__init__(columns, picked, whole._timelines)
-        self._whole = whole
+        super().__init__(columns, picked, view._timelines)
+        self._view = view
 
     def current(self, timelines: TimelineIndex | None = None) -> np.ndarray:
-        return self._whole.current(timelines)
+        return self._view.current(timelines)

@@ -80,7 +80,7 @@ def orphans_of(run: Path) -> list[psutil.Process]:
     return found
 
 
-def tell(process: psutil.Process, number: signal.Signals) -> bool:
+def send_signal(process: psutil.Process, number: signal.Signals) -> bool:
     """Send a signal; return False if the process has ended. psutil refuses a reused pid."""
     try:
         process.send_signal(number)
@@ -96,7 +96,7 @@ def kill(processes: Iterable[psutil.Process], *, seconds: float = 10.0) -> list[
     """
     victims = list(processes)
     for process in victims:
-        tell(process, signal.SIGKILL)
+        send_signal(process, signal.SIGKILL)
     deadline = time.monotonic() + seconds
     while (
         left := [process for process in victims if alive(process)]

@@ -165,8 +165,8 @@ def _row_major(
     if all(piece.size[1:] == tensor.shape[1:] for piece in pieces):  # each piece: complete rows
         yield from map(content, pieces)
         return
-    whole = np.empty((*tensor.shape, item), dtype=np.uint8)
+    complete = np.empty((*tensor.shape, item), dtype=np.uint8)
     for piece in pieces:
         box = Box(global_shape=tensor.shape, offset=piece.offset, size=piece.size)
-        whole[box.slices(Box.whole(tensor.shape))] = content(piece)
-    yield whole
+        complete[box.slices(Box.of_shape(tensor.shape))] = content(piece)
+    yield complete

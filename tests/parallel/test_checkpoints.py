@@ -242,7 +242,7 @@ def whole(path: Path) -> dict[str, bytes]:
     from guardrail.rundir.manifest import Box
 
     manifest = read_manifest(path)
-    boxes = {name: Box.whole(tensor.shape) for name, tensor in manifest.tensors.items()}
+    boxes = {name: Box.of_shape(tensor.shape) for name, tensor in manifest.tensors.items()}
     parts = shards_module.read_parts(path, manifest, boxes)
     return {name: shards_module.raw_bytes(tensor).tobytes() for name, tensor in parts.items()}
 

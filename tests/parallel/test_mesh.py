@@ -435,7 +435,7 @@ def assert_equal(a: Path, b: Path) -> None:
     ours, theirs = read_manifest(a), read_manifest(b)
     assert ours.scalars == theirs.scalars
     assert ours.tensors.keys() == theirs.tensors.keys()
-    whole = {name: Box.whole(entry.shape) for name, entry in ours.tensors.items()}
+    whole = {name: Box.of_shape(entry.shape) for name, entry in ours.tensors.items()}
     for name, tensor in read_parts(a, ours, whole).items():
         assert torch.equal(tensor, read_parts(b, theirs, {name: whole[name]})[name]), name
     assert any(name.startswith(OPTIM) for name in whole)

@@ -416,7 +416,7 @@ def sharded_resume(rank: int, optimizer: str) -> None:
         and box.size == ((7, 6), (6, 6))[rank]
         and box.offset == ((0, 0), (7, 0))[rank]
     )
-    assert boxes["buffer/seen"].is_whole
+    assert boxes["buffer/seen"].is_complete
 
     state.load(*empty)
     assert not any(o.state for o in run.optimizers)
@@ -487,7 +487,8 @@ def mixed(rank: int) -> None:
     step()
     assert state.digests() == expected
     assert (
-        state.boxes()["model/0.weight"].size == (2, 4) and state.boxes()["model/1.weight"].is_whole
+        state.boxes()["model/0.weight"].size == (2, 4)
+        and state.boxes()["model/1.weight"].is_complete
     )
     assert state.replicas()["model/0.weight"] == (0, 1) and state.replicas()["model/1.weight"] == (
         rank,

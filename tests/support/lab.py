@@ -141,7 +141,7 @@ class Lab:
                 processes.supervisor_of(run.path, status.supervisor_pid) if status else None
             )
             if supervisor is not None:
-                processes.tell(supervisor, signal.SIGQUIT)
+                processes.send_signal(supervisor, signal.SIGQUIT)
                 wait_for(lambda alive=supervisor: not processes.alive(alive), seconds=20)  # type: ignore[misc]
             processes.kill(processes.processes_of(run.path))
 

@@ -87,7 +87,7 @@ class RankPasses(ABC):
 
     @abstractmethod
     def rerun_forward(self) -> None:
-        """Run the forward passes over `micro_batches` again, with the same RNG state."""
+        """Repeat the forward passes of `micro_batches`, with the same RNG state."""
 
     @abstractmethod
     def measure_losses(

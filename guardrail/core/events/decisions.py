@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from guardrail.core.cause_evidence import CauseEvidence
-from guardrail.core.events.event import Event, Positions, Whole
+from guardrail.core.events.event import Event, Int64, Positions
 from guardrail.core.format import format_plural
 from guardrail.core.records import Action, Finding, LossTrend, Remedy, Span, field_of
 
@@ -36,11 +36,11 @@ class StepJudged(Event, frozen=True, kw_only=True):
     would: str | None = None
     beyond: str | None = None
     findings: tuple[Finding, ...] = ()
-    onset: Whole | None = None
+    onset: Int64 | None = None
     window: Positions | None = None
-    incident: Whole | None = None
+    incident: Int64 | None = None
     batch: Positions | None = None
-    at_step: Whole | None = None
+    at_step: Int64 | None = None
     parameters: dict[str, Any] = msgspec.field(default_factory=dict)
     modules: dict[str, Any] = msgspec.field(default_factory=dict)
     tokens: tuple[Any, ...] = ()
@@ -80,10 +80,10 @@ class SamplesTaken(Event, frozen=True, kw_only=True):
     )
 
     span: Span | None = None
-    count: Whole = 0
-    incident: Whole | None = None
+    count: Int64 = 0
+    incident: Int64 | None = None
     documents: Documents = ()
-    documents_total: Whole = 0
+    documents_total: Int64 = 0
     samples: tuple[Any, ...] = ()
     remedies: tuple[Remedy, ...] = ()
 
@@ -140,12 +140,12 @@ class RolledBack(SamplesTaken, frozen=True, kw_only=True):
     optional: ClassVar[frozenset[str]] = frozenset(("documents", "documents_total", "samples"))
 
     kind: str = "rollback"
-    to_step: Whole | None = None
-    from_step: Whole | None = None
-    onset: Whole | None = None
+    to_step: Int64 | None = None
+    from_step: Int64 | None = None
+    onset: Int64 | None = None
     window: Positions | None = None
     tier: str = ""
-    new_timeline: Whole | None = None
+    new_timeline: Int64 | None = None
     escalation: str = msgspec.field(default="", name="rung")
 
     @property
@@ -178,16 +178,16 @@ class Undone(Event, frozen=True, kw_only=True):
     printed: ClassVar[bool] = True
 
     kind: str = "undo"
-    lines: tuple[Whole, ...] = ()
+    lines: tuple[Int64, ...] = ()
     spans: tuple[Span, ...] = ()
     pardons: tuple[Positions, ...] = ()
-    rollbacks: tuple[Whole, ...] = ()
-    samples: Whole = 0
-    to_step: Whole | None = None
-    from_step: Whole | None = None
+    rollbacks: tuple[Int64, ...] = ()
+    samples: Int64 = 0
+    to_step: Int64 | None = None
+    from_step: Int64 | None = None
     tier: str = ""
-    new_timeline: Whole | None = None
-    incident: Whole | None = None
+    new_timeline: Int64 | None = None
+    incident: Int64 | None = None
 
     @property
     def tone(self) -> str:
@@ -205,7 +205,7 @@ class RemedyUsed(Event, frozen=True, kw_only=True):
 
     kind: str = "remedy"
     who: str | None = None
-    incident: Whole | None = None
+    incident: Int64 | None = None
     remedies: tuple[Remedy, ...] = ()
 
 
@@ -227,11 +227,11 @@ class IncidentChanged(Event, frozen=True, kw_only=True):
     )
 
     kind: str = "incident"
-    number: Whole = 0
+    number: Int64 = 0
     state: str = ""
-    onset: Whole | None = None
-    steps_lost: Whole | None = None
-    at_step: Whole | None = None
+    onset: Int64 | None = None
+    steps_lost: Int64 | None = None
+    at_step: Int64 | None = None
     curve: LossTrend | None = None
     expected: float | None = None
     got: float | None = None
@@ -283,20 +283,20 @@ class Diagnosed(Event, frozen=True, kw_only=True):
     kind: str = "diagnosis"
     cause: str = ""
     reason: str = ""
-    rank: Whole = -1
+    rank: Int64 = -1
     host: str = ""
-    passes: Whole = 0
+    passes: Int64 = 0
     applied: bool = False
-    positions: tuple[Whole, ...] = ()
+    positions: tuple[Int64, ...] = ()
     ahead: bool = False
     structure: float | None = None
     shift: bool = False
     borne: bool = False
     evidence: CauseEvidence | None = None
-    incident: Whole | None = None
-    at_step: Whole | None = None
+    incident: Int64 | None = None
+    at_step: Int64 | None = None
     batch: Positions | None = None
-    onset: Whole | None = None
+    onset: Int64 | None = None
     signals: tuple[str, ...] = ()
 
     def sentence(self) -> str:

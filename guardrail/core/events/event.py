@@ -15,8 +15,8 @@ from guardrail.core.records import Record
 # What a reader may raise on a line that another version has written, or that is damaged.
 SENSELESS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError)
 # JSON has integers of any length. A longer one fits into no column of the metrics.
-Whole = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-Positions = tuple[Whole, Whole]  # [first, last) of the sample order
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Positions = tuple[Int64, Int64]  # [first, last) of the sample order
 FIXED = ("seq", "time", "step", "timeline", "kind", "message")
 
 
@@ -39,10 +39,10 @@ class Event(Record, frozen=True, kw_only=True):
     printed: ClassVar[bool] = False
     optional: ClassVar[frozenset[str]] = frozenset()
 
-    seq: Whole = 0
+    seq: Int64 = 0
     time: float = 0.0
-    step: Whole = 0
-    timeline: Whole = 0
+    step: Int64 = 0
+    timeline: Int64 = 0
     kind: str = ""
     message: str = ""
     data: dict[str, Any] = msgspec.field(default_factory=dict)

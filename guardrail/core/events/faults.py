@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from guardrail.core.events.event import Event, Whole
+from guardrail.core.events.event import Event, Int64
 
 
 class RankFailed(Event, frozen=True, kw_only=True):
@@ -19,8 +19,8 @@ class RankFailed(Event, frozen=True, kw_only=True):
     printed: ClassVar[bool] = True
 
     kind: str = "rank_failed"
-    rank: Whole | None = None
-    exit: Whole | None = None
+    rank: Int64 | None = None
+    exit: Int64 | None = None
     host: str = ""
     log: str = ""
 
@@ -46,7 +46,7 @@ class RankHung(Event, frozen=True, kw_only=True):
     printed: ClassVar[bool] = True
 
     kind: str = "rank_hung"
-    rank: Whole | None = None
+    rank: Int64 | None = None
     phase: str = ""
     seconds: float = 0.0
     host: str = ""
@@ -103,7 +103,7 @@ class Notified(Event, frozen=True, kw_only=True):
     """
 
     kind: str = "notified"
-    of: Whole = 0
+    of: Int64 = 0
     event: str = ""
     way: str = ""
     ok: bool = False

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from guardrail.core.events.event import Event, Positions, Whole
+from guardrail.core.events.event import Event, Int64, Positions
 from guardrail.core.format import format_plural
 
 
@@ -23,11 +23,11 @@ class Started(Event, frozen=True, kw_only=True):
     printed: ClassVar[bool] = True
 
     kind: str = "started"
-    world: Whole = 0
-    samples: Whole | None = None
+    world: Int64 = 0
+    samples: Int64 | None = None
     order_seed: int | None = None
     shuffled: bool | None = None
-    batch_size: Whole = 0
+    batch_size: Int64 = 0
     host: str = ""
     device: str = ""
     versions: dict[str, Any] = msgspec.field(default_factory=dict)
@@ -51,11 +51,11 @@ class Restarted(Event, frozen=True, kw_only=True):
 
     kind: str = "restarted"
     checkpoint: str = ""
-    world: Whole = 0
+    world: Int64 = 0
     device: str = ""
     run_id: str = ""
     reason: str = ""
-    new_timeline: Whole | None = None
+    new_timeline: Int64 | None = None
 
     def sentence(self) -> str:
         if self.message:
@@ -85,7 +85,7 @@ class Ended(Event, frozen=True, kw_only=True):
     reason: str = ""
     saved: bool | None = None
     planned: str = ""
-    exit_code: Whole | None = None
+    exit_code: Int64 | None = None
 
     @property
     def tone(self) -> str:
@@ -154,9 +154,9 @@ class Paused(Event, frozen=True, kw_only=True):
     asks: bool | None = None
     proposals: tuple[Any, ...] = ()
     findings: tuple[Any, ...] = ()
-    incident: Whole | None = None
-    onset: Whole | None = None
-    end: Whole | None = None
+    incident: Int64 | None = None
+    onset: Int64 | None = None
+    end: Int64 | None = None
     deadline: float = 0.0
     default: str = ""
 
@@ -188,10 +188,10 @@ class Resumed(Event, frozen=True, kw_only=True):
     optional: ClassVar[frozenset[str]] = frozenset(("question", "who", "answer", "incident"))
 
     kind: str = "resumed"
-    question: Whole | None = None
+    question: Int64 | None = None
     who: str | None = None
     answer: str = ""
-    incident: Whole | None = None
+    incident: Int64 | None = None
 
 
 class CommandAnswered(Event, frozen=True, kw_only=True):
@@ -213,7 +213,7 @@ class CommandAnswered(Event, frozen=True, kw_only=True):
     command: str = ""
     value: float | None = None
     who: str | None = ""
-    question: Whole | None = None
+    question: Int64 | None = None
     effect: str = ""
     reason: str = ""
     batch: Positions | None = None
@@ -241,8 +241,8 @@ class CheckpointChanged(Event, frozen=True, kw_only=True):
     kind: str = "checkpoint"
     path: str = ""
     state: str = ""
-    cp_step: Whole | None = None
-    bytes: Whole = 0
+    cp_step: Int64 | None = None
+    bytes: Int64 = 0
     seconds: float | None = None
     reason: str = ""
 

@@ -231,11 +231,11 @@ class TrainingState:
             parameter = self._parameters.get(name.split("/", 1)[1])
         if isinstance(parameter, DTensor) and tuple(parameter.shape) == shape:
             return self._box_of(parameter)
-        return Box.whole(shape)
+        return Box.of_shape(shape)
 
     def _box_of(self, tensor: Tensor) -> Box:
         if not isinstance(tensor, DTensor):
-            return Box.whole(tensor.shape)
+            return Box.of_shape(tensor.shape)
         key = (tensor.shape, tensor.device_mesh, tensor.placements)
         if key not in self._boxes:
             self._boxes[key] = box_of(tensor)
@@ -315,7 +315,7 @@ class TrainingState:
             if name.startswith(OPTIM):
                 owner = self._trained.get(owner_of(name))
                 parameter = owner[0] if owner is not None else None
-            boxes[name] = Box.whole(tensor.shape)
+            boxes[name] = Box.of_shape(tensor.shape)
             if isinstance(parameter, DTensor):
                 own = self._box_of(parameter)
                 if own.size == tuple(tensor.shape):

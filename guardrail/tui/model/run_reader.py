@@ -145,8 +145,8 @@ class RunReader:
             if not self._is_gone():
                 self._look_at_all()
         except (OSError, GuardrailError) as error:
-            trouble = self._failures.recent(f"cannot read the run: {format_reason(error)}")
-            self._latest.publish(loaded=True, problem=trouble, damage=("cannot be read",))
+            problem = self._failures.recent(f"cannot read the run: {format_reason(error)}")
+            self._latest.publish(loaded=True, problem=problem, damage=("cannot be read",))
 
     def _look_at_all(self) -> None:
         if self._start_over:

@@ -371,7 +371,7 @@ def shapes_and_boxes(draw: st.DrawFn, *, inside: bool = False) -> tuple[tuple[in
 def counted(shape: tuple[int, ...], boxes: list[Box]) -> torch.Tensor:
     counts = torch.zeros(shape, dtype=torch.int64)
     for box in boxes:
-        counts[box.slices(Box.whole(shape))] += 1
+        counts[box.slices(Box.of_shape(shape))] += 1
     return counts
 
 
@@ -388,7 +388,7 @@ def test_covers_is_what_counting_elements_says(case: tuple[tuple[int, ...], list
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.data())
 def test_any_partition_covers(shape: list[int], data: st.DataObject) -> None:
-    boxes = [Box.whole(shape)]
+    boxes = [Box.of_shape(shape)]
     for _ in range(data.draw(st.integers(0, 5))):  # cut a box in two, again and again
         box = boxes.pop(data.draw(st.integers(0, len(boxes) - 1)))
         axis = data.draw(st.integers(0, len(shape) - 1))
