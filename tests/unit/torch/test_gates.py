@@ -48,6 +48,7 @@ TIMES = ("time", "step_time", "guard_time", "step_time_max", "slowest_rank")
 # Keys of journal lines and checkpoints that hold times, or differ between two runs.
 CLOCKS = (
     "seconds",
+    "steps_lost_most",  # from the time of a step
     "seconds_lost",
     "text",
     "bytes",
