@@ -215,7 +215,9 @@ def _mend(descriptor: int, size: int, *, timeline: int, at: float) -> tuple[byte
     start = max(0, size - _TAIL)
     while True:
         tail = os.pread(descriptor, size - start, start)
-        complete = tail if start == 0 else tail[tail.find(b"\n") + 1 :] if b"\n" in tail else b""
+        complete = tail
+        if start > 0:
+            complete = tail.partition(b"\n")[2]  # the first line has lost its beginning
         events, end = parse(complete)
         if events or start == 0:
             break

@@ -98,3 +98,19 @@ def _claim(hidden: Path, parent: Path) -> Path:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
+
+
+def check_is_run(path: Path) -> None:
+    """Raise RunDirectoryError if the folder is missing, is not a run, or may not be read."""
+    files = [path / name for name in ("config.toml", "status.json", "journal.jsonl")]
+    try:
+        known = any(file.exists() for file in files)
+        if known:
+            os.listdir(path)
+    except PermissionError as error:
+        raise RunDirectoryError(f"{path}: you may not read it") from error
+    if known:
+        return
+    if path.is_dir():
+        raise RunDirectoryError(f"{path}: not a run directory")
+    raise RunDirectoryError(f"{path}: no such run")

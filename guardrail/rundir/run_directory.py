@@ -37,7 +37,6 @@ from guardrail.core.records import Command, NodeStatus, RankStatus, Status
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.rundir import journal, run_creation, screen_files, status_files
 from guardrail.rundir.command_files import Inbox, Refusal, check_command, find_interrupted
-from guardrail.rundir.journal import last_turn, outcome_of
 from guardrail.rundir.metrics import MetricsView, MetricsWriter, read_metrics, read_rows
 from guardrail.rundir.run_lock import Holder, RunLock, holder_of
 
@@ -89,18 +88,7 @@ class RunDirectory:
             RunDirectoryError: the folder is missing, is not a run, or may not be read.
         """
         where = Path(path).absolute()
-        try:
-            known = any(
-                (where / name).exists() for name in ("config.toml", "status.json", "journal.jsonl")
-            )
-            if known:
-                os.listdir(where)
-        except PermissionError as error:
-            raise RunDirectoryError(f"{where}: not yours to read") from error
-        if not known:
-            raise RunDirectoryError(
-                f"{where}: {'not a run directory' if where.is_dir() else 'no such run'}"
-            )
+        run_creation.check_is_run(where)
         return cls(where)
 
     # -- configuration and status
@@ -136,18 +124,7 @@ class RunDirectory:
 
     def status_of_end(self, events: Sequence[Event]) -> Status | None:
         """Return a status made from the last events of a run; None: the run has not ended."""
-        last = last_turn(events)
-        if last is None or last.kind != "ended" or (outcome := outcome_of(last)) is None:
-            return None
-        phase, exit_code = outcome
-        return Status(
-            run=self.name,
-            phase=phase,
-            step=last.step,
-            timeline=last.timeline,
-            heartbeat=last.time,
-            exit_code=exit_code.value,
-        )
+        return status_files.status_of_end(self.name, events)
 
     def write_status(self, status: Status) -> None:
         """Replace status.json. Raises OSError.

@@ -4,19 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from guardrail.core.events.event import Event
 from guardrail.core.files import FOLDER_MODE, encode_json, read_file, replace_file
 from guardrail.core.records import NodeStatus, RankStatus, Status
+from guardrail.rundir.journal import last_turn, outcome_of
 
 
 def read_status(path: Path) -> Status | None:
     """Return the status; None: there is none, or this version cannot read it."""
     found: Status | None = _read(path, Status)
     return found
+
+
+def status_of_end(run: str, events: Sequence[Event]) -> Status | None:
+    """Return a status made from the last events of a run; None: the run has not ended.
+
+    Args:
+        run: its name.
+    """
+    last = last_turn(events)
+    if last is None or last.kind != "ended":
+        return None
+    outcome = outcome_of(last)
+    if outcome is None:
+        return None
+    phase, exit_code = outcome
+    return Status(
+        run=run,
+        phase=phase,
+        step=last.step,
+        timeline=last.timeline,
+        heartbeat=last.time,
+        exit_code=exit_code.value,
+    )
 
 
 def read_rank_reports(folder: Path) -> list[RankStatus]:
