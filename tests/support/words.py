@@ -280,10 +280,9 @@ def sample_sentences(surface: str, count: int, seed: str) -> list[str]:
         for path in ROOT.glob(pattern):
             if path.suffix == ".md":
                 for text in texts_of_document(path):
-                    found = sentences_of(text)
-                    sentences.update(
-                        one for one in found if not one.endswith(":") and "](" not in one
-                    )
+                    lines = text.text.strip("- ").splitlines()
+                    if lines[0][0] not in "|#<!":
+                        sentences.update(_split_paragraph(lines))
             elif surface == "errors":
                 sentences.update(_errors(path.read_text()))
             else:
@@ -314,8 +313,8 @@ def _sentences_of_output(golden: str) -> Iterator[str]:
 
 
 def _split_paragraph(lines: list[str]) -> list[str]:
-    parts = re.split(r"(?<=[.!?])\s+", " ".join(lines))
-    return [part.strip() for part in parts if not part.endswith(":")]
+    parts = re.split(r"(?<=[.!?])\s+", " ".join(" ".join(lines).split()))
+    return [part for part in parts if not part.endswith(":") and "](" not in part]
 
 
 @click.command()
