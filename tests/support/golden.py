@@ -7,6 +7,7 @@ writes them anew. Read the difference before committing it.
 
 from __future__ import annotations
 
+import difflib
 import os
 
 from tests.support.places import TESTS
@@ -24,4 +25,9 @@ def assert_golden(name: str, text: str) -> None:
         return
     assert file.exists(), f"{file} is missing: {UPDATE}=1 python -m pytest writes it"
     expected = file.read_text(encoding="utf-8")
-    assert text == expected, f"differs from {file}; {UPDATE}=1 python -m pytest writes it anew"
+    if text != expected:
+        difference = difflib.unified_diff(
+            expected.splitlines(), text.splitlines(), "golden", "now", n=0, lineterm=""
+        )
+        shown = "\n".join(difference)[:3000]
+        raise AssertionError(f"{file}: {UPDATE}=1 python -m pytest writes it anew\n{shown}")
