@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -490,4 +490,8 @@ def test_random_histories(history: History) -> None:
 @given(histories())
 @settings(max_examples=200, deadline=None)
 def test_more_random_histories(history: History) -> None:
+    # The deferred gate pauses when the next step has begun. A signal of that step thus reaches it
+    # during the pause, and the other gate after it.
+    pauses = [at_step for kind, _, at_step in history.commands if kind == "pause"]
+    assume(not history.stop or all(0 < at_step < history.stop - 2 for at_step in pauses))
     assert_gates_agree(history)
