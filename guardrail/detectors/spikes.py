@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Self
+
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
     GRAD_NORM,
@@ -53,38 +55,43 @@ class LossSpike(Spike):
         return cls(settings, threshold=settings.loss_threshold, signed=signed)
 
 
-class GradNormSpike(Spike):
+class NormSpike(Spike):
+    """Base of the detectors of gradient norms. They may be multiplied by the loss scale of fp16.
+
+    Attributes:
+        threshold_key: the key of [guard.detectors.spike] with its limit.
+    """
+
+    threshold_key: ClassVar[str]
+    is_harmless_with_clipping = True
+    floor, cold_factor = NORM_FLOOR, NORM_COLD
+
+    @classmethod
+    def create(cls, parts: DetectorParts) -> Self:
+        settings = parts.settings(SpikeSettings)
+        scale = parts.get(ScaleCollapse)
+        threshold = getattr(settings, cls.threshold_key)
+        return cls(settings, threshold=threshold, loss_scale=scale)
+
+
+class GradNormSpike(NormSpike):
     """Judges the norm of all gradients."""
 
     name = signal = GRAD_NORM
     kind = FindingKind.GRAD_SPIKE
     signals = (GRAD_NORM,)
-    keys = spike_keys("grad_threshold")
-    is_harmless_with_clipping = True
-    floor, cold_factor = NORM_FLOOR, NORM_COLD
-
-    @classmethod
-    def create(cls, parts: DetectorParts) -> GradNormSpike:
-        settings = parts.settings(SpikeSettings)
-        scale = parts.get(ScaleCollapse)
-        return cls(settings, threshold=settings.grad_threshold, loss_scale=scale)
+    threshold_key = "grad_threshold"
+    keys = spike_keys(threshold_key)
 
 
-class EmbedNormSpike(Spike):
+class EmbedNormSpike(NormSpike):
     """Judges the norm of the embedding gradients."""
 
     name = signal = EMBED_GRAD_NORM
     kind = FindingKind.EMBED_SPIKE
     signals = (EMBED_GRAD_NORM,)
-    keys = spike_keys("embed_threshold")
-    is_harmless_with_clipping = True
-    floor, cold_factor = NORM_FLOOR, NORM_COLD
-
-    @classmethod
-    def create(cls, parts: DetectorParts) -> EmbedNormSpike:
-        settings = parts.settings(SpikeSettings)
-        scale = parts.get(ScaleCollapse)
-        return cls(settings, threshold=settings.embed_threshold, loss_scale=scale)
+    threshold_key = "embed_threshold"
+    keys = spike_keys(threshold_key)
 
 
 class UpdateNormSpike(Spike):

@@ -7,22 +7,14 @@ from typing import ClassVar
 from guardrail.core.events.event import Event, Int64
 
 
-class RankFailed(Event, frozen=True, kw_only=True):
-    """A rank's process ended by itself.
-
-    Attributes:
-        exit: its exit code; below 0: the signal that killed it.
-        log: path of its output in the run directory.
-    """
+class RankFault(Event, frozen=True, kw_only=True):
+    """Base of the lines about a rank that no longer trains."""
 
     symbol: ClassVar[str] = "✗"
     printed: ClassVar[bool] = True
 
-    kind: str = "rank_failed"
     rank: Int64 | None = None
-    exit: Int64 | None = None
     host: str = ""
-    log: str = ""
 
     @property
     def tone(self) -> str:
@@ -33,7 +25,20 @@ class RankFailed(Event, frozen=True, kw_only=True):
         return self.kind
 
 
-class RankHung(Event, frozen=True, kw_only=True):
+class RankFailed(RankFault, frozen=True, kw_only=True):
+    """A rank's process ended by itself.
+
+    Attributes:
+        exit: its exit code; below 0: the signal that killed it.
+        log: path of its output in the run directory.
+    """
+
+    kind: str = "rank_failed"
+    exit: Int64 | None = None
+    log: str = ""
+
+
+class RankHung(RankFault, frozen=True, kw_only=True):
     """A rank made no progress, and the ranks were killed.
 
     Attributes:
@@ -42,23 +47,10 @@ class RankHung(Event, frozen=True, kw_only=True):
         stacks: files with the stacks of the ranks.
     """
 
-    symbol: ClassVar[str] = "✗"
-    printed: ClassVar[bool] = True
-
     kind: str = "rank_hung"
-    rank: Int64 | None = None
     phase: str = ""
     seconds: float = 0.0
-    host: str = ""
     stacks: tuple[str, ...] = ()
-
-    @property
-    def tone(self) -> str:
-        return "bad"
-
-    @property
-    def notice(self) -> str:
-        return self.kind
 
 
 class DiskChanged(Event, frozen=True, kw_only=True):
