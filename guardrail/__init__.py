@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from guardrail.core.config import GuardConfig as GuardConfig
     from guardrail.core.config import load_config as load_config
     from guardrail.core.errors import GuardrailError as GuardrailError
-    from guardrail.core.records import Action as Action
-    from guardrail.core.records import Finding as Finding
-    from guardrail.core.records import Verdict as Verdict
+    from guardrail.core.records.findings import Finding as Finding
+    from guardrail.core.records.verdicts import Action as Action
+    from guardrail.core.records.verdicts import Verdict as Verdict
     from guardrail.decide.sample_order import SampleOrder as SampleOrder
     from guardrail.rundir.run_directory import RunDirectory as RunDirectory
     from guardrail.torch.guard.guard import Guard as Guard
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from guardrail.torch.guard.step import Step as Step
 
 _MODULES = {
-    "Action": "guardrail.core.records",
-    "Finding": "guardrail.core.records",
+    "Action": "guardrail.core.records.verdicts",
+    "Finding": "guardrail.core.records.findings",
     "Guard": "guardrail.torch.guard.guard",
     "GuardConfig": "guardrail.core.config",
     "GuardrailError": "guardrail.core.errors",
@@ -35,7 +35,7 @@ _MODULES = {
     "RunDirectory": "guardrail.rundir.run_directory",
     "SampleOrder": "guardrail.decide.sample_order",
     "Step": "guardrail.torch.guard.step",
-    "Verdict": "guardrail.core.records",
+    "Verdict": "guardrail.core.records.verdicts",
     "load_config": "guardrail.core.config",
 }
 

@@ -13,7 +13,7 @@ import sys
 import traceback
 
 from guardrail.core.errors import DiskRefuses, GuardrailError, Interrupted, UsageError
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.rundir.heartbeat import Heartbeat
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import KILLED, StopSignals

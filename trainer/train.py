@@ -16,7 +16,7 @@ from torch import nn
 from guardrail import Guard, LoopHooks, RankLayout, RunDirectory, SampleOrder, Step
 from guardrail.core.config import check_settings
 from guardrail.core.errors import DataError, Interrupted, RunDirectoryError
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.core.toml_file import dump_toml
 from guardrail.rundir.heartbeat import Heartbeat
 from guardrail.rundir.run_lock import RunLock

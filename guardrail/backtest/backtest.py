@@ -17,7 +17,8 @@ from guardrail.backtest.result import NOTE, Alarm, BacktestIncident, BacktestRes
 from guardrail.core.config import check_guard_options
 from guardrail.core.events.decisions import CLOSED
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Action, Finding, FindingKind, Mode, Verdict
+from guardrail.core.records.findings import Finding, FindingKind
+from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.decide.policy import format_evidence
 from guardrail.rundir.run_directory import RunDirectory

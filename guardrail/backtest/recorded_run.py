@@ -23,7 +23,8 @@ from guardrail.core.errors import DataError, GuardrailError, RunDirectoryError
 from guardrail.core.events.event import Event
 from guardrail.core.events.kinds import make_event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import METRIC_COLUMNS, Action, Mode, Verdict
+from guardrail.core.records.signals import METRIC_COLUMNS
+from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.decide.advised_incidents import advised_words
 from guardrail.decide.controller import Controller
 from guardrail.rundir.run_directory import RunDirectory

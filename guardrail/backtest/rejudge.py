@@ -20,17 +20,10 @@ from guardrail.core.events.decisions import Diagnosed, RolledBack, Skipped, Step
 from guardrail.core.events.event import SENSELESS, Event
 from guardrail.core.events.run_state import CommandAnswered, Note, Restarted
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    GRAD_NORM,
-    LOSS,
-    LOSS_SCALE,
-    Action,
-    FindingKind,
-    Mode,
-    Observation,
-    Span,
-    Verdict,
-)
+from guardrail.core.records.findings import FindingKind, Observation
+from guardrail.core.records.signals import GRAD_NORM, LOSS, LOSS_SCALE
+from guardrail.core.records.spans import Span
+from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.decide.control_commands.base import ReplayTarget
 from guardrail.decide.control_commands.registry import replay_line
 from guardrail.decide.controller import Controller

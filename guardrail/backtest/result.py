@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from guardrail.core.records import Action
+from guardrail.core.records.verdicts import Action
 from guardrail.detectors.signed_loss import LossKind
 
 NOTE = "note"

@@ -19,7 +19,7 @@ from guardrail.backtest.importers.recorded_log import Log
 from guardrail.backtest.result import NOTE, BacktestIncident, BacktestResult
 from guardrail.core.format import format_plural
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS
+from guardrail.core.records.signals import EMBED_GRAD_NORM, GRAD_NORM, LOSS
 from guardrail.core.section import replace_key
 
 BUDGET = 1.0  # single rejections in 10,000 records that a run may cost

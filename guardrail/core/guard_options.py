@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from guardrail.core.late_imports import list_effects, list_remedies, make_detector_sections
-from guardrail.core.records import Mode, Remedy
+from guardrail.core.records.verdicts import Mode, Remedy
 from guardrail.core.section import (
     Fraction,
     Natural,

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from guardrail.core.errors import ConfigError
 from guardrail.core.guard_options import EFFECTS, EscalationStep, GuardOptions
 from guardrail.core.late_imports import find_remedy
-from guardrail.core.records import METRIC_COLUMNS, UPDATE_NORM, Mode, Remedy
+from guardrail.core.records.signals import METRIC_COLUMNS, UPDATE_NORM
+from guardrail.core.records.verdicts import Mode, Remedy
 from guardrail.core.sections import LaunchSection, SnapshotSection
 
 

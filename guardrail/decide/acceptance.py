@@ -5,7 +5,8 @@ from __future__ import annotations
 from msgspec import structs
 
 from guardrail.core.events.decisions import CLOSED
-from guardrail.core.records import Action, Finding, Mode, Observation, Severity, Verdict
+from guardrail.core.records.findings import Finding, Observation, Severity
+from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.decide.controller_state import ControllerState
 from guardrail.decide.detector_set import ActiveDetectors
 

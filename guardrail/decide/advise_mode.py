@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from guardrail.core.records import Action, Finding, Observation
+from guardrail.core.records.findings import Finding, Observation
+from guardrail.core.records.verdicts import Action
 from guardrail.decide.policy import is_anomaly
 from guardrail.decide.response import Response
 from guardrail.decide.rollback import Rollback

@@ -6,7 +6,7 @@ Pure.
 from __future__ import annotations
 
 from guardrail.core.events.event import Event
-from guardrail.core.records import Action
+from guardrail.core.records.verdicts import Action
 
 # Actions that are taken on a step in `advise`.
 _DONE = (Action.APPLY.value, Action.FP16_OVERFLOW.value)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from guardrail.core.records import Finding, Observation, Record, Severity
+from guardrail.core.records.findings import Finding, Observation, Severity
+from guardrail.core.records.record import Record
 from guardrail.detectors.base import ReplaySign
 from guardrail.detectors.build import find_detector
 from guardrail.detectors.impossible import Impossible

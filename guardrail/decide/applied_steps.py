@@ -10,7 +10,9 @@ from typing import Any
 from msgspec import structs
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import LOSS, LossTrend, Observation
+from guardrail.core.records.findings import Observation
+from guardrail.core.records.signals import LOSS
+from guardrail.core.records.verdicts import LossTrend
 from guardrail.decide.recovery import LEAST, MOST, fit_trend
 from guardrail.decide.remedies.registry import BY_ACTION
 from guardrail.decide.rollback_window import Applied

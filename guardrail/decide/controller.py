@@ -21,18 +21,10 @@ from msgspec import structs
 
 from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    LOSS_SCALE,
-    Action,
-    Cause,
-    Diagnosis,
-    Finding,
-    Mode,
-    Observation,
-    Severity,
-    Unresolved,
-    Verdict,
-)
+from guardrail.core.records.findings import Finding, Observation, Severity
+from guardrail.core.records.signals import LOSS_SCALE
+from guardrail.core.records.status import Unresolved
+from guardrail.core.records.verdicts import Action, Cause, Diagnosis, Mode, Verdict
 from guardrail.decide import level_shift
 from guardrail.decide.acceptance import Acceptance, first_sentence
 from guardrail.decide.advise_mode import AdviseSimulation

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Mode
+from guardrail.core.records.verdicts import Mode
 from guardrail.decide.advise_mode import AdviseSimulation
 from guardrail.decide.applied_steps import AppliedSteps
 from guardrail.decide.detector_set import DetectorSet

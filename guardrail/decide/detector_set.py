@@ -9,7 +9,7 @@ from msgspec import structs
 
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.objective import find_policy_signal
-from guardrail.core.records import Finding, Observation, Severity
+from guardrail.core.records.findings import Finding, Observation, Severity
 from guardrail.detectors.base import Detector, LogJumps
 from guardrail.detectors.build import OWN_SIGNALS, build_detectors
 from guardrail.detectors.impossible import Impossible

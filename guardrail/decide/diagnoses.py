@@ -15,7 +15,8 @@ from msgspec import structs
 
 from guardrail.core.events.decisions import Diagnosed
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Action, Cause, Diagnosis, Finding, Mode, Severity, Verdict
+from guardrail.core.records.findings import Finding, Severity
+from guardrail.core.records.verdicts import Action, Cause, Diagnosis, Mode, Verdict
 from guardrail.decide.policy import count_close_together
 from guardrail.decide.rollback import Rollback
 

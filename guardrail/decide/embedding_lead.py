@@ -5,15 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from guardrail.core.records import (
-    EMBED_GRAD_NORM,
-    EMBED_SHARE,
-    Action,
-    Finding,
-    FindingKind,
-    Severity,
-    Verdict,
-)
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.signals import EMBED_GRAD_NORM, EMBED_SHARE
+from guardrail.core.records.verdicts import Action, Verdict
 
 SIGNALS = (EMBED_GRAD_NORM, EMBED_SHARE)
 

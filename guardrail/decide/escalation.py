@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from guardrail.core.guard_options import EscalationStep
-from guardrail.core.records import Cause
+from guardrail.core.records.verdicts import Cause
 from guardrail.decide.remedies.base import EscalationRemedy
 from guardrail.decide.remedies.registry import BY_ACTION
 from guardrail.decide.rollback import Rollback

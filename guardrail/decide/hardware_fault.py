@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 from guardrail.core.cause_evidence import CauseEvidence, SameBatch
-from guardrail.core.records import Cause, Diagnosis, Record
+from guardrail.core.records.record import Record
+from guardrail.core.records.verdicts import Cause, Diagnosis
 
 # Kernels that add in any order differ by 1e-3 at most (sums in bfloat16), and the smallest rejected
 # jump is 8 % (detectors.build). Half of that is far from both.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from guardrail.core.events.decisions import IncidentChanged
-from guardrail.core.records import Verdict
+from guardrail.core.records.verdicts import Verdict
 from guardrail.decide.memory import ControllerMemory
 
 

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from guardrail.core.events.decisions import ACCEPTED, HIGHER_LOSS, OPEN, RECOVERED
-from guardrail.core.records import LossTrend, RecoveryResult
+from guardrail.core.records.verdicts import LossTrend, RecoveryResult
 from guardrail.decide.recovery import LEAST, MOST, compare_with_trend
 
 PATIENCE = 4

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from msgspec import structs
 
-from guardrail.core.records import LOSS, Diagnosis, Finding, FindingKind, Observation, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import LOSS
+from guardrail.core.records.verdicts import Diagnosis
 from guardrail.decide.detector_set import DetectorSet
 from guardrail.detectors.build import find_detector
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Diagnosis, Finding, Observation, Severity
+from guardrail.core.records.findings import Finding, Observation, Severity
+from guardrail.core.records.verdicts import Diagnosis
 from guardrail.decide.diagnoses import Diagnoses
 from guardrail.decide.incidents import Incidents
 from guardrail.decide.rollback import Rollback

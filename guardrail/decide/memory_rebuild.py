@@ -17,7 +17,8 @@ from guardrail.core.events.decisions import (
 from guardrail.core.events.event import SENSELESS, Event
 from guardrail.core.events.run_state import CommandAnswered, Restarted
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Action, Finding, LossTrend
+from guardrail.core.records.findings import Finding
+from guardrail.core.records.verdicts import Action, LossTrend
 from guardrail.decide.control_commands.base import ReplayTarget
 from guardrail.decide.control_commands.registry import replay_line
 from guardrail.decide.diagnoses import read_diagnosis

@@ -9,15 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    Action,
-    Cause,
-    Diagnosis,
-    Finding,
-    FindingKind,
-    Severity,
-    SnapshotInfo,
-)
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.status import SnapshotInfo
+from guardrail.core.records.verdicts import Action, Cause, Diagnosis
 from guardrail.decide.rollback import Rollback
 from guardrail.detectors.build import find_detector
 

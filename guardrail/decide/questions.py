@@ -7,7 +7,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from guardrail.core.events.event import Event
-from guardrail.core.records import Shown
+from guardrail.core.records.commands import Shown
 
 CHOICES = ("accept", "continue", "stop")  # words of the three answers, in the order of their values
 _TURNS = ("paused", "resumed", "started", "restarted", "ended")

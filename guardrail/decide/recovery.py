@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Sequence
 from itertools import combinations
 
-from guardrail.core.records import LossTrend, RecoveryResult
+from guardrail.core.records.verdicts import LossTrend, RecoveryResult
 
 LEAST = 8  # losses needed for a trend
 MOST = 48  # newest losses that are fitted: 1,128 slopes

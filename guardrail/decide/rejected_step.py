@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Action, Cause, Diagnosis, Finding, Observation, Severity
+from guardrail.core.records.findings import Finding, Observation, Severity
+from guardrail.core.records.verdicts import Action, Cause, Diagnosis
 from guardrail.decide.policy import decide_action, recent_rollbacks, weights_are_clean
 from guardrail.decide.rollback import Rollback
 from guardrail.decide.rollback_window import Applied

@@ -5,19 +5,9 @@ from __future__ import annotations
 from msgspec import structs
 
 from guardrail.core.events.decisions import REPEATED
-from guardrail.core.records import (
-    LOSS,
-    Action,
-    Cause,
-    Diagnosis,
-    Finding,
-    FindingKind,
-    LossTrend,
-    Mode,
-    Observation,
-    Severity,
-    Verdict,
-)
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import LOSS
+from guardrail.core.records.verdicts import Action, Cause, Diagnosis, LossTrend, Mode, Verdict
 from guardrail.decide import level_shift
 from guardrail.decide.acceptance import Acceptance
 from guardrail.decide.controller_state import ControllerState

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guardrail.core.records import Action, Cause, Remedy
+from guardrail.core.records.verdicts import Action, Cause, Remedy
 from guardrail.decide.embedding_lead import embedding_leads
 from guardrail.decide.escalation import choose_remedy
 from guardrail.decide.rejected_step import RejectedStep

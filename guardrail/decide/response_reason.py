@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guardrail.core.format import format_plural
-from guardrail.core.records import Action, Cause
+from guardrail.core.records.verdicts import Action, Cause
 from guardrail.decide.policy import (
     consecutive_skip_limit,
     format_evidence,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from guardrail.core.records import Finding, Observation
+from guardrail.core.records.findings import Finding, Observation
 from guardrail.detectors.resume_jump import ROWS, ResumeJump
 
 

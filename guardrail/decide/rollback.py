@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from guardrail.core.events.decisions import RolledBack
-from guardrail.core.records import Record
+from guardrail.core.records.record import Record
 
 
 class Rollback(Record, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Observation
+from guardrail.core.records.findings import Observation
 
 
 class Applied(Struct, frozen=True, gc=False):

@@ -27,7 +27,7 @@ from guardrail.core.cause_evidence import (
     OtherBatches,
     SameBatch,
 )
-from guardrail.core.records import Cause, Diagnosis
+from guardrail.core.records.verdicts import Cause, Diagnosis
 from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
 
 # Batches ahead that must show the same anomaly; and all but one of those that were run.

@@ -31,7 +31,9 @@ from guardrail.core.events.run_state import (
     Started,
 )
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Action, Mode, Remedy, Span, Unresolved
+from guardrail.core.records.spans import Span
+from guardrail.core.records.status import Unresolved
+from guardrail.core.records.verdicts import Action, Mode, Remedy
 from guardrail.decide.control_commands.base import ReplayTarget
 from guardrail.decide.control_commands.registry import replay_line
 from guardrail.decide.remedies.effects import CLIP, EMBED_ALPHA, LR, compute_factor, resets_moments

@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 
 from guardrail.core.errors import DataError
-from guardrail.core.records import AUTOMATIC, Record, Span
+from guardrail.core.records.record import Record
+from guardrail.core.records.spans import AUTOMATIC, Span
 from guardrail.decide.quarantine import Quarantine
 from guardrail.decide.sample_order import SampleOrder
 

@@ -13,7 +13,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from guardrail.core.records import Record
+from guardrail.core.records.record import Record
 
 ENOUGH = 8  # ordinary samples needed for a median
 # Robust sigmas. Far above 3.5: in a batch of hundreds of ordinary samples none may be named. A

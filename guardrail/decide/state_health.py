@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-from guardrail.core.records import Mode, Unresolved
+from guardrail.core.records.status import Unresolved
+from guardrail.core.records.verdicts import Mode
 from guardrail.decide.controller_state import ControllerState
 from guardrail.decide.recovery import MOST, expected_loss
 

@@ -20,7 +20,8 @@ from guardrail.core.events.decisions import (
     VerdictGiven,
 )
 from guardrail.core.events.event import Event
-from guardrail.core.records import AUTOMATIC, Record, Span
+from guardrail.core.records.record import Record
+from guardrail.core.records.spans import AUTOMATIC, Span
 
 Decision = Skipped | RolledBack | RemedyUsed
 

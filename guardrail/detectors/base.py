@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from guardrail.core.records import Finding, FindingKind, Observation, Severity, score_words
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity, score_words
 from guardrail.core.section import Section
 
 if TYPE_CHECKING:  # the options hold the settings of the detectors, so they are imported after them

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from guardrail.core.records import FindingKind
+from guardrail.core.records.findings import FindingKind
 from guardrail.detectors.base import Detector, DetectorParts, DetectorSettings
 from guardrail.detectors.divergence import Divergence
 from guardrail.detectors.embedding_share import EmbeddingShare

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any, ClassVar
 
-from guardrail.core.records import LOSS, Finding, FindingKind, Observation, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import LOSS
 from guardrail.core.section import Positive, PositiveFloat
 from guardrail.detectors.base import Detector, DetectorParts, DetectorSettings, LogJumps
 from guardrail.detectors.baseline import Baseline, SortedWindow

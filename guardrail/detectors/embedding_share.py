@@ -20,7 +20,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from guardrail.core.records import EMBED_SHARE, Finding, FindingKind, Observation, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import EMBED_SHARE
 from guardrail.detectors.base import Detector, DetectorParts, LogJumps
 from guardrail.detectors.baseline import Baseline, SortedWindow
 from guardrail.detectors.spike import BELOW, NEW_LEVEL, NOTE_SHARE, Spike

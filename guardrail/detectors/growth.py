@@ -21,15 +21,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from guardrail.core.records import (
-    EMBED_GRAD_NORM,
-    GRAD_NORM,
-    UPDATE_NORM,
-    Finding,
-    FindingKind,
-    Observation,
-    Severity,
-)
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import EMBED_GRAD_NORM, GRAD_NORM, UPDATE_NORM
 from guardrail.detectors.base import Detector, DetectorParts, LogJumps
 from guardrail.detectors.baseline import Baseline
 from guardrail.detectors.spike import Spike

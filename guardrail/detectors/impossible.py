@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from guardrail.core.records import LOSS, Finding, FindingKind, Observation, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import LOSS
 from guardrail.detectors.base import Detector, ReplaySign, format_ranks
 from guardrail.detectors.nonfinite import SIGNALS, flagged_ranks
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from guardrail.core.records import GRAD_NORM, LOSS, Finding, FindingKind, Observation, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import GRAD_NORM, LOSS
 from guardrail.detectors.base import Detector, DetectorParts, LogJumps
 from guardrail.detectors.baseline import Baseline
 from guardrail.detectors.spike import ONSET_SHARE, Spike

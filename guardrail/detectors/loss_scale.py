@@ -16,16 +16,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from guardrail.core.records import (
-    EMBED_GRAD_NORM,
-    GRAD_NORM,
-    LOSS,
-    LOSS_SCALE,
-    Finding,
-    FindingKind,
-    Observation,
-    Severity,
-)
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import EMBED_GRAD_NORM, GRAD_NORM, LOSS, LOSS_SCALE
 from guardrail.detectors.base import Detector, DetectorParts, LogJumps, ReplaySign, format_ranks
 from guardrail.detectors.baseline import SortedWindow
 from guardrail.detectors.spike_settings import SpikeSettings

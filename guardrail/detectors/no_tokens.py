@@ -6,7 +6,8 @@ never add up to a rollback, and their values enter no baseline.
 
 from __future__ import annotations
 
-from guardrail.core.records import LOSS, Finding, FindingKind, Observation, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import LOSS
 from guardrail.detectors.base import Detector
 
 

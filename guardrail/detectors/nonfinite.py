@@ -12,15 +12,8 @@ from __future__ import annotations
 
 import math
 
-from guardrail.core.records import (
-    EMBED_GRAD_NORM,
-    GRAD_NORM,
-    LOSS,
-    Finding,
-    FindingKind,
-    Observation,
-    Severity,
-)
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import EMBED_GRAD_NORM, GRAD_NORM, LOSS
 from guardrail.detectors.base import Detector, ReplaySign, format_ranks
 
 SIGNALS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)

@@ -5,7 +5,7 @@ A live run restores a state and never shows this.
 
 from __future__ import annotations
 
-from guardrail.core.records import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
 from guardrail.detectors.base import Detector
 
 

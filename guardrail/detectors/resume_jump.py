@@ -8,7 +8,8 @@ step itself: the decisions of a resumed run must not depend on the resume.
 
 from __future__ import annotations
 
-from guardrail.core.records import GRAD_NORM, LOSS, Finding, FindingKind, Observation, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import GRAD_NORM, LOSS
 from guardrail.detectors.base import Detector, DetectorParts
 from guardrail.detectors.spike import NOTE_SHARE, Spike
 from guardrail.detectors.spikes import GradNormSpike, LossSpike

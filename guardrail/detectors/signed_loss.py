@@ -24,7 +24,8 @@ from enum import StrEnum
 from typing import Any
 
 from guardrail.core.objective import find_policy_signal
-from guardrail.core.records import LOSS, Finding, FindingKind, Observation, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import LOSS
 from guardrail.detectors.base import Detector, DetectorParts, LogJumps
 
 FIRST, MOST_NOT_POSITIVE = 20, 2

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from guardrail.core.records import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
 from guardrail.detectors.base import Detector, LogJumps
 from guardrail.detectors.baseline import Baseline
 from guardrail.detectors.benign_outliers import BenignOutliers

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from guardrail.core.records import (
-    EMBED_GRAD_NORM,
-    GRAD_NORM,
-    LOSS,
-    UPDATE_NORM,
-    FindingKind,
-    Severity,
-)
+from guardrail.core.records.findings import FindingKind, Severity
+from guardrail.core.records.signals import EMBED_GRAD_NORM, GRAD_NORM, LOSS, UPDATE_NORM
 from guardrail.detectors.base import DetectorParts
 from guardrail.detectors.loss_scale import ScaleCollapse
 from guardrail.detectors.signed_loss import SignedLoss

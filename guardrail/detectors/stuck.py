@@ -16,7 +16,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from guardrail.core.records import GRAD_NORM, LOSS, Finding, FindingKind, Observation, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import GRAD_NORM, LOSS
 from guardrail.detectors.base import Detector, LogJumps, ReplaySign
 
 # Probability of a series that still counts as chance. Once in a hundred thousand runs of a million

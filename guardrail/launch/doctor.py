@@ -8,7 +8,7 @@ from typing import Any
 from guardrail.core.config import GuardConfig, ask_trainer
 from guardrail.core.errors import ConfigError, ExitCode
 from guardrail.core.format import format_plural
-from guardrail.core.records import Record
+from guardrail.core.records.record import Record
 from guardrail.launch import launcher, preflight
 from guardrail.launch.machine_checks import (
     Check,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from guardrail.core.records import Phase, RankStatus
+from guardrail.core.records.status import Phase, RankStatus
 from guardrail.core.sections import LaunchSection
 
 # A process that has done nothing for this long, while its peers wait, is stopped.

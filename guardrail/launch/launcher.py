@@ -23,7 +23,7 @@ from guardrail.core.errors import (
 from guardrail.core.format import format_plural
 from guardrail.core.overrides import find_source, mask_override
 from guardrail.core.packages import install_hint, is_installed
-from guardrail.core.records import Phase, Status
+from guardrail.core.records.status import Phase, Status
 from guardrail.core.text import clean_text
 from guardrail.core.toml_file import dump_toml, read_toml
 from guardrail.rundir import processes

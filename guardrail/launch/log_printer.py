@@ -16,7 +16,9 @@ from guardrail.core.errors import ExitCode
 from guardrail.core.events.event import Event
 from guardrail.core.events.run_state import Paused
 from guardrail.core.format import format_elapsed
-from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Phase, Status
+from guardrail.core.records.signals import EMBED_GRAD_NORM, GRAD_NORM, LOSS
+from guardrail.core.records.status import Phase, Status
+from guardrail.core.records.verdicts import Action
 from guardrail.core.text import clean_text
 from guardrail.decide.advised_incidents import AdvisedIncidents
 from guardrail.decide.questions import CHOICES

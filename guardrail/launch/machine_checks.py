@@ -17,7 +17,7 @@ import psutil
 
 from guardrail.core.format import format_gib
 from guardrail.core.packages import EXTRA_OF, install_hint
-from guardrail.core.records import Record
+from guardrail.core.records.record import Record
 from guardrail.core.text import clean_text
 from guardrail.launch import preflight, rank_stacks
 from guardrail.rundir import processes

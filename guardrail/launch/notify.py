@@ -29,7 +29,7 @@ from guardrail.core.errors import ConfigError
 from guardrail.core.events.event import Event
 from guardrail.core.events.run_state import Paused
 from guardrail.core.files import encode_json, open_file
-from guardrail.core.records import Record
+from guardrail.core.records.record import Record
 from guardrail.core.secret import SecretRef
 from guardrail.core.sections import NotifySection, check_webhook
 from guardrail.core.text import clean_text, redact_secrets

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from guardrail.core.errors import DiskRefuses, ExitCode, GuardrailError
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.launch.hang_detector import HangDetector
 from guardrail.launch.rank_failures import RankFailures
 from guardrail.launch.side_threads import SideThreads

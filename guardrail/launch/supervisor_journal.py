@@ -21,7 +21,8 @@ import msgspec
 from guardrail.core.errors import ExitCode
 from guardrail.core.files import open_file
 from guardrail.core.format import format_plural
-from guardrail.core.records import Mode, Phase, Status
+from guardrail.core.records.status import Phase, Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.core.sections import LaunchSection
 from guardrail.core.text import clean_text
 from guardrail.rundir.journal import EXIT_CODES, last_turn, outcome_of

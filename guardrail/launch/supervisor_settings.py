@@ -10,7 +10,7 @@ import msgspec
 
 from guardrail.core import secret
 from guardrail.core.config import read_run_tables
-from guardrail.core.records import Mode
+from guardrail.core.records.verdicts import Mode
 from guardrail.core.sections import LaunchSection, NotifySection
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.trackers.base import Tracker

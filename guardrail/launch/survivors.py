@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from guardrail.core.records import Phase, RankStatus
+from guardrail.core.records.status import Phase, RankStatus
 from guardrail.launch.supervisor_journal import log
 from guardrail.rundir.local_ranks import LocalRanks
 

@@ -14,7 +14,8 @@ import msgspec
 from guardrail.core.errors import UsageError
 from guardrail.core.events.event import Event
 from guardrail.core.files import open_file
-from guardrail.core.records import Command, Phase, Shown
+from guardrail.core.records.commands import Command, Shown
+from guardrail.core.records.status import Phase
 from guardrail.core.renamed_keys import print_notice
 from guardrail.core.text import escape_text
 from guardrail.decide.control_commands.answer import Answer

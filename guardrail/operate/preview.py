@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 from msgspec import structs
 
 from guardrail.core.errors import GuardrailError, UsageError
-from guardrail.core.records import Action, Command, Remedy, Status, Verdict
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import Status
+from guardrail.core.records.verdicts import Action, Remedy, Verdict
 from guardrail.core.text import clean_text
 from guardrail.decide.control_commands.preview import Preview
 from guardrail.decide.control_commands.registry import command_from

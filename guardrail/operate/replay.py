@@ -29,7 +29,8 @@ from guardrail.core.errors import (
 )
 from guardrail.core.events.event import Event
 from guardrail.core.files import FOLDER_MODE, encode_json, replace_file
-from guardrail.core.records import Command, Record
+from guardrail.core.records.commands import Command
+from guardrail.core.records.record import Record
 from guardrail.core.text import clean_text
 from guardrail.decide.control_commands.mode import ChangeMode
 from guardrail.decide.control_commands.stop import Stop

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from guardrail.core.records import METRIC_COLUMNS, Record
+from guardrail.core.records.record import Record
+from guardrail.core.records.signals import METRIC_COLUMNS
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.operate.replay_plan import ReplayPlan, manifest_of

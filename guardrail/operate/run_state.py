@@ -13,15 +13,9 @@ from guardrail.core.errors import ConfigError
 from guardrail.core.events.event import Event
 from guardrail.core.files import as_int
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    Mode,
-    Phase,
-    Remedy,
-    SnapshotInfo,
-    Span,
-    Status,
-    Unresolved,
-)
+from guardrail.core.records.spans import Span
+from guardrail.core.records.status import Phase, SnapshotInfo, Status, Unresolved
+from guardrail.core.records.verdicts import Mode, Remedy
 from guardrail.decide.control_commands.run_facts import Rates
 from guardrail.decide.questions import open_question
 from guardrail.decide.run_history import RunHistory

@@ -15,7 +15,8 @@ from typing import Any
 
 from guardrail.core.errors import RunDirectoryError
 from guardrail.core.files import open_file
-from guardrail.core.records import LOSS, Phase, Status
+from guardrail.core.records.signals import LOSS
+from guardrail.core.records.status import Phase, Status
 from guardrail.core.text import clean_text
 from guardrail.rundir.metrics import read_layout
 from guardrail.rundir.run_directory import RunDirectory

@@ -14,7 +14,7 @@ import msgspec
 
 from guardrail.core.events.event import Event
 from guardrail.core.files import as_float, as_int
-from guardrail.core.records import Phase, Status
+from guardrail.core.records.status import Phase, Status
 from guardrail.core.text import clean_text
 from guardrail.report.costs import add_costs
 from guardrail.report.incident import Incident

@@ -18,7 +18,7 @@ from guardrail.core.cause_evidence import (
     SameBatch,
 )
 from guardrail.core.format import format_number, format_plural
-from guardrail.core.records import FindingKind
+from guardrail.core.records.findings import FindingKind
 from guardrail.report.formats import file_name, format_signal, join_words, shorten
 from guardrail.report.incident import Incident, IncidentAction, SkippedFile
 from guardrail.report.skipped_files import typical_remark

@@ -10,7 +10,8 @@ import msgspec
 
 from guardrail.core.events.event import Event
 from guardrail.core.files import as_int
-from guardrail.core.records import LOSS, Action
+from guardrail.core.records.signals import LOSS
+from guardrail.core.records.verdicts import Action
 from guardrail.decide.recovery import expected_loss
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.report.incident import Cost, Effect, Incident

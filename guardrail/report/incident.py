@@ -7,7 +7,10 @@ import math
 import msgspec
 
 from guardrail.core.cause_evidence import CauseEvidence
-from guardrail.core.records import Finding, LossTrend, Record, Span
+from guardrail.core.records.findings import Finding
+from guardrail.core.records.record import Record
+from guardrail.core.records.spans import Span
+from guardrail.core.records.verdicts import LossTrend
 
 
 class Document(Record, frozen=True, kw_only=True):

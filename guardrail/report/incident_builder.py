@@ -19,7 +19,8 @@ from guardrail.core.events.decisions import (
 )
 from guardrail.core.events.event import Event
 from guardrail.core.files import as_float, as_int
-from guardrail.core.records import Finding, Span
+from guardrail.core.records.findings import Finding
+from guardrail.core.records.spans import Span
 from guardrail.core.text import clean_text
 from guardrail.decide.undo import merge_ranges, split_span
 from guardrail.report.cause_evidence import find_evidence

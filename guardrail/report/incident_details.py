@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from guardrail.core.format import format_duration, format_number, format_plural, format_share
-from guardrail.core.records import Finding, FindingKind
+from guardrail.core.records.findings import Finding, FindingKind
 from guardrail.report.cause_sentences import Paragraph, describe_incident
 from guardrail.report.formats import format_signal, shorten_path
 from guardrail.report.incident import Incident, IncidentAction, SkippedFile, Token

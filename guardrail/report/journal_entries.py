@@ -12,7 +12,8 @@ from typing import Any
 
 from guardrail.core.events.event import Event
 from guardrail.core.files import as_float, as_int
-from guardrail.core.records import LossTrend, Span
+from guardrail.core.records.spans import Span
+from guardrail.core.records.verdicts import LossTrend
 from guardrail.core.text import clean_text
 from guardrail.report.incident import Document, IncidentAction, Sample, Token
 from guardrail.rundir.journal import findings_of, span_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from guardrail.core.records import Record
+from guardrail.core.records.record import Record
 from guardrail.report.incident import Incident, IncidentAction
 
 

@@ -12,7 +12,7 @@ from guardrail.core.events.decisions import SamplesTaken, Undone
 from guardrail.core.events.event import Event
 from guardrail.core.events.run_state import Started
 from guardrail.core.files import as_int, read_file
-from guardrail.core.records import Span
+from guardrail.core.records.spans import Span
 from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from guardrail.core.events.event import Event
-from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action
+from guardrail.core.records.signals import EMBED_GRAD_NORM, GRAD_NORM, LOSS
+from guardrail.core.records.verdicts import Action
 from guardrail.decide.recovery import expected_loss
 from guardrail.report.incident import Incident
 from guardrail.rundir.metrics import MetricsView

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from guardrail.core.format import format_duration, format_number, format_plural
-from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Finding, FindingKind, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.signals import EMBED_GRAD_NORM, GRAD_NORM, LOSS
 from guardrail.report.cause_sentences import find_template
 from guardrail.report.formats import format_signal, join_words
 from guardrail.report.incident import Incident, IncidentAction

@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from guardrail.core.records import LOSS, Action
+from guardrail.core.records.signals import LOSS
+from guardrail.core.records.verdicts import Action
 from guardrail.report.incident import Incident
 from guardrail.report.svg_curves import fit_vertical_axis, list_trends
 from guardrail.rundir.run_directory import RunDirectory

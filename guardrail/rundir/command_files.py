@@ -21,7 +21,9 @@ import msgspec
 
 from guardrail.core.events.event import Event
 from guardrail.core.files import as_float, encode_json, replace_file
-from guardrail.core.records import Command, Record, origin_of_span
+from guardrail.core.records.commands import Command
+from guardrail.core.records.record import Record
+from guardrail.core.records.spans import origin_of_span
 from guardrail.core.text import clean_text
 from guardrail.decide.control_commands.arguments import MAX_STEP
 from guardrail.decide.control_commands.registry import command_names, find_command, own_lines

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from guardrail.core.records import Phase, RankStatus, Status
+from guardrail.core.records.status import Phase, RankStatus, Status
 from guardrail.rundir.rank_reports import NodeReports, count_nodes
 from guardrail.rundir.run_directory import RunDirectory
 

@@ -29,7 +29,9 @@ from guardrail.core.files import (
     refuse_special,
     sync_folder,
 )
-from guardrail.core.records import Finding, Phase, Span
+from guardrail.core.records.findings import Finding
+from guardrail.core.records.spans import Span
+from guardrail.core.records.status import Phase
 
 LOCK_SECONDS = 30.0  # a writer that holds the lock longer is stopped, or dead on another host
 TURNS = ("started", "restarted", "ended")  # kinds of events that start or end a run

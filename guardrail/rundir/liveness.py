@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from guardrail.core.records import Status
+from guardrail.core.records.status import Status
 from guardrail.rundir.run_directory import RunDirectory
 
 # a live run changes within this time, also on a slow file system

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from guardrail.core.records import RankStatus
+from guardrail.core.records.status import RankStatus
 from guardrail.rundir import processes
 from guardrail.rundir.rank_reports import FOLDER_VARIABLE, NODE_VARIABLE, NodeReports
 from guardrail.rundir.run_directory import RunDirectory

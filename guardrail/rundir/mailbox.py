@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from guardrail.core.records import Command
+from guardrail.core.records.commands import Command
 from guardrail.core.text import clean_text
 from guardrail.rundir.run_directory import RunDirectory
 

@@ -23,7 +23,7 @@ import msgspec
 
 from guardrail.core.errors import CheckpointInvalid
 from guardrail.core.files import read_file
-from guardrail.core.records import Record
+from guardrail.core.records.record import Record
 from guardrail.rundir.safetensors_header import ITEM_BYTES, Shape
 
 FORMAT = 1

@@ -20,7 +20,8 @@ import msgspec
 
 from guardrail.core.errors import RunDirectoryError
 from guardrail.core.files import FILE_MODE, open_file, read_file, refuse_special, replace_file
-from guardrail.core.records import METRIC_COLUMNS, Record
+from guardrail.core.records.record import Record
+from guardrail.core.records.signals import METRIC_COLUMNS
 from guardrail.decide.timelines import TimelineIndex, valid_rows
 
 if TYPE_CHECKING:

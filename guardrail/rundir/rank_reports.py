@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from guardrail.core.files import FILE_MODE, FOLDER_MODE, encode_json, read_file
-from guardrail.core.records import NodeStatus, RankStatus
+from guardrail.core.records.status import NodeStatus, RankStatus
 from guardrail.rundir.run_directory import RunDirectory
 
 RUN_VARIABLE = "GUARDRAIL_RUN"

@@ -33,7 +33,8 @@ from guardrail.core.files import (
     replace_file,
     why_unwritable,
 )
-from guardrail.core.records import Command, NodeStatus, RankStatus, Status
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import NodeStatus, RankStatus, Status
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.rundir import journal, run_creation, screen_files, status_files
 from guardrail.rundir.command_files import Inbox, Refusal, check_command, find_interrupted

@@ -16,7 +16,7 @@ import msgspec
 
 from guardrail.core.errors import RunDirectoryError
 from guardrail.core.files import FILE_MODE, encode_json
-from guardrail.core.records import Record
+from guardrail.core.records.record import Record
 from guardrail.core.text import clean_text
 
 _TRIES = 25  # times 20 ms: longer than a reader holds the lock to check it

@@ -12,7 +12,7 @@ import msgspec
 
 from guardrail.core.events.event import Event
 from guardrail.core.files import FOLDER_MODE, encode_json, read_file, replace_file
-from guardrail.core.records import NodeStatus, RankStatus, Status
+from guardrail.core.records.status import NodeStatus, RankStatus, Status
 from guardrail.rundir.journal import last_turn, outcome_of
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from guardrail.core.events.event import Event
-from guardrail.core.records import Record
+from guardrail.core.records.record import Record
 from guardrail.rundir.run_directory import RunDirectory
 
 

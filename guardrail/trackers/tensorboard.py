@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from guardrail.core.events.event import Event
-from guardrail.core.records import METRIC_COLUMNS
+from guardrail.core.records.signals import METRIC_COLUMNS
 from guardrail.core.sections import TensorboardSection
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.trackers import tfevents

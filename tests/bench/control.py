@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from guardrail.core.errors import UsageError
-from guardrail.core.records import Phase, Status
+from guardrail.core.records.status import Phase, Status
 from guardrail.operate import control
 from guardrail.rundir.run_directory import RunDirectory
 

@@ -32,7 +32,7 @@ from guardrail.backtest.importers.recorded_log import Column, Log
 from guardrail.backtest.scoring import Marks, score_runs, sum_marks
 from guardrail.core.config import load_guard_options
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import GRAD_NORM, LOSS
+from guardrail.core.records.signals import GRAD_NORM, LOSS
 from guardrail.core.section import replace_key
 from tests.bench.rules import RULES, Rule
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from guardrail.core.records import Span
+from guardrail.core.records.spans import Span
 from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.decide.timelines import TimelineIndex

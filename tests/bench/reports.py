@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from guardrail.core.records import Phase, RankStatus
+from guardrail.core.records.status import Phase, RankStatus
 from guardrail.rundir import local_ranks
 from guardrail.rundir.heartbeat import Heartbeat
 from guardrail.rundir.local_ranks import LocalRanks
@@ -68,7 +68,7 @@ def elsewhere(run: RunDirectory, nodes: int, ranks: int) -> None:
             for one in range(ranks)
         )
         if hasattr(run, "write_node"):
-            from guardrail.core.records import NodeStatus
+            from guardrail.core.records.status import NodeStatus
 
             run.write_node(NodeStatus(node=str(node), host=f"node-{node}", ranks=reports))
         else:

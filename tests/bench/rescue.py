@@ -33,7 +33,10 @@ import msgspec
 import torch
 
 from guardrail.core.config import build_config
-from guardrail.core.records import GRAD_NORM, LOSS, Action, Observation, Phase, Verdict
+from guardrail.core.records.findings import Observation
+from guardrail.core.records.signals import GRAD_NORM, LOSS
+from guardrail.core.records.status import Phase
+from guardrail.core.records.verdicts import Action, Verdict
 from guardrail.core.toml_file import dump_toml
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.guard import Step

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from guardrail.core.records import Phase, Status
+from guardrail.core.records.status import Phase, Status
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.lab import FAKES, Lab
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from guardrail.core.records import METRIC_COLUMNS
+from guardrail.core.records.signals import METRIC_COLUMNS
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.fake_run import FakeRun
 from tests.support.terminal import FRAME_END, Terminal, blank

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from guardrail.core.config import build_config
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.torch.guard.guard import Step
 from trainer.config.config import Config
 from trainer.objectives.loss import shuffle_labels

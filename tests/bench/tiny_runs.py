@@ -23,7 +23,9 @@ import numpy as np
 
 from guardrail.core.config import load_guard_options
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import GRAD_NORM, LOSS, Action, Mode, Observation
+from guardrail.core.records.findings import Observation
+from guardrail.core.records.signals import GRAD_NORM, LOSS
+from guardrail.core.records.verdicts import Action, Mode
 from guardrail.decide.controller import Controller
 
 SETTINGS = ("guard.window=32", "guard.warmup=12")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guardrail.core.records import Command
+from guardrail.core.records.commands import Command
 from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.running import (

@@ -25,12 +25,13 @@ from torch import nn
 import guardrail.torch.guard.command_handler as command_handler
 import guardrail.torch.guard.command_inbox as command_inbox
 from guardrail.cli.ctl import command as ctl
-from guardrail.core import records
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import RunDirectoryError, UsageError
 from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Command, Mode, Phase, Status
+from guardrail.core.records.commands import Command, Shown
+from guardrail.core.records.status import Phase, Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.control_commands.registry import shown_in
 from guardrail.decide.sample_order import SampleOrder
@@ -272,7 +273,7 @@ def test_of_two_that_change_a_setting_at_once_one_wins(tmp_path: Path) -> None:
         for turn in range(ROUNDS):
             values = [0.5, 0.25] if factor == 1.0 else [1.0, 1.0]
             given = [
-                {"kind": "lr", "value": value, "shown": records.Shown(instead_of=factor)}
+                {"kind": "lr", "value": value, "shown": Shown(instead_of=factor)}
                 for value in (values if turn % 2 else reversed(values))
             ]
             winner, loser = at_once(asking, *given)
@@ -282,7 +283,7 @@ def test_of_two_that_change_a_setting_at_once_one_wins(tmp_path: Path) -> None:
             command = {
                 "kind": "mode",
                 "value": float(list(Mode).index(wanted)),
-                "shown": records.Shown(instead_of=float(list(Mode).index(mode))),
+                "shown": Shown(instead_of=float(list(Mode).index(mode))),
             }
             loser = at_once(asking, command, command)[1]
             assert asking.reason(loser) == f"another user has changed it: it is {wanted.value} now"

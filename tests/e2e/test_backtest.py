@@ -25,16 +25,10 @@ from guardrail.cli.main import main
 from guardrail.core.config import load_guard_options
 from guardrail.core.files import encode_json
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    EMBED_GRAD_NORM,
-    GRAD_NORM,
-    LOSS,
-    Action,
-    Command,
-    FindingKind,
-    Mode,
-    Observation,
-)
+from guardrail.core.records.commands import Command
+from guardrail.core.records.findings import FindingKind, Observation
+from guardrail.core.records.signals import EMBED_GRAD_NORM, GRAD_NORM, LOSS
+from guardrail.core.records.verdicts import Action, Mode
 from guardrail.decide.controller import Controller
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.running import BLIND, new_run, of_kind, prompt_disk, tiny, train, trained

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.core.records import Cause
+from guardrail.core.records.verdicts import Cause
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.running import (
     SHAPES,

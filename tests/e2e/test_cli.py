@@ -20,7 +20,9 @@ import pytest
 from guardrail.cli.main import COMMANDS, main
 from guardrail.core.errors import RunDirectoryError
 from guardrail.core.events.event import Event
-from guardrail.core.records import Command, Mode, Phase, Status
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import Phase, Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.launch import launcher as launching
 from guardrail.operate import control
 from guardrail.rundir import journal

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guardrail.core.records import Command
+from guardrail.core.records.commands import Command
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.running import (
     BANDS,

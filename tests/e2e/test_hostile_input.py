@@ -22,7 +22,7 @@ from guardrail.backtest.importers.sources import find_sources
 from guardrail.cli.main import COMMANDS, main
 from guardrail.core.config import ask_trainer, build_config, load_trainer_config
 from guardrail.core.errors import ConfigError, DataError, WorkersFailed
-from guardrail.core.records import Phase, Status
+from guardrail.core.records.status import Phase, Status
 from guardrail.core.schema import _fields, _structs_in
 from guardrail.core.sections import LaunchSection
 from guardrail.core.toml_file import dump_toml, read_toml

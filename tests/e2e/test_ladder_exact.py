@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.core.records import Command
+from guardrail.core.records.commands import Command
 from tests.support.running import (
     BATCH,
     assert_same,

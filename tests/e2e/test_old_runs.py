@@ -22,7 +22,7 @@ import pytest
 from guardrail.cli.main import main
 from guardrail.core.config import build_config
 from guardrail.core.events.event import Event
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.core.toml_file import dump_toml, read_toml
 from guardrail.launch.launcher import prepare_resume
 from guardrail.report.output import report_as_dict

@@ -17,7 +17,8 @@ import pytest
 from guardrail.cli.main import main
 from guardrail.core.errors import UsageError
 from guardrail.core.events.event import Event
-from guardrail.core.records import Command, Mode
+from guardrail.core.records.commands import Command
+from guardrail.core.records.verdicts import Mode
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.operate import replay_comparison, replay_plan
 from guardrail.operate.replay import ReplayOutcome, make_outcome, make_scratch_run

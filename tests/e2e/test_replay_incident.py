@@ -15,7 +15,7 @@ import pytest
 import tomli_w
 
 from guardrail.cli.main import main
-from guardrail.core.records import Command
+from guardrail.core.records.commands import Command
 from guardrail.operate import replay as replaying
 from guardrail.operate.replay_comparison import Comparison
 from guardrail.operate.replay_plan import ReplayPlan

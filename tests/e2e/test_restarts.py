@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.core.records import Phase, Status
+from guardrail.core.records.status import Phase, Status
 from guardrail.rundir import processes
 from guardrail.rundir.run_directory import RunDirectory
 from tests.bench.restarts import KINDS, Stage, may_mount

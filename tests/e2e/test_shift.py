@@ -15,17 +15,9 @@ from msgspec import structs
 import guardrail.torch.diagnose.cause_test
 from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    LOSS,
-    Action,
-    Cause,
-    Diagnosis,
-    Finding,
-    FindingKind,
-    Mode,
-    Observation,
-    Severity,
-)
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import LOSS
+from guardrail.core.records.verdicts import Action, Cause, Diagnosis, Mode
 from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
 from guardrail.decide.controller import Controller
 from guardrail.decide.root_cause import add_batches_ahead, add_label_order

@@ -156,9 +156,10 @@ def test_what_a_rank_does_after_it_has_ended_the_run_changes_nothing(
         tmp_path,
         f"""
 from guardrail.rundir.heartbeat import Heartbeat
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.rundir.run_directory import RunDirectory
-code = "import os, time; from guardrail.rundir.heartbeat import Heartbeat; from guardrail.core.records import Phase;" \
+code = "import os, time; from guardrail.rundir.heartbeat import Heartbeat;" \
+    "from guardrail.core.records.status import Phase;" \
     "from guardrail.rundir.run_directory import RunDirectory;" \
     "heart = Heartbeat(RunDirectory(os.environ['GUARDRAIL_RUN']), 1);" \
     "heart.at(Phase('{phase}')); heart.stop(); time.sleep(600)"

@@ -16,7 +16,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.rundir import processes
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import DEBOUNCE_SECONDS

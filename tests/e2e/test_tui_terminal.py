@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.panes.table import PANES
 from guardrail.tui.terminal import hangup as terminal

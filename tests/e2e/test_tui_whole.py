@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from guardrail.core.events.event import Event
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.lab import Lab, wait_for
 from tests.support.terminal import Terminal

@@ -23,7 +23,7 @@ import torch
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import UsageError
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Command
+from guardrail.core.records.commands import Command
 from guardrail.core.sections import SnapshotSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory

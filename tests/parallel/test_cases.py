@@ -19,7 +19,8 @@ import guardrail.torch.checkpoint.disk_checkpoints
 import guardrail.torch.checkpoint.rank_share
 from guardrail.core.config import load_trainer_config
 from guardrail.core.errors import CheckpointInvalid
-from guardrail.core.records import Action, Command
+from guardrail.core.records.commands import Command
+from guardrail.core.records.verdicts import Action
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.checkpoint_folders import checkpoint_dirs

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from guardrail.core.errors import CheckpointInvalid
 from guardrail.core.files import TEMPORARY
-from guardrail.core.records import SnapshotInfo
+from guardrail.core.records.status import SnapshotInfo
 from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 from guardrail.rundir.manifest import MANIFEST, read_manifest, sealed
 from guardrail.rundir.verification import fingerprint, verify

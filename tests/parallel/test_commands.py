@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guardrail.core.records import Command, Mode, Phase, Status
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import Phase, Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 from guardrail.rundir.manifest import read_manifest
 from guardrail.rundir.run_directory import RunDirectory

@@ -17,7 +17,9 @@ import pytest
 import guardrail.torch.checkpoint.commit
 import guardrail.torch.checkpoint.rank_share
 from guardrail.core.errors import ExitCode
-from guardrail.core.records import Command, Mode, Phase, Status
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import Phase, Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.core.sections import LaunchSection
 from guardrail.launch import supervisor_journal as chronicle
 from guardrail.launch.launcher import prepare_resume

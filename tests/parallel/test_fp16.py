@@ -16,7 +16,10 @@ from torch import nn
 
 from guardrail.core.config import build_config
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import LOSS_SCALE, Action, Command, FindingKind, Mode
+from guardrail.core.records.commands import Command
+from guardrail.core.records.findings import FindingKind
+from guardrail.core.records.signals import LOSS_SCALE
+from guardrail.core.records.verdicts import Action, Mode
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.controller import Controller
 from guardrail.detectors.loss_scale import AT_START

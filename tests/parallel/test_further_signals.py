@@ -19,15 +19,9 @@ from guardrail.cli.main import main
 from guardrail.core.config import build_config, load_guard_options
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    METRIC_COLUMNS,
-    UPDATE_NORM,
-    Action,
-    FindingKind,
-    Observation,
-    Severity,
-    Verdict,
-)
+from guardrail.core.records.findings import FindingKind, Observation, Severity
+from guardrail.core.records.signals import METRIC_COLUMNS, UPDATE_NORM
+from guardrail.core.records.verdicts import Action, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.decide.detector_set import MOST_NAMED
 from guardrail.rundir.run_directory import RunDirectory

@@ -17,7 +17,8 @@ from torch import nn
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Command, Phase
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import Phase
 from guardrail.core.sections import SnapshotSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory

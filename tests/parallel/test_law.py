@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from guardrail.core.events.event import Event
-from guardrail.core.records import Command
+from guardrail.core.records.commands import Command
 from guardrail.decide.control_commands.registry import own_lines
 from guardrail.decide.run_history import RunHistory
 from guardrail.report.quarantine import quarantine_lines

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 from guardrail.core.config import load_trainer_config
-from guardrail.core.records import Action, Command, Span
+from guardrail.core.records.commands import Command
+from guardrail.core.records.spans import Span
+from guardrail.core.records.verdicts import Action
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.rundir.run_directory import RunDirectory

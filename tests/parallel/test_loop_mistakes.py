@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import DataError, UsageError
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory

@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from guardrail.core.config import load_trainer_config
 from guardrail.core.errors import ConfigError
-from guardrail.core.records import UPDATE_NORM, Command
+from guardrail.core.records.commands import Command
+from guardrail.core.records.signals import UPDATE_NORM
 from guardrail.core.toml_file import dump_toml
 from guardrail.launch.launcher import prepare_resume
 from guardrail.report.quarantine import quarantine_lines

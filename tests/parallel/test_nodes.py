@@ -16,7 +16,7 @@ import torch
 
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError, UsageError
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.core.sections import LaunchSection
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.sample_order import SampleOrder

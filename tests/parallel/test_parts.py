@@ -20,7 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from guardrail.core.errors import RunDirectoryError
 from guardrail.core.events.event import Event
-from guardrail.core.records import Command, Mode, Span
+from guardrail.core.records.commands import Command
+from guardrail.core.records.spans import Span
+from guardrail.core.records.verdicts import Mode
 from guardrail.decide.run_history import RunHistory, StepSetting
 from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.decide.sample_order import SampleOrder

@@ -13,7 +13,8 @@ import pytest
 
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.cli.main import main
-from guardrail.core.records import Mode, Phase, Status
+from guardrail.core.records.status import Phase, Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.lab import wait_for
 from tests.support.ranks import wait_ranks

@@ -16,7 +16,10 @@ from guardrail.cli.ctl import command as ctl
 from guardrail.core.errors import GuardrailError
 from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Command, Phase, Remedy, SnapshotInfo, Span
+from guardrail.core.records.commands import Command
+from guardrail.core.records.spans import Span
+from guardrail.core.records.status import Phase, SnapshotInfo
+from guardrail.core.records.verdicts import Remedy
 from guardrail.decide.control_commands import registry
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_cursor import SampleCursor

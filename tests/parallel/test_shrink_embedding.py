@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.core.records import Command, Phase
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import Phase
 from guardrail.decide.run_history import RunHistory
 from guardrail.report.quarantine import quarantine_lines
 from tests.parallel.test_law import killed_behind

@@ -18,7 +18,8 @@ import guardrail.torch.checkpoint.disk_checkpoints
 import guardrail.torch.checkpoint.loader
 import trainer.loop.corpus_setup
 import trainer.parallel.data_parallel
-from guardrail.core.records import Command, Phase
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import Phase
 from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import KILLED

@@ -18,15 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from guardrail.core.events.event import Event
-from guardrail.core.records import (
-    EMBED_GRAD_NORM,
-    EMBED_SHARE,
-    Action,
-    Finding,
-    FindingKind,
-    Severity,
-    Verdict,
-)
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.signals import EMBED_GRAD_NORM, EMBED_SHARE
+from guardrail.core.records.verdicts import Action, Verdict
 from guardrail.core.text import escape_text
 from guardrail.decide.embedding_lead import concerns_embedding
 from guardrail.decide.run_history import RunHistory

@@ -18,7 +18,10 @@ from guardrail.backtest.rejudge import Rejudge
 from guardrail.core.config import load_guard_options
 from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Action, Command, FindingKind, Mode, Severity, Span
+from guardrail.core.records.commands import Command
+from guardrail.core.records.findings import FindingKind, Severity
+from guardrail.core.records.spans import Span
+from guardrail.core.records.verdicts import Action, Mode
 from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_cursor import SampleCursor

@@ -20,20 +20,12 @@ import msgspec
 import numpy as np
 
 from guardrail.core.events.event import Event
-from guardrail.core.records import (
-    METRIC_COLUMNS,
-    Action,
-    Command,
-    DocumentRef,
-    Finding,
-    FindingKind,
-    Mode,
-    Phase,
-    Severity,
-    SnapshotInfo,
-    Span,
-    Status,
-)
+from guardrail.core.records.commands import Command
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.signals import METRIC_COLUMNS
+from guardrail.core.records.spans import DocumentRef, Span
+from guardrail.core.records.status import Phase, SnapshotInfo, Status
+from guardrail.core.records.verdicts import Action, Mode
 from guardrail.operate.preview import Preview
 from guardrail.rundir import journal
 from guardrail.rundir.run_directory import RunDirectory

@@ -11,15 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    EMBED_GRAD_NORM,
-    GRAD_NORM,
-    LOSS,
-    Action,
-    Observation,
-    Span,
-    Verdict,
-)
+from guardrail.core.records.findings import Observation
+from guardrail.core.records.signals import EMBED_GRAD_NORM, GRAD_NORM, LOSS
+from guardrail.core.records.spans import Span
+from guardrail.core.records.verdicts import Action, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.decide.rollback import Rollback
 from guardrail.decide.sample_cursor import SampleCursor

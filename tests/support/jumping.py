@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from guardrail.core.config import GuardConfig
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Command, Status
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import Status
 from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory

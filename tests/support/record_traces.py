@@ -23,14 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from guardrail.core.records import (
-    EMBED_GRAD_NORM,
-    EMBED_SHARE,
-    GRAD_NORM,
-    LOSS,
-    Observation,
-    Verdict,
-)
+from guardrail.core.records.findings import Observation
+from guardrail.core.records.signals import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS
+from guardrail.core.records.verdicts import Verdict
 from tests.support.places import TESTS
 from tests.support.running import tiny
 from trainer.data.loader import MicroBatch

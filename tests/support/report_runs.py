@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from guardrail.core.records import Action, Finding, FindingKind, Mode, Phase, Severity, Span, Status
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.spans import Span
+from guardrail.core.records.status import Phase, Status
+from guardrail.core.records.verdicts import Action, Mode
 from guardrail.rundir.run_directory import RunDirectory
 
 DOCUMENT = {

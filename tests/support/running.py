@@ -27,7 +27,8 @@ import trainer.__main__
 import trainer.train
 from guardrail.core.config import build_config
 from guardrail.core.events.event import Event
-from guardrail.core.records import Mode, Remedy, Span
+from guardrail.core.records.spans import Span
+from guardrail.core.records.verdicts import Mode, Remedy
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.run_history import RunHistory
 from guardrail.report.quarantine import quarantine_lines

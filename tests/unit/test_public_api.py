@@ -17,7 +17,7 @@ from torch import nn
 import guardrail
 from guardrail import Guard, GuardConfig, LoopHooks, RankLayout, RunDirectory, SampleOrder, Step
 from guardrail.core.errors import ConfigError, UsageError
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.guard.context import RankInfo
 from guardrail.torch.guard.data_share import DataShare

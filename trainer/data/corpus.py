@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from guardrail.core.errors import DataError
-from guardrail.core.records import MAX_NAMED, DocumentRef
+from guardrail.core.records.spans import MAX_NAMED, DocumentRef
 from trainer.data.shards import FileEntry, SplitIndex
 from trainer.data.tokenizer import Tokenizer, id_dtype, load_saved
 from trainer.sources.bad_records import BadRecords

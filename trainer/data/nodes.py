@@ -17,7 +17,7 @@ import msgspec
 
 from guardrail.core.errors import DataError, GuardrailError, Interrupted
 from guardrail.core.files import FOLDER_MODE, encode_json, read_file, replace_file
-from guardrail.core.records import Record
+from guardrail.core.records.record import Record
 from guardrail.rundir.heartbeat import this_start
 from guardrail.rundir.run_directory import RunDirectory
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from guardrail.core.errors import DataError, Interrupted
-from guardrail.core.records import Status
+from guardrail.core.records.status import Status
 from guardrail.rundir.heartbeat import Heartbeat, this_start
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import StopSignals

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.torch.guard.guard import Guard
 from trainer.config.config import Config
 from trainer.data.corpus import Corpus, Split

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from guardrail.backtest.importers.recorded_log import Log
 from guardrail.core.errors import DataError
 from guardrail.core.objective import find_policy_signal, is_policy_loss
-from guardrail.core.records import (
+from guardrail.core.records.signals import (
     EMBED_GRAD_NORM,
     EMBED_SHARE,
     GRAD_NORM,

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Observation
+from guardrail.core.records.findings import Observation
 
 # If more than this share of the records repeat the step before them, the "step" is an epoch or
 # something similar.

@@ -11,7 +11,13 @@ from guardrail.backtest.importers.log_file import LogFile
 from guardrail.backtest.importers.names import KNOWN
 from guardrail.backtest.importers.recorded_log import Column, Log, as_step
 from guardrail.core.errors import DataError, RunDirectoryError
-from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, METRIC_COLUMNS
+from guardrail.core.records.signals import (
+    EMBED_GRAD_NORM,
+    EMBED_SHARE,
+    GRAD_NORM,
+    LOSS,
+    METRIC_COLUMNS,
+)
 from guardrail.rundir.metrics import MetricsView
 from guardrail.rundir.run_directory import RunDirectory
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from guardrail.core.records import GRAD_NORM, LOSS, LOSS_SCALE
+from guardrail.core.records.signals import GRAD_NORM, LOSS, LOSS_SCALE
 
 NUMBER = r"[-+]?(?:nan|inf(?:inity)?|1\.#\w+|\d[\d,]*\.?\d*(?:e[-+]?\d+)?|\.\d+)"
 _NO_NUMBER = r"none|null|n/a|\*+"  # where a number should be

@@ -25,7 +25,7 @@ from guardrail.backtest.importers.names import rank_signal
 from guardrail.backtest.importers.recorded_log import Log, parse_number
 from guardrail.backtest.importers.text_formats import FORMATS, NUMBER, WITHOUT_LOSS
 from guardrail.core.errors import DataError
-from guardrail.core.records import GRAD_NORM, LOSS, LOSS_SCALE
+from guardrail.core.records.signals import GRAD_NORM, LOSS, LOSS_SCALE
 from guardrail.core.text import clean_text
 
 # Lines of one format that decide: then no other format is tried.

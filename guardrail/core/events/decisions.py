@@ -9,7 +9,10 @@ import msgspec
 from guardrail.core.cause_evidence import CauseEvidence
 from guardrail.core.events.event import Event, Int64, Positions
 from guardrail.core.format import format_plural
-from guardrail.core.records import Action, Finding, LossTrend, Remedy, Span, field_of
+from guardrail.core.records.findings import Finding
+from guardrail.core.records.record import field_of
+from guardrail.core.records.spans import Span
+from guardrail.core.records.verdicts import Action, LossTrend, Remedy
 
 Documents = tuple[Any, ...]  # `DocumentRef` fields; older versions wrote names
 OPEN, REPEATED = "open", "repeated"

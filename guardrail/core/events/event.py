@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 import msgspec
 
-from guardrail.core.records import Record
+from guardrail.core.records.record import Record
 
 # What a reader may raise on a line that another version has written, or that is damaged.
 SENSELESS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from guardrail.core.records import OLD_CAUSES, Remedy
+from guardrail.core.records.verdicts import OLD_CAUSES, Remedy
 
 # Kinds of lines in older versions -> present names.
 OLD_KINDS: Mapping[str, str] = {

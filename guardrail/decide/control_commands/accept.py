@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from guardrail.core.records import Status
+from guardrail.core.records.status import Status
 from guardrail.decide.control_commands.base import (
     ControlCommand,
     ReplayTarget,

@@ -20,10 +20,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
-from guardrail.core.records import (
-    Mode,
-    Status,
-)
+from guardrail.core.records.status import Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.decide.control_commands.arguments import Argument, NoArgument
 from guardrail.decide.control_commands.preview import Preview
 from guardrail.decide.control_commands.run_facts import (

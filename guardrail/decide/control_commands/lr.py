@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guardrail.core.records import Status
+from guardrail.core.records.status import Status
 from guardrail.decide.control_commands.arguments import Factor
 from guardrail.decide.control_commands.base import ScreenKey
 from guardrail.decide.control_commands.factor import FactorCommand

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from guardrail.core.records import Mode, Status
+from guardrail.core.records.status import Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.decide.control_commands.arguments import Word
 from guardrail.decide.control_commands.base import (
     ControlCommand,

@@ -13,7 +13,7 @@ import msgspec
 
 from guardrail.core.events.event import Event
 from guardrail.core.format import format_plural
-from guardrail.core.records import Record
+from guardrail.core.records.record import Record
 from guardrail.decide.questions import open_question
 
 MINUTE = 60.0  # seconds; from one minute on, durations are given in minutes

@@ -6,7 +6,7 @@ A new command is a file in this folder and an entry of `COMMANDS`.
 from __future__ import annotations
 
 from guardrail.core.events.event import Event
-from guardrail.core.records import Command, Shown
+from guardrail.core.records.commands import Command, Shown
 from guardrail.decide.control_commands.accept import Accept
 from guardrail.decide.control_commands.answer import Answer
 from guardrail.decide.control_commands.base import ControlCommand, HoldsFor, ReplayTarget

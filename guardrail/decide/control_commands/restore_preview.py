@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from guardrail.core.records import Remedy, SnapshotInfo
+from guardrail.core.records.status import SnapshotInfo
+from guardrail.core.records.verdicts import Remedy
 from guardrail.decide.control_commands.preview import Preview
 from guardrail.decide.control_commands.run_facts import RecordedFacts, make_preview
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from guardrail.core.events.event import Event
-from guardrail.core.records import Mode, Remedy, SnapshotInfo, Span, Unresolved
+from guardrail.core.records.spans import Span
+from guardrail.core.records.status import SnapshotInfo, Unresolved
+from guardrail.core.records.verdicts import Mode, Remedy
 from guardrail.decide.control_commands.preview import Preview
 from guardrail.decide.step_setting import StepSetting
 

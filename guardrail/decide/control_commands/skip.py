@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from guardrail.core.format import format_plural
-from guardrail.core.records import Status
+from guardrail.core.records.status import Status
 from guardrail.decide.control_commands.arguments import Count
 from guardrail.decide.control_commands.base import ControlCommand, HoldsFor, RunActions, ScreenKey
 from guardrail.decide.control_commands.preview import Preview

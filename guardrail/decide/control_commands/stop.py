@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guardrail.core.records import Status
+from guardrail.core.records.status import Status
 from guardrail.decide.control_commands.base import ControlCommand, RunActions, ScreenKey
 from guardrail.decide.control_commands.preview import Preview
 from guardrail.decide.control_commands.run_facts import RecordedFacts

@@ -6,7 +6,7 @@ import math
 
 import msgspec
 
-from guardrail.core.records import Status
+from guardrail.core.records.status import Status
 from guardrail.core.text import clean_text
 from guardrail.decide.control_commands.arguments import NumberOrNewest
 from guardrail.decide.control_commands.base import ControlCommand, HoldsFor, RunActions, ScreenKey

@@ -1,7 +1,7 @@
 """What a remedy is: an entry of [[guard.escalation]], and what follows when it is used. Pure.
 
 Some remedies have an effect on later steps, such as a lower learning rate. An effect is a
-`guardrail.core.records.Remedy`: a function of the step, whichever state the run was restored from.
+`guardrail.core.records.verdicts.Remedy`: a function of the step, whichever state the run was restored from.
 So a run that continues from another state, or has the effect from its beginning (`guard.remedies`),
 makes the same updates.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from guardrail.core.format import format_plural
-from guardrail.core.records import Cause, Remedy
+from guardrail.core.records.verdicts import Cause, Remedy
 
 if TYPE_CHECKING:  # the options name the remedies, so they are imported after them
     from guardrail.core.guard_options import EscalationStep

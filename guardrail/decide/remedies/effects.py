@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from guardrail.core.records import Remedy
+from guardrail.core.records.verdicts import Remedy
 from guardrail.decide.remedies.lower_lr import LowerLr
 from guardrail.decide.remedies.registry import find_effect
 from guardrail.decide.remedies.reset_moments import ResetMoments

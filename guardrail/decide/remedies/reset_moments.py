@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guardrail.core.records import Remedy
+from guardrail.core.records.verdicts import Remedy
 from guardrail.decide.remedies.base import EscalationRemedy
 from guardrail.decide.remedies.lower_lr import LowerLr
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from guardrail.core.records import Cause, Remedy
+from guardrail.core.records.verdicts import Cause, Remedy
 from guardrail.decide.remedies.base import EscalationRemedy
 
 if TYPE_CHECKING:  # as in guardrail.decide.remedies.base

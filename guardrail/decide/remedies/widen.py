@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guardrail.core.records import Cause
+from guardrail.core.records.verdicts import Cause
 from guardrail.decide.remedies.base import EscalationRemedy
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 
 from guardrail.core.errors import CheckpointInvalid
-from guardrail.core.records import Record, SnapshotInfo
+from guardrail.core.records.record import Record
+from guardrail.core.records.status import SnapshotInfo
 from guardrail.rundir.manifest import Manifest, read_manifest
 from guardrail.torch.checkpoint.snapshot_states import CANDIDATE, GOOD, INVALID, SUSPECT
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from guardrail.core.records import SnapshotInfo
+from guardrail.core.records.status import SnapshotInfo
 from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.recorder import Recorder
 from guardrail.torch.checkpoint.checkpoint_index import CheckpointEvent

@@ -18,7 +18,7 @@ import msgspec
 
 from guardrail.core.errors import CheckpointInvalid
 from guardrail.core.files import FOLDER_MODE, TEMPORARY
-from guardrail.core.records import SnapshotInfo
+from guardrail.core.records.status import SnapshotInfo
 from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 from guardrail.rundir.manifest import OPTIM, Manifest
 from guardrail.rundir.verification import Progress, verify

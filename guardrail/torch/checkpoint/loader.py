@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from guardrail.core.errors import CheckpointInvalid
-from guardrail.core.records import Record
+from guardrail.core.records.record import Record
 from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 from guardrail.rundir.manifest import OPTIM, Box, Manifest, read_manifest
 from guardrail.rundir.verification import Progress, verify

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guardrail.core.records import SnapshotInfo
+from guardrail.core.records.status import SnapshotInfo
 from guardrail.rundir.manifest import Box
 from guardrail.torch.checkpoint.snapshot_layout import SnapshotLayout, SpareBuffer
 from guardrail.torch.checkpoint.snapshot_states import CANDIDATE, GOOD

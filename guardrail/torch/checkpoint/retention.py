@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardrail.core.records import SnapshotInfo
+from guardrail.core.records.status import SnapshotInfo
 from guardrail.torch.checkpoint.snapshot_states import CANDIDATE, GOOD
 
 

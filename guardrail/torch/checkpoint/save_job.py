@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from guardrail.core.errors import GuardrailError
-from guardrail.core.records import Record
+from guardrail.core.records.record import Record
 from guardrail.rundir.manifest import FileEntry
 from guardrail.rundir.safetensors_header import Shape
 from guardrail.torch.checkpoint.memory_snapshots import Snapshot

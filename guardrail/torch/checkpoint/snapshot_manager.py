@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from guardrail.core.config import GuardConfig
-from guardrail.core.records import SnapshotInfo
+from guardrail.core.records.status import SnapshotInfo
 from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.manifest import Manifest
 from guardrail.rundir.recorder import Recorder

@@ -17,7 +17,9 @@ from typing import Any
 
 import msgspec
 
-from guardrail.core.records import MAX_NAMED, Record, Verdict
+from guardrail.core.records.record import Record
+from guardrail.core.records.spans import MAX_NAMED
+from guardrail.core.records.verdicts import Verdict
 from guardrail.core.text import clean_text
 from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
 from guardrail.decide.rollback_window import Applied

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 from msgspec import structs
 
-from guardrail.core.records import Action, Cause, Diagnosis, Verdict
+from guardrail.core.records.verdicts import Action, Cause, Diagnosis, Verdict
 from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
 from guardrail.decide.hardware_fault import diagnose_hardware
 from guardrail.decide.rollback_window import Applied

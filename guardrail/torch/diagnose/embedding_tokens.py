@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from guardrail.core.records import Verdict
+from guardrail.core.records.verdicts import Verdict
 from guardrail.decide.embedding_lead import concerns_embedding
 from guardrail.torch.measure.gradient_norms import to_local
 from guardrail.torch.measure.reduced_step import ReducedStep

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from guardrail.core.config import GuardConfig, check_settings, load_config
 from guardrail.core.errors import ConfigError, UsageError
-from guardrail.core.records import Mode
+from guardrail.core.records.verdicts import Mode
 from guardrail.core.schema import to_plain_tree
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.hooks import LoopHooks, RankLayout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.torch.checkpoint.memory_snapshots import Facts
 from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
 from guardrail.torch.guard.command_handler import CommandHandler

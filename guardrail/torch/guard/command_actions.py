@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from guardrail.core.events.decisions import ACCEPTED, IncidentChanged
-from guardrail.core.records import Phase, Span, Status, Verdict
+from guardrail.core.records.spans import Span
+from guardrail.core.records.status import Phase, Status
+from guardrail.core.records.verdicts import Verdict
 from guardrail.decide.undo import UndoPlan
 from guardrail.torch.checkpoint.rollback_target import Target
 from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from guardrail.core.records import Action, Phase, Verdict
+from guardrail.core.records.status import Phase
+from guardrail.core.records.verdicts import Action, Verdict
 from guardrail.decide.control_commands.answer import Answer
 from guardrail.decide.control_commands.base import ControlCommand
 from guardrail.decide.control_commands.registry import command_of, numbers_of

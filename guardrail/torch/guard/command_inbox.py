@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from guardrail.core.records import Command, Shown
+from guardrail.core.records.commands import Command, Shown
 from guardrail.decide.control_commands.base import ControlCommand, HoldsFor
 from guardrail.decide.control_commands.checkpoint import WriteCheckpoint
 from guardrail.decide.control_commands.registry import command_from, numbers_of

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from guardrail.core.config import GuardConfig
 from guardrail.core.events.event import Event
-from guardrail.core.records import Mode, Phase
+from guardrail.core.records.status import Phase
+from guardrail.core.records.verdicts import Mode
 from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import Effects, RunHistory
 from guardrail.decide.sample_cursor import SampleCursor

@@ -39,7 +39,8 @@ import torch
 from torch import Tensor
 
 from guardrail.core.errors import UsageError
-from guardrail.core.records import Action, Observation
+from guardrail.core.records.findings import Observation
+from guardrail.core.records.verdicts import Action
 from guardrail.decide.sample_cursor import CursorState
 from guardrail.torch.diagnose.batch_replay import replay_tolerance
 from guardrail.torch.guard.between_steps import BetweenSteps

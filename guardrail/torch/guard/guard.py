@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 
 from guardrail.core.config import GuardConfig
 from guardrail.core.events.run_state import Evaluated
-from guardrail.core.records import Action, Mode, Phase, Verdict
+from guardrail.core.records.status import Phase
+from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_cursor import Batch
 from guardrail.decide.sample_order import SampleOrder

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 from guardrail.core.errors import UsageError
-from guardrail.core.records import MAX_NAMED
+from guardrail.core.records.spans import MAX_NAMED
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.step import Step
 from guardrail.torch.measure.reduced_step import ReducedStep

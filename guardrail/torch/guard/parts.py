@@ -10,7 +10,8 @@ from torch import nn
 
 from guardrail.core.config import GuardConfig
 from guardrail.core.events.event import Event
-from guardrail.core.records import GRAD_NORM, Phase, Status
+from guardrail.core.records.signals import GRAD_NORM
+from guardrail.core.records.status import Phase, Status
 from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_cursor import SampleCursor

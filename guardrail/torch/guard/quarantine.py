@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from guardrail.core.events.decisions import Skipped
-from guardrail.core.records import MAX_NAMED, Remedy, Span
+from guardrail.core.records.spans import MAX_NAMED, Span
+from guardrail.core.records.verdicts import Remedy
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.hooks import DescribeSamples
 

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from guardrail.core.errors import GuardrailError
-from guardrail.core.records import Status, Verdict
+from guardrail.core.records.status import Status
+from guardrail.core.records.verdicts import Verdict
 from guardrail.decide.sample_cursor import Batch
 from guardrail.operate.preview import choices
 from guardrail.operate.run_state import RunState

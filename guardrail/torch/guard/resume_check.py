@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from guardrail.core.errors import UsageError
-from guardrail.core.records import MAX_NAMED
+from guardrail.core.records.spans import MAX_NAMED
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.state.rank_agreement import require_equal

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from guardrail.core.events.run_state import Ended
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.torch.checkpoint.memory_snapshots import Facts
 from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
 from guardrail.torch.guard.context import RunContext

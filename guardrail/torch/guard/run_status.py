@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from guardrail.core.records import Phase, Status
+from guardrail.core.records.status import Phase, Status
 from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
 from guardrail.torch.guard.command_handler import CommandHandler
 from guardrail.torch.guard.context import RunContext

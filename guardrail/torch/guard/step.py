@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from guardrail.core.records import Verdict
+from guardrail.core.records.verdicts import Verdict
 from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.guard.arguments import check_loss, check_numbers
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guardrail.core.records import Action, Diagnosis, Mode, Verdict
+from guardrail.core.records.verdicts import Action, Diagnosis, Mode, Verdict
 from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
 from guardrail.torch.diagnose.attribution import Attribution, attribute_samples

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-from guardrail.core.records import LOSS, MAX_NAMED, FindingKind, Verdict
+from guardrail.core.records.findings import FindingKind
+from guardrail.core.records.signals import LOSS
+from guardrail.core.records.spans import MAX_NAMED
+from guardrail.core.records.verdicts import Verdict
 from guardrail.torch.diagnose.embedding_tokens import DescribeTokens, build_token_evidence
 from guardrail.torch.diagnose.nonfinite_module import find_nonfinite_module
 from guardrail.torch.guard.context import RunContext

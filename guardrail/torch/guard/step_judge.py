@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from guardrail.core.records import Observation, Verdict
+from guardrail.core.records.findings import Observation
+from guardrail.core.records.verdicts import Verdict
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.loop_checks import LoopChecks
 from guardrail.torch.guard.step import Step

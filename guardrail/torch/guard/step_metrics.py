@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 
-from guardrail.core.records import Action, Verdict
+from guardrail.core.records.verdicts import Action, Verdict
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.step import Step
 from guardrail.torch.measure.reduced_step import ReducedStep

@@ -13,7 +13,9 @@ import msgspec
 from guardrail.core.events.decisions import RolledBack, Undone
 from guardrail.core.events.run_state import Note, Restarted, ResumeChecked, Started
 from guardrail.core.format import format_plural
-from guardrail.core.records import Phase, Remedy, Span, Verdict
+from guardrail.core.records.spans import Span
+from guardrail.core.records.status import Phase
+from guardrail.core.records.verdicts import Remedy, Verdict
 from guardrail.decide.undo import UndoPlan
 from guardrail.torch.checkpoint.rollback_target import Target
 from guardrail.torch.checkpoint.snapshot_manager import Restored, SnapshotManager

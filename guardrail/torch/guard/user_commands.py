@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from guardrail.core.records import Action, Mode, Phase, Span, Unresolved, Verdict
+from guardrail.core.records.spans import Span
+from guardrail.core.records.status import Phase, Unresolved
+from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.decide.control_commands.base import ControlCommand, RestorableState
 from guardrail.decide.questions import ParkResult
 from guardrail.decide.sample_cursor import Batch

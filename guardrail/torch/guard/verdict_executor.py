@@ -11,7 +11,10 @@ import msgspec
 
 from guardrail.core.events.decisions import Diagnosed
 from guardrail.core.events.run_state import Note
-from guardrail.core.records import Action, Diagnosis, Mode, Observation, Phase, Span, Verdict
+from guardrail.core.records.findings import Observation
+from guardrail.core.records.spans import Span
+from guardrail.core.records.status import Phase
+from guardrail.core.records.verdicts import Action, Diagnosis, Mode, Verdict
 from guardrail.decide.diagnoses import rejecting_signals
 from guardrail.decide.questions import ParkResult
 from guardrail.decide.sample_cursor import Batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from guardrail.core.events.decisions import FindingNoted, StepJudged, VerdictGiven
-from guardrail.core.records import Action, Verdict
+from guardrail.core.records.verdicts import Action, Verdict
 from guardrail.decide.advised_incidents import advised_words
 from guardrail.decide.incident_line import make_incident_line
 from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager

@@ -16,10 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from guardrail.core.errors import UsageError
-from guardrail.core.records import (
-    GRAD_NORM,
-    UPDATE_NORM,
-)
+from guardrail.core.records.signals import GRAD_NORM, UPDATE_NORM
 from guardrail.torch.measure.gradient_norms import (
     block_name,
     compute_norms,

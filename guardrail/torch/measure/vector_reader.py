@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, UPDATE_NORM
+from guardrail.core.records.signals import (
+    EMBED_GRAD_NORM,
+    EMBED_SHARE,
+    GRAD_NORM,
+    LOSS,
+    UPDATE_NORM,
+)
 from guardrail.torch.measure.packed_vector import (
     FLAGS,
     HEAD,

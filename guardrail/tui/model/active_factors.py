@@ -11,7 +11,7 @@ from guardrail.core.events.decisions import RolledBack, Skipped, Undone
 from guardrail.core.events.event import SENSELESS, Event
 from guardrail.core.events.run_state import CommandAnswered
 from guardrail.core.format import clean_and_shorten, format_count
-from guardrail.core.records import Remedy
+from guardrail.core.records.verdicts import Remedy
 from guardrail.decide.control_commands.registry import find_command
 from guardrail.decide.remedies.effects import CLIP, EMBED_ALPHA, LR, compute_factor
 from guardrail.decide.run_history import RunHistory

@@ -18,7 +18,7 @@ from guardrail.core.events.event import Event
 from guardrail.core.events.run_state import Started
 from guardrail.core.files import as_int
 from guardrail.core.format import clean_and_shorten
-from guardrail.core.records import Span
+from guardrail.core.records.spans import Span
 from guardrail.decide.undo import merge_ranges, split_span
 from guardrail.report.incident import Incident
 from guardrail.report.incident_builder import IncidentBuilder

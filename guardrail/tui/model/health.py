@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guardrail.core.format import clean_and_shorten, format_age, format_countdown
-from guardrail.core.records import Mode, Phase, Status
+from guardrail.core.records.status import Phase, Status
+from guardrail.core.records.verdicts import Mode
 
 # a heartbeat comes once a second; after this long without one the run does not respond
 HEARTBEAT_SECONDS = 10.0

@@ -14,7 +14,7 @@ from typing import Any
 from guardrail.core.events.decisions import SamplesTaken
 from guardrail.core.files import as_int
 from guardrail.core.format import clean_and_shorten, format_plural
-from guardrail.core.records import Finding, FindingKind
+from guardrail.core.records.findings import Finding, FindingKind
 
 _MAX_INCIDENTS = 200
 _MAX_DOCUMENTS = 16

@@ -9,7 +9,7 @@ from guardrail.core.events.event import Event
 from guardrail.core.events.run_state import CommandAnswered, Paused, Restarted
 from guardrail.core.files import as_int
 from guardrail.core.format import clean_and_shorten
-from guardrail.core.records import Shown
+from guardrail.core.records.commands import Shown
 
 _ANSWERS = ("accepted", "continued", "stopped")  # by the value of an `answer` command
 

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from guardrail.core.records import Phase, RankStatus
+from guardrail.core.records.status import Phase, RankStatus
 
 SILENT_SECONDS = 15.0  # a rank sends a heartbeat each second
 STUCK_SECONDS = 60.0  # without progress of the main thread, while heartbeats go on

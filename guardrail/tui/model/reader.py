@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from guardrail.core.records import Command
+from guardrail.core.records.commands import Command
 from guardrail.tui.model.view import Snapshot
 
 

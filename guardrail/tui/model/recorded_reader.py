@@ -12,7 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from guardrail.core.events.event import Event
-from guardrail.core.records import Command, Mode, Phase, Status
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import Phase, Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.tui.model.failures import format_reason
 from guardrail.tui.model.latest_snapshot import LatestSnapshot
 from guardrail.tui.model.run_story import StoryBuilder

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from guardrail.core.errors import GuardrailError
-from guardrail.core.records import Command
+from guardrail.core.records.commands import Command
 from guardrail.rundir.follow import Follower
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.model.background_facts import BackgroundReader

@@ -26,7 +26,8 @@ from guardrail.core.events.decisions import (
 from guardrail.core.events.event import Event
 from guardrail.core.events.run_state import CommandAnswered, Ended, Paused, Restarted, Resumed
 from guardrail.core.format import clean_and_shorten, format_count
-from guardrail.core.records import Action, Shown
+from guardrail.core.records.commands import Shown
+from guardrail.core.records.verdicts import Action
 from guardrail.decide.advised_incidents import AdvisedIncidents
 from guardrail.decide.control_commands.pause import Pause
 from guardrail.decide.control_commands.registry import find_command

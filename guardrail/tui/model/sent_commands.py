@@ -17,7 +17,8 @@ from guardrail.core.format import (
     format_plural,
     format_seconds_in_words,
 )
-from guardrail.core.records import Command, Shown, SnapshotInfo, Status
+from guardrail.core.records.commands import Command, Shown
+from guardrail.core.records.status import SnapshotInfo, Status
 from guardrail.decide.control_commands.base import ControlCommand
 from guardrail.operate.identity import sender_name
 from guardrail.tui.model.health import HEARTBEAT_SECONDS

@@ -11,14 +11,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from guardrail.core.format import clean_and_shorten
-from guardrail.core.records import (
-    EMBED_GRAD_NORM,
-    EMBED_SHARE,
-    GRAD_NORM,
-    LOSS,
-    SnapshotInfo,
-    Status,
-)
+from guardrail.core.records.signals import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS
+from guardrail.core.records.status import SnapshotInfo, Status
 from guardrail.tui.model.background_facts import Background
 from guardrail.tui.model.health import (
     GONE,

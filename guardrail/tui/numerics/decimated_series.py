@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from guardrail.core.records import Action
+from guardrail.core.records.verdicts import Action
 from guardrail.tui.numerics.pyramid import BLOCK, Level, levels_above
 from guardrail.tui.numerics.series import BANDS, SIGNALS, STEP, THROUGHPUT, TOKENS, Series
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS
+from guardrail.core.records.signals import EMBED_GRAD_NORM, GRAD_NORM, LOSS
 from guardrail.tui.numerics.pyramid import Level
 from guardrail.tui.numerics.raster import Curve, sample_last
 from guardrail.tui.numerics.scales import XScale

@@ -11,7 +11,7 @@ from guardrail.core.format import (
     format_plural,
     format_time_of_day,
 )
-from guardrail.core.records import Finding, score_words
+from guardrail.core.records.findings import Finding, score_words
 from guardrail.report.incident import Document, Incident, Sample
 from guardrail.tui.model.view import signal_label
 from guardrail.tui.numerics.scales import format_short

@@ -12,7 +12,7 @@ from guardrail.core.format import (
     format_plural,
     format_size,
 )
-from guardrail.core.records import SnapshotInfo, Status
+from guardrail.core.records.status import SnapshotInfo, Status
 from guardrail.tui.draw.lines import Piece, Row, fit_row, make_row
 from guardrail.tui.model.health import format_disk_state
 from guardrail.tui.model.pane_state import PaneState

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from guardrail.core.format import format_count
-from guardrail.core.records import Phase, Shown, SnapshotInfo
+from guardrail.core.records.commands import Shown
+from guardrail.core.records.status import Phase, SnapshotInfo
 from guardrail.decide.control_commands.answer import Answer
 from guardrail.decide.control_commands.arguments import Word
 from guardrail.decide.control_commands.base import ControlCommand

@@ -12,7 +12,7 @@ from guardrail.core.format import (
     format_plural,
     format_short_count,
 )
-from guardrail.core.records import Status
+from guardrail.core.records.status import Status
 from guardrail.tui.draw.lines import (
     Piece,
     Row,

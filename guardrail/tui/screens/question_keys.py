@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guardrail.core.format import clean_and_shorten, format_seconds_in_words
-from guardrail.core.records import Status
+from guardrail.core.records.status import Status
 from guardrail.tui.draw.lines import Row
 from guardrail.tui.model.view import View
 

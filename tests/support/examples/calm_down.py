@@ -7,7 +7,7 @@ To use it, copy the file to `guardrail/decide/remedies/` and add `CalmDown` to `
 
 from __future__ import annotations
 
-from guardrail.core.records import Remedy
+from guardrail.core.records.verdicts import Remedy
 from guardrail.decide.remedies.base import EscalationRemedy
 from guardrail.decide.remedies.lower_lr import LowerLr
 from guardrail.decide.remedies.tighten_clip import TightenClip

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from guardrail.core.records import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
 from guardrail.core.section import Fraction, Positive
 from guardrail.detectors.base import Detector, DetectorParts, DetectorSettings, LogJumps
 

@@ -18,7 +18,9 @@ from guardrail.backtest.importers.sources import find_sources
 from guardrail.backtest.result import BacktestResult
 from guardrail.cli.main import main
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import LOSS, Action, Mode, Observation, Severity
+from guardrail.core.records.findings import Observation, Severity
+from guardrail.core.records.signals import LOSS
+from guardrail.core.records.verdicts import Action, Mode
 from guardrail.decide.controller import Controller
 from tests.support.feed import noisy, through_json
 from tests.support.places import TESTS

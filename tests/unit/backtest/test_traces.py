@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Mode, Observation, Verdict
+from guardrail.core.records.findings import Observation
+from guardrail.core.records.verdicts import Mode, Verdict
 from guardrail.decide.controller import Controller
 from tests.support.feed import BATCH
 from tests.support.places import TESTS

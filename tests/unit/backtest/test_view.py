@@ -17,7 +17,7 @@ from guardrail.backtest import recorded_run as viewing
 from guardrail.cli.main import main
 from guardrail.core.config import load_guard_options
 from guardrail.core.errors import DataError
-from guardrail.core.records import Command
+from guardrail.core.records.commands import Command
 from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.model.recorded_reader import RecordedReader
 from guardrail.tui.model.view import Snapshot, View

@@ -13,7 +13,7 @@ import pytest
 from guardrail.cli import init
 from guardrail.cli.main import COMMANDS, COMPLETION_VARIABLE, main
 from guardrail.core.config import build_config
-from guardrail.core.records import Phase, Status
+from guardrail.core.records.status import Phase, Status
 from guardrail.core.toml_file import read_toml
 from guardrail.rundir.run_directory import RunDirectory
 from trainer.config import Config

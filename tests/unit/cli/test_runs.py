@@ -15,7 +15,7 @@ from rich.cells import cell_len
 
 from guardrail.cli.main import main
 from guardrail.cli.runs import format_last_sign
-from guardrail.core.records import Phase, Status
+from guardrail.core.records.status import Phase, Status
 from guardrail.operate.run_summary import RunSummary, read_losses, summarize_run, summarize_runs
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.app.run_list import RunList, draw_curve, draw_run, matching_runs

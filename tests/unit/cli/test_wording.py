@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guardrail.core.records import Finding, FindingKind, Mode, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.verdicts import Mode
 from guardrail.launch.log_printer import LogLines
 from guardrail.operate.preview import Preview
 from guardrail.operate.preview import preview_command as of

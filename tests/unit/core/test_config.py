@@ -17,7 +17,7 @@ import pytest
 from guardrail.core.config import GuardConfig, build_config, load_guard_options, load_trainer_config
 from guardrail.core.errors import ConfigError, ExitCode
 from guardrail.core.guard_options import ESCALATION, EscalationStep, GuardOptions
-from guardrail.core.records import Mode
+from guardrail.core.records.verdicts import Mode
 from guardrail.core.toml_file import dump_toml
 from tests.support.golden import assert_golden
 from tests.support.places import ROOT

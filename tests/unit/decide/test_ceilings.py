@@ -11,16 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
+from guardrail.core.records.findings import Observation
+from guardrail.core.records.signals import (
     EMBED_GRAD_NORM,
     EMBED_SHARE,
     GRAD_NORM,
     LOSS,
     UPDATE_NORM,
-    Action,
-    Mode,
-    Observation,
 )
+from guardrail.core.records.verdicts import Action, Mode
 from guardrail.decide.controller import Controller
 from tests.support.feed import BATCH, healthy_loss, noisy
 

@@ -16,7 +16,9 @@ from guardrail.cli import ctl
 from guardrail.core.errors import UsageError
 from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Command, Mode, Phase
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import Phase
+from guardrail.core.records.verdicts import Mode
 from guardrail.decide.control_commands import registry
 from guardrail.decide.control_commands.accept import Accept
 from guardrail.decide.control_commands.answer import Answer

@@ -13,23 +13,16 @@ from guardrail.core.events.event import Event
 from guardrail.core.files import encode_json
 from guardrail.core.format import format_plural
 from guardrail.core.guard_options import EscalationStep, GuardOptions
-from guardrail.core.records import (
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import (
     EMBED_GRAD_NORM,
     EMBED_SHARE,
     GRAD_NORM,
     LOSS,
     LOSS_SCALE,
     UPDATE_NORM,
-    Action,
-    Cause,
-    Diagnosis,
-    Finding,
-    FindingKind,
-    Mode,
-    Observation,
-    Severity,
-    Verdict,
 )
+from guardrail.core.records.verdicts import Action, Cause, Diagnosis, Mode, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.decide.rollback import Rollback
 from guardrail.decide.run_history import RunHistory

@@ -18,16 +18,10 @@ from guardrail.core.events.event import Event
 from guardrail.core.events.kinds import with_data
 from guardrail.core.files import encode_json
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    Action,
-    Command,
-    Mode,
-    Observation,
-    Phase,
-    Status,
-    Unresolved,
-    Verdict,
-)
+from guardrail.core.records.commands import Command
+from guardrail.core.records.findings import Observation
+from guardrail.core.records.status import Phase, Status, Unresolved
+from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.decide.incident_line import make_incident_line
 from guardrail.decide.incidents import Incidents
@@ -343,7 +337,7 @@ def test_to_be_loaded_makes_no_state_good(tmp_path: Path) -> None:
 def test_lines_list_and_report_say_what_is_unresolved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from guardrail.core.records import Unresolved
+    from guardrail.core.records.status import Unresolved
 
     run = RunDirectory.create(tmp_path, "one", "")
     one = Unresolved(incident=1, since=60, loss=10.3, expected=1.8, let_pass="advise")

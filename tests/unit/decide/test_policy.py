@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Action, Finding, FindingKind, Severity, SnapshotInfo
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.status import SnapshotInfo
+from guardrail.core.records.verdicts import Action
 from guardrail.decide.incidents import Incidents
 from guardrail.decide.policy import (
     choose_target,

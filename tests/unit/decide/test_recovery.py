@@ -6,15 +6,9 @@ import random
 import pytest
 
 from guardrail.core.guard_options import EscalationStep, GuardOptions
-from guardrail.core.records import (
-    EMBED_GRAD_NORM,
-    Action,
-    Cause,
-    Finding,
-    FindingKind,
-    Remedy,
-    Severity,
-)
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.signals import EMBED_GRAD_NORM
+from guardrail.core.records.verdicts import Action, Cause, Remedy
 from guardrail.decide.controller import Controller
 from guardrail.decide.embedding_lead import embedding_leads
 from guardrail.decide.escalation import choose_remedy, count_uses

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from guardrail.core.guard_options import EFFECTS, ESCALATION, EscalationStep, GuardOptions
-from guardrail.core.records import Cause, Remedy
+from guardrail.core.records.verdicts import Cause, Remedy
 from guardrail.decide.remedies.base import EscalationRemedy
 from guardrail.decide.remedies.effects import compute_factor, format_effect, resets_moments
 from guardrail.decide.remedies.registry import BY_ACTION, REMEDIES, find_effect

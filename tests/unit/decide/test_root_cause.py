@@ -5,7 +5,9 @@ import math
 import msgspec
 import pytest
 
-from guardrail.core.records import GRAD_NORM, LOSS, Cause, Diagnosis, Finding, FindingKind, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.signals import GRAD_NORM, LOSS
+from guardrail.core.records.verdicts import Cause, Diagnosis
 from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
 from guardrail.decide.hardware_fault import RankNumbers, diagnose_hardware
 from guardrail.decide.root_cause import diagnose_passes

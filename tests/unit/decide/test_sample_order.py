@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardrail.core.errors import DataError, UsageError
-from guardrail.core.records import Span
+from guardrail.core.records.spans import Span
 from guardrail.decide import quarantine as quarantine_module
 from guardrail.decide.quarantine import Quarantine
 from guardrail.decide.sample_cursor import Batch, CursorState, SampleCursor

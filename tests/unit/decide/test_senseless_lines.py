@@ -13,7 +13,7 @@ import pytest
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Mode
+from guardrail.core.records.verdicts import Mode
 from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.run_directory import RunDirectory

@@ -10,7 +10,9 @@ import pytest
 
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Mode, Phase, Span
+from guardrail.core.records.spans import Span
+from guardrail.core.records.status import Phase
+from guardrail.core.records.verdicts import Mode
 from guardrail.decide.questions import ParkResult
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_cursor import SampleCursor

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Action, Mode
+from guardrail.core.records.verdicts import Action, Mode
 from guardrail.decide.controller import Controller
 from guardrail.detectors.benign_outliers import KEEP, LEAST, RATE, BenignOutliers
 from tests.support.feed import noisy, obs, through_json

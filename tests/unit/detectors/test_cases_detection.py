@@ -10,17 +10,9 @@ import random
 import pytest
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    EMBED_GRAD_NORM,
-    EMBED_SHARE,
-    GRAD_NORM,
-    LOSS,
-    LOSS_SCALE,
-    Action,
-    FindingKind,
-    Observation,
-    Verdict,
-)
+from guardrail.core.records.findings import FindingKind, Observation
+from guardrail.core.records.signals import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOSS_SCALE
+from guardrail.core.records.verdicts import Action, Verdict
 from guardrail.decide.controller import Controller
 from tests.support.feed import BATCH, noisy
 

@@ -13,17 +13,14 @@ import msgspec
 import pytest
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
+from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.signals import (
     EMBED_GRAD_NORM,
     EMBED_SHARE,
     GRAD_NORM,
     LOSS,
     LOSS_SCALE,
     UPDATE_NORM,
-    Finding,
-    FindingKind,
-    Observation,
-    Severity,
 )
 from guardrail.detectors.base import Detector, DetectorParts, DetectorSettings
 from guardrail.detectors.build import DETECTORS, ON_DEMAND, SETTINGS, build_detectors, find_detector

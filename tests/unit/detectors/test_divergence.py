@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 
-from guardrail.core.records import Finding, FindingKind, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Severity
 from guardrail.detectors.baseline import Baseline
 from guardrail.detectors.divergence import Divergence, DivergenceSettings
 from tests.support.feed import healthy_loss, noisy, obs, through_json

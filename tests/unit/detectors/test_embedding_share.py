@@ -7,17 +7,9 @@ from typing import Any
 import pytest
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    EMBED_GRAD_NORM,
-    EMBED_SHARE,
-    GRAD_NORM,
-    LOSS,
-    Action,
-    FindingKind,
-    Mode,
-    Observation,
-    Verdict,
-)
+from guardrail.core.records.findings import FindingKind, Observation
+from guardrail.core.records.signals import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS
+from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.decide.controller import Controller
 from tests.support.feed import BATCH, noisy, through_json
 

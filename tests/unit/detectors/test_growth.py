@@ -5,7 +5,9 @@ import math
 import pytest
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import GRAD_NORM, Action, Finding, FindingKind, Mode, Severity, Verdict
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.signals import GRAD_NORM
+from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.detectors.baseline import Baseline
 from guardrail.detectors.growth import CLIMB, SURE, GradNormGrowth

@@ -6,7 +6,8 @@ from itertools import groupby
 import pytest
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import LOSS, Action, Cause, Diagnosis, Mode, Verdict
+from guardrail.core.records.signals import LOSS
+from guardrail.core.records.verdicts import Action, Cause, Diagnosis, Mode, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.detectors.joint_cusum import ENOUGH, MOST
 from tests.support.feed import BATCH, healthy_loss, noisy, obs, through_json, warmed

@@ -7,17 +7,9 @@ import pytest
 from guardrail.backtest.backtest import run_backtest
 from guardrail.backtest.importers.sources import find_sources
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    GRAD_NORM,
-    LOSS,
-    LOSS_SCALE,
-    UPDATE_NORM,
-    Action,
-    FindingKind,
-    Mode,
-    Observation,
-    Verdict,
-)
+from guardrail.core.records.findings import FindingKind, Observation
+from guardrail.core.records.signals import GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM
+from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.detectors.loss_scale import AT_START, FALL
 from tests.support.feed import BATCH, noisy, plain, through_json

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from guardrail.core.records import GRAD_NORM, LOSS, FindingKind, Severity
+from guardrail.core.records.findings import FindingKind, Severity
+from guardrail.core.records.signals import GRAD_NORM, LOSS
 from guardrail.detectors.impossible import LARGEST, Impossible
 from guardrail.detectors.no_tokens import NoTokens
 from guardrail.detectors.nonfinite import NonFinite

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Action, FindingKind, Mode, Verdict
+from guardrail.core.records.findings import FindingKind
+from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.controller import Controller
 from guardrail.detectors.resume_jump import ROWS

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from guardrail.core.records import FindingKind, Severity
+from guardrail.core.records.findings import FindingKind, Severity
 from guardrail.detectors.baseline import FOLLOW, LAG, MAD_TO_SIGMA, Baseline, SortedWindow
 from guardrail.detectors.spike import NEW_LEVEL, Spike
 from guardrail.detectors.spike_settings import SpikeSettings

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Action, Finding, FindingKind, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.verdicts import Action
 from guardrail.decide.controller import Controller
 from guardrail.detectors.stuck import LEAST, StuckLoss
 from tests.support.feed import noisy, obs, through_json

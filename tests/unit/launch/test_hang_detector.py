@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.core.records import Phase, RankStatus
+from guardrail.core.records.status import Phase, RankStatus
 from guardrail.core.sections import LaunchSection
 from guardrail.launch import torchrun as elastic
 from guardrail.launch.hang_detector import LONGEST_LOOK, HangDetector

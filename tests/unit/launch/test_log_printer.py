@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.launch.log_printer import LogLines
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.fake_run import START, FakeRun, example

@@ -18,7 +18,7 @@ from guardrail.core.cause_evidence import (
     SameBatch,
 )
 from guardrail.core.events.decisions import Diagnosed
-from guardrail.core.records import Cause
+from guardrail.core.records.verdicts import Cause
 from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
 from guardrail.decide.hardware_fault import RankNumbers, diagnose_hardware
 from guardrail.decide.root_cause import add_batches_ahead, add_label_order, diagnose_passes

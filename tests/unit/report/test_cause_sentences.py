@@ -13,7 +13,8 @@ from guardrail.core.cause_evidence import (
     OtherBatches,
     SameBatch,
 )
-from guardrail.core.records import Cause, Finding, FindingKind, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.verdicts import Cause
 from guardrail.report.cause_sentences import (
     NEW_DATA,
     NOT_TESTED,

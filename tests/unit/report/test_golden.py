@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.core.records import Phase
+from guardrail.core.records.status import Phase
 from guardrail.report.output import commands_text, incident_text, render_report
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.fake_run import FakeRun

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.core.records import Span
+from guardrail.core.records.spans import Span
 from guardrail.report.output import (
     commands_text,
     incident_text,

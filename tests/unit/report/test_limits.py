@@ -9,7 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.core.records import Finding, FindingKind, Mode, Phase, Severity, Span, Status
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.spans import Span
+from guardrail.core.records.status import Phase, Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.report.build import build_report
 from guardrail.report.formats import COLUMNS
 from guardrail.report.output import commands_text, incident_text, summary_text

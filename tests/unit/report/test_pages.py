@@ -13,7 +13,8 @@ import pytest
 
 from guardrail.cli.main import main
 from guardrail.core.errors import RunDirectoryError
-from guardrail.core.records import Action, Span
+from guardrail.core.records.spans import Span
+from guardrail.core.records.verdicts import Action
 from guardrail.report.build import build_report
 from guardrail.report.output import (
     render_report,

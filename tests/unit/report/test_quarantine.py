@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from guardrail.core.errors import RunDirectoryError, UsageError
-from guardrail.core.records import Span
+from guardrail.core.records.spans import Span
 from guardrail.decide.quarantine import Quarantine
 from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.decide.sample_order import SampleOrder

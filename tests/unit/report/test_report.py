@@ -11,7 +11,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.core.records import Action, FindingKind, Phase, Span, Status
+from guardrail.core.records.findings import FindingKind
+from guardrail.core.records.spans import Span
+from guardrail.core.records.status import Phase, Status
+from guardrail.core.records.verdicts import Action
 from guardrail.report.build import build_report
 from guardrail.report.model import Report
 from guardrail.report.output import (

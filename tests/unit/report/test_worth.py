@@ -18,7 +18,9 @@ from guardrail.core.events.kinds import with_data
 from guardrail.core.files import encode_json
 from guardrail.core.format import format_number
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import GRAD_NORM, LOSS, Action, LossTrend, Observation, Verdict
+from guardrail.core.records.findings import Observation
+from guardrail.core.records.signals import GRAD_NORM, LOSS
+from guardrail.core.records.verdicts import Action, LossTrend, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.decide.incident_line import make_incident_line
 from guardrail.decide.run_history import RunHistory

@@ -13,7 +13,7 @@ import pytest
 from guardrail.core.errors import RunDirectoryError
 from guardrail.core.events.event import Event
 from guardrail.core.files import as_float
-from guardrail.core.records import Command
+from guardrail.core.records.commands import Command
 from guardrail.rundir.command_files import Inbox, check_command, find_interrupted
 from guardrail.rundir.mailbox import CommandPoller
 from guardrail.rundir.run_directory import RunDirectory

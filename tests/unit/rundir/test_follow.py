@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.core.records import METRIC_COLUMNS, Phase, Status
+from guardrail.core.records.signals import METRIC_COLUMNS
+from guardrail.core.records.status import Phase, Status
 from guardrail.rundir import follow
 from guardrail.rundir.follow import Follower
 from guardrail.rundir.run_directory import RunDirectory

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.core.records import Mode, Phase, RankStatus, Status
+from guardrail.core.records.status import Phase, RankStatus, Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.rundir.heartbeat import Heartbeat, resident_bytes, this_start
 from guardrail.rundir.run_directory import RunDirectory
 from tests.bench.reports import elsewhere, supervisor_operations

@@ -14,7 +14,9 @@ import pytest
 
 from guardrail.cli.main import main
 from guardrail.core.errors import ExitCode, RunDirectoryError, UsageError
-from guardrail.core.records import Command, Mode, Phase, Status
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import Phase, Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.core.sections import LaunchSection
 from guardrail.launch import launcher as launching
 from guardrail.launch.launcher import is_alive

@@ -10,7 +10,8 @@ import pytest
 
 from guardrail.core.config import GuardConfig, build_config
 from guardrail.core.events.event import Event
-from guardrail.core.records import Cause, Remedy, Span
+from guardrail.core.records.spans import Span
+from guardrail.core.records.verdicts import Cause, Remedy
 from guardrail.core.sections import NotifySection
 from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.journal import parse

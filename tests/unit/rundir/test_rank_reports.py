@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.core.records import Phase, RankStatus
+from guardrail.core.records.status import Phase, RankStatus
 from guardrail.rundir.heartbeat import Heartbeat
 from guardrail.rundir.rank_reports import LONGEST_INTERVAL, NodeReports, seconds_between
 from guardrail.rundir.run_directory import RunDirectory

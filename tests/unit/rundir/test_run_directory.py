@@ -24,18 +24,11 @@ import numpy as np
 import pytest
 
 from guardrail.core.errors import ConfigError, RunDirectoryError
-from guardrail.core.records import (
-    METRIC_COLUMNS,
-    Finding,
-    FindingKind,
-    Mode,
-    NodeStatus,
-    Phase,
-    RankStatus,
-    Severity,
-    Span,
-    Status,
-)
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.signals import METRIC_COLUMNS
+from guardrail.core.records.spans import Span
+from guardrail.core.records.status import NodeStatus, Phase, RankStatus, Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.core.toml_file import read_toml
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.launch.supervisor_journal import read_last_lines

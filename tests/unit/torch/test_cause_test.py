@@ -6,7 +6,9 @@ from typing import Any, cast
 
 import pytest
 
-from guardrail.core.records import LOSS, Finding, FindingKind, Severity, Span
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.signals import LOSS
+from guardrail.core.records.spans import Span
 from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
 from guardrail.decide.sample_cursor import Batch, SampleCursor
 from guardrail.decide.sample_order import SampleOrder

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import UsageError
 from guardrail.core.guard_options import EscalationStep, GuardOptions
-from guardrail.core.records import Action, Command, Mode, Phase
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import Phase
+from guardrail.core.records.verdicts import Action, Mode
 from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.controller import Controller
 from guardrail.decide.sample_order import SampleOrder

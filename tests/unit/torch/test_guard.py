@@ -17,7 +17,9 @@ from torch import Tensor, nn
 import guardrail.torch.checkpoint.disk_checkpoints
 from guardrail.core.config import GuardConfig
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Action, Command, Mode, Phase, Verdict
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import Phase
+from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.sample_cursor import SampleCursor
 from guardrail.decide.sample_order import SampleOrder

@@ -16,19 +16,11 @@ from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    Action,
-    Command,
-    Finding,
-    FindingKind,
-    Mode,
-    Phase,
-    Severity,
-    Shown,
-    Span,
-    Status,
-    Verdict,
-)
+from guardrail.core.records.commands import Command, Shown
+from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.spans import Span
+from guardrail.core.records.status import Phase, Status
+from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.decide.control_commands.registry import command_of, find_command, numbers_of
 from guardrail.decide.control_commands.skip import Skip
 from guardrail.decide.controller import Controller

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from guardrail.core.records import Action, Cause, Diagnosis, Mode, Verdict
+from guardrail.core.records.verdicts import Action, Cause, Diagnosis, Mode, Verdict
 from guardrail.torch.guard.guard import Step
 from guardrail.torch.measure.reduced_step import ReducedStep
 from tests.unit.torch.test_guard import Loop

@@ -15,7 +15,8 @@ from torch import nn
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError
 from guardrail.core.guard_options import EscalationStep, GuardOptions
-from guardrail.core.records import Action, Mode, Phase, Remedy
+from guardrail.core.records.status import Phase
+from guardrail.core.records.verdicts import Action, Mode, Remedy
 from guardrail.core.sections import CheckpointSection, LaunchSection, NotifySection, SnapshotSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.torch.guard.guard import Guard

@@ -22,7 +22,8 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 )
 
 from guardrail.backtest.importers.sources import find_sources
-from guardrail.core.records import Action, Span
+from guardrail.core.records.spans import Span
+from guardrail.core.records.verdicts import Action
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.trackers import sink, tfevents
 from guardrail.trackers.sink import Sink, follow_run, write_once

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from guardrail.core.errors import DataError
-from guardrail.core.records import DocumentRef
+from guardrail.core.records.spans import DocumentRef
 from tests.support.corpora import prepared, section, stream, write
 from trainer.data import holdout
 from trainer.data.corpus import Corpus, Split

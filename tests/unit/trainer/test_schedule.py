@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from guardrail.core.config import build_config
 from guardrail.core.errors import ConfigError
-from guardrail.core.records import Span
+from guardrail.core.records.spans import Span
 from guardrail.decide.sample_cursor import Batch, SampleCursor
 from guardrail.decide.sample_order import SampleOrder
 from tests.support.running import of_kind, table, tiny, trained

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from guardrail.core.records import METRIC_COLUMNS
+from guardrail.core.records.signals import METRIC_COLUMNS
 from guardrail.tui.chart import axis
 from guardrail.tui.chart.column_cache import ColumnCache
 from guardrail.tui.model.view import View

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from textual.pilot import Pilot
 
-from guardrail.core.records import Command, Phase
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import Phase
 from guardrail.operate.run_summary import RunSummary
 from guardrail.rundir import journal
 from guardrail.rundir.follow import Follower

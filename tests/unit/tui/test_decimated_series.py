@@ -16,7 +16,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from guardrail.core.records import METRIC_COLUMNS
+from guardrail.core.records.signals import METRIC_COLUMNS
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.chart import axis

@@ -12,7 +12,8 @@ import msgspec
 import pytest
 from rich.cells import cell_len
 
-from guardrail.core.records import Mode, Phase, SnapshotInfo, Status
+from guardrail.core.records.status import Phase, SnapshotInfo, Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.core.sections import LaunchSection
 from guardrail.launch.supervisor_journal import SupervisorJournal
 from guardrail.tui.model.pane_state import PaneState

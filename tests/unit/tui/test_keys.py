@@ -20,7 +20,9 @@ from textual.pilot import Pilot
 from textual.strip import Strip
 
 from guardrail.core.errors import ExitCode
-from guardrail.core.records import Command, Mode, Phase, Shown
+from guardrail.core.records.commands import Command, Shown
+from guardrail.core.records.status import Phase
+from guardrail.core.records.verdicts import Mode
 from guardrail.decide.control_commands.registry import shown_in
 from guardrail.operate.preview import Preview
 from guardrail.rundir.command_files import check_command

@@ -8,7 +8,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from guardrail.core.records import Mode
+from guardrail.core.records.verdicts import Mode
 from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.model.log_lines import LogLine
 from tests.support.fake_run import FakeReader, FakeRun, snapshot_of

@@ -25,7 +25,8 @@ from guardrail.core.format import (
     format_size,
     format_time_of_day,
 )
-from guardrail.core.records import Mode, Phase, SnapshotInfo, Status
+from guardrail.core.records.status import Phase, SnapshotInfo, Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.chart.axis import GUTTER, make_x_scale, marks_in_view, next_marked_step
 from guardrail.tui.chart.chart import PlotCache, Sparklines, draw_chart, draw_sparkline

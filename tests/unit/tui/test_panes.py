@@ -22,7 +22,7 @@ from rich.cells import cell_len
 
 from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Phase, RankStatus, SnapshotInfo
+from guardrail.core.records.status import Phase, RankStatus, SnapshotInfo
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.draw.lines import Row
 from guardrail.tui.model import logtail

@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.core.records import Command, Phase, Status
+from guardrail.core.records.commands import Command
+from guardrail.core.records.status import Phase, Status
 from guardrail.operate.run_state import RunState
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.model import curve_reader, run_reader, worker_thread

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardrail.core.events.event import Event
-from guardrail.core.records import Finding, FindingKind, Severity
+from guardrail.core.records.findings import Finding, FindingKind, Severity
 from guardrail.tui.model.incident_list import format_skipped
 from guardrail.tui.model.log_lines import make_log_line
 from guardrail.tui.model.run_story import Story, StoryBuilder

@@ -20,7 +20,8 @@ import pytest
 from rich.cells import cell_len
 from textual.pilot import Pilot
 
-from guardrail.core.records import Mode, Phase, RankStatus, Status
+from guardrail.core.records.status import Phase, RankStatus, Status
+from guardrail.core.records.verdicts import Mode
 from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.model.background_facts import Background
 from guardrail.tui.model.config_lines import read_config_lines

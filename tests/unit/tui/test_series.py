@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrail.core.records import METRIC_COLUMNS
+from guardrail.core.records.signals import METRIC_COLUMNS
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.tui.numerics.decimated_series import DecimatedSeries
 from guardrail.tui.numerics.series import Series, choosable_signals

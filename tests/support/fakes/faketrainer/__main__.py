@@ -14,7 +14,7 @@ from pathlib import Path
 
 from guardrail.core.config import load_trainer_config
 from guardrail.core.files import replace_file
-from guardrail.core.records import Phase, Status
+from guardrail.core.records.status import Phase, Status
 from guardrail.rundir.heartbeat import Heartbeat
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import StopSignals
