@@ -130,10 +130,8 @@ def mask_text(text: str, *, display: bool = False) -> str:
 
 def _mask_by_name(value: Any, path: str) -> Any:
     if isinstance(value, dict):
-        return {
-            name: _mask_by_name(one, f"{path}.{name}" if path else name)
-            for name, one in value.items()
-        }
+        prefix = f"{path}." if path else ""
+        return {name: _mask_by_name(one, f"{prefix}{name}") for name, one in value.items()}
     if path.startswith("notify."):
         return value  # masked already; the rest names a variable or a file
     if isinstance(value, list):

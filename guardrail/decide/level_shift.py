@@ -78,7 +78,7 @@ def begin_norms(
         detector = detectors.detectors.get(finding.signal)
         if finding.severity is Severity.REJECT and detector is not None:
             detector.begin_level(obs)
-    return tuple(_shifted(finding) if _is_of_norm(finding) else finding for finding in findings)
+    return tuple(_note_norm(finding) for finding in findings)
 
 
 def tolerate(
@@ -99,6 +99,11 @@ def begin_level(
     for detector in detectors.detectors.values():
         detector.begin_level(obs)
     return tuple(map(_shifted, findings))
+
+
+def _note_norm(finding: Finding) -> Finding:
+    """Return a finding about a norm as a note, and any other finding as it is."""
+    return _shifted(finding) if _is_of_norm(finding) else finding
 
 
 def _shifted(finding: Finding) -> Finding:

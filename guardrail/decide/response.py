@@ -152,4 +152,6 @@ def _find_bad_samples(
         return ()
     first, last = skipped
     positions = case.diagnosis.positions
-    return positions if all(first <= position < last for position in positions) else ()
+    if not all(first <= position < last for position in positions):
+        return ()
+    return positions

@@ -70,9 +70,10 @@ def _render_markdown_table(table: Table) -> Iterator[str]:
     if table.title:
         yield from (f"**{_escape_markdown(table.title)}**", "")
     yield _render_markdown_row(table.heads)
-    yield _render_markdown_row(
-        "--:" if at in table.right else "---" for at in range(len(table.heads))
-    ).replace("\\", "")
+    rules = ["---"] * len(table.heads)
+    for column in table.right:
+        rules[column] = "--:"
+    yield _render_markdown_row(rules).replace("\\", "")
     yield from map(_render_markdown_row, table.rows)
     if table.rest:
         yield from ("", _escape_markdown(table.rest))

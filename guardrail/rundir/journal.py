@@ -155,11 +155,12 @@ def findings_of(event: Event) -> tuple[Finding, ...]:
 
     Findings in a format of a newer version are ignored.
     """
-    return tuple(
-        f
-        for f in (_convert(raw, Finding) for raw in _list(event.data.get("findings")))
-        if f is not None
-    )
+    found = []
+    for raw in _list(event.data.get("findings")):
+        finding = _convert(raw, Finding)
+        if finding is not None:
+            found.append(finding)
+    return tuple(found)
 
 
 def span_of(event: Event) -> Span | None:

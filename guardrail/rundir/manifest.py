@@ -228,6 +228,15 @@ def _check_consistent(manifest: Manifest, folder: Path) -> None:
             )
 
 
+def _first_axis_that_differs(boxes: list[Box], dimensions: int) -> int:
+    """Return the first dimension in which the offsets of the boxes differ; 0: there is none."""
+    for axis in range(dimensions):
+        offsets = {box.offset[axis] for box in boxes}
+        if len(offsets) > 1:
+            return axis
+    return 0
+
+
 def covers(shape: Shape, boxes: list[Box]) -> bool:
     """Return whether the boxes are inside `shape`, are disjoint, and cover all of it.
 
@@ -248,7 +257,7 @@ def covers(shape: Shape, boxes: list[Box]) -> bool:
     # overlap it.
     if total != math.prod(shape):
         return False
-    axis = next((d for d in range(len(shape)) if len({box.offset[d] for box in boxes}) > 1), 0)
+    axis = _first_axis_that_differs(boxes, len(shape))
     ordered = sorted((b for b in boxes if b.elements), key=lambda box: box.offset)
     for index, box in enumerate(ordered):
         for other in ordered[index + 1 :]:

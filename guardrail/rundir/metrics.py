@@ -253,11 +253,9 @@ class _Picked(MetricsView):
     def __init__(self, view: MetricsView, columns: Sequence[str]) -> None:
         import numpy as np
 
-        picked = (
-            np.stack([view.column(name) for name in columns], axis=1)
-            if columns
-            else view.array[:, :0]
-        )
+        picked = view.array[:, :0]
+        if columns:
+            picked = np.stack([view.column(name) for name in columns], axis=1)
         super().__init__(columns, picked, view._timelines)
         self._view = view
 

@@ -45,7 +45,9 @@ def verify(
     manifest = read_manifest(folder)
     for file in manifest.files:
         _check_size(folder, file)
-    chosen = set(files) if files is not None else {file.name for file in manifest.files}
+    if files is None:
+        files = [file.name for file in manifest.files]
+    chosen = set(files)
     total = sum(file.bytes for file in manifest.files if file.name in chosen)
     done = 0
     for file in manifest.files:

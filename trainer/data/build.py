@@ -220,15 +220,16 @@ class Builder:
 
     def _fingerprint(self, splits: dict[str, SplitIndex]) -> str:
         """Return a hash of the tokens and of what gives them their meaning; no path, no time."""
+        digests: dict[str, list[str]] = {}
+        for name, split in splits.items():
+            digests[name] = [entry.sha256 for entry in split.shards]
         content = {
             "format": FORMAT,
             "tokenizer": self.tokenizer.identity,
             "eos": self.tokenizer.eos,
             "sequence_length": self.data.sequence_length,
             "eval_fraction": self.data.eval_fraction,
-            "shards": {
-                name: [entry.sha256 for entry in split.shards] for name, split in splits.items()
-            },
+            "shards": digests,
         }
         return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
 

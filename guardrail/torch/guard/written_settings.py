@@ -73,9 +73,9 @@ class WrittenSettings:
     def __init__(self, state: TrainingState) -> None:
         self._state = state
         scalars = state.scalars()
-        self._groups: list[list[dict[str, Any]]] = [
-            [g["values"] for g in groups] for groups in scalars["groups"]
-        ]
+        self._groups: list[list[dict[str, Any]]] = []
+        for groups in scalars["groups"]:
+            self._groups.append([group["values"] for group in groups])
         self._schedulers: list[Any] = scalars["schedulers"]
 
     def facts(self) -> dict[str, Any]:
@@ -141,10 +141,10 @@ class WrittenSettings:
         return found
 
     def _rates_changed(self, saved: Mapping[str, Any] | None) -> bool:
-        return any(
-            then is not None and any(then.get(key) != now.get(key) for key in RATES)
-            for _, now, then in self._groups_with(saved)
-        )
+        for _, now, then in self._groups_with(saved):
+            if then is not None and any(then.get(key) != now.get(key) for key in RATES):
+                return True
+        return False
 
     # -- schedules ---------------------------------------------------------------------------------
 

@@ -344,8 +344,13 @@ def _agree_on_blocks(own_blocks: Sequence[str], world: int) -> list[str]:
 
 def _natural_key(name: str) -> list[tuple[bool, int | str]]:
     """Return a sort key by which layers.9 comes before layers.10."""
-    parts = re.split(r"(\d+)", name)
-    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in parts]
+    key: list[tuple[bool, int | str]] = []
+    for part in re.split(r"(\d+)", name):
+        if part.isdigit():
+            key.append((True, int(part)))
+        else:
+            key.append((False, part))
+    return key
 
 
 def _unwrapped_name(name: str) -> str:

@@ -84,7 +84,10 @@ def matching_runs(runs: Sequence[RunSummary], words: str) -> list[RunSummary]:
     def text(one: RunSummary) -> str:
         return f"{one.run} {one.host} {one.state} {STATES.get(one.state, ('', '', ''))[1]}".lower()
 
-    return [one for one in runs if all(word in text(one) for word in wanted)]
+    def matches(one: RunSummary) -> bool:
+        return all(word in text(one) for word in wanted)
+
+    return [one for one in runs if matches(one)]
 
 
 def draw_run(

@@ -142,7 +142,9 @@ class Dashboard(CommandKeys, Mouse, Screen[None]):
         grid.styles.grid_size_columns = max(1, layout.columns)
         # In one column the enlarged chart is half as high again as the others.
         tall = self.view.big if layout.columns == 1 else ""
-        heights = ["3fr" if signal == tall else "2fr" for signal in shown]
+        heights = ["2fr"] * len(shown)
+        if tall in shown:
+            heights[list(shown).index(tall)] = "3fr"
         grid.styles.grid_rows = " ".join(heights) or "2fr"
         for slot, chart in enumerate(self.charts):
             chart.display = slot < len(shown)
