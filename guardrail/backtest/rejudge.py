@@ -343,6 +343,8 @@ class _ControllerChange(ReplayTarget):
     @classmethod
     def read(cls, event: Event) -> _ControllerChange | None:
         """Return what a line changes; None: nothing. Raises one of SENSELESS."""
+        if not isinstance(event, CommandAnswered):
+            return None
         change = cls()
         replay_line(event, change)
         if change.mode is None and change.batch is None:

@@ -5,21 +5,9 @@ Pure.
 
 from __future__ import annotations
 
+from guardrail.core.events.decisions import VerdictGiven
 from guardrail.core.events.event import Event
 from guardrail.core.records.verdicts import Action
-
-# Actions that are taken on a step in `advise`.
-_DONE = (Action.APPLY.value, Action.FP16_OVERFLOW.value)
-
-
-def find_advised_action(event: Event) -> str:
-    """Return the action that a verdict only advises, as the journal names it; "" for others."""
-    would = event.data.get("would")
-    if event.kind != "verdict" or event.data.get("action") not in _DONE:
-        return ""
-    if not isinstance(would, str) or would == Action.APPLY.value:
-        return ""
-    return would
 
 
 def advised_words(would: str) -> str:
@@ -37,10 +25,11 @@ class AdvisedIncidents:
 
     def is_repeated(self, event: Event) -> bool:
         """Return whether the event only repeats an advice of its incident."""
-        would, number = find_advised_action(event), event.data.get("incident")
-        if not would or not isinstance(number, int) or number <= 0:
+        if not isinstance(event, VerdictGiven) or not event.advised:
             return False
-        key = (number, would)
+        if event.incident is None or event.incident <= 0:
+            return False
+        key = (event.incident, event.advised)
         repeated = key in self._known
         self._known.add(key)
         return repeated

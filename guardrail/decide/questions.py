@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple
 
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import TURNS, Paused, Resumed
 from guardrail.core.records.commands import Shown
 
 CHOICES = ("accept", "continue", "stop")  # words of the three answers, in the order of their values
-_TURNS = ("paused", "resumed", "started", "restarted", "ended")
+_TURNS = (Paused, Resumed, *TURNS)  # after such a line, no earlier question is open
 
 
 class ParkResult(Enum):
@@ -34,20 +35,14 @@ class Open(NamedTuple):
     over: dict[int, str]
 
 
-def open_question(events: Iterable[Event]) -> Event | None:
-    """Return the `paused` line of the question that is open after these events; None: none is."""
-    newest = None
-    for event in events:
-        if event.kind in _TURNS:
-            newest = event
-    if newest is None or not asks(newest):
-        return None
-    return newest
-
-
-def asks(event: Event) -> bool:
-    """Return whether a line is a question, not a pause by a command."""
-    return event.kind == "paused" and bool(event.data.get("asks", event.data.get("proposals")))
+def open_question(events: Sequence[Event]) -> Paused | None:
+    """Return the line of the question that is open after these events; None: none is."""
+    for event in reversed(events):
+        if isinstance(event, Paused) and event.is_question:
+            return event
+        if isinstance(event, _TURNS):
+            return None
+    return None
 
 
 def how_to_answer(number: int) -> str:

@@ -12,8 +12,9 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from guardrail.core.events.decisions import RolledBack, Undone
 from guardrail.core.events.event import Event
-from guardrail.core.files import as_int
+from guardrail.core.events.run_state import Restarted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,13 +52,13 @@ class TimelineIndex:
     def add_events(self, events: Iterable[Event]) -> None:
         """Read the beginnings from `rollback`, `undo` and `restarted` lines."""
         for event in events:
-            if event.kind in ("rollback", "undo"):
-                step = as_int(event.data.get("to_step"), -1)
-                timeline = as_int(event.data.get("new_timeline"), -1)
-                if step >= 0 and timeline >= 0:
-                    self.begin(timeline, step)
-            elif event.kind == "restarted":
-                self.begin(as_int(event.data.get("new_timeline"), event.timeline), event.step)
+            match event:
+                case RolledBack() | Undone():
+                    step, timeline = event.to_step, event.new_timeline
+                    if step is not None and timeline is not None and min(step, timeline) >= 0:
+                        self.begin(timeline, step)
+                case Restarted():
+                    self.begin(event.timeline_after, event.step)
 
     def add_rows(
         self, steps: np.ndarray, timelines: np.ndarray, *, from_start: bool = True

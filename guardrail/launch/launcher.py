@@ -20,6 +20,7 @@ from guardrail.core.errors import (
     RunDirectoryError,
     UsageError,
 )
+from guardrail.core.events.run_state import Ended
 from guardrail.core.format import format_plural
 from guardrail.core.overrides import find_source, mask_override
 from guardrail.core.packages import install_hint, is_installed
@@ -272,8 +273,8 @@ def _end_was_saved(run: RunDirectory) -> bool:
     """Return whether the last steps of a finished run are on disk. An older version may not have
     saved them.
     """
-    ends = [event for event in run.events() if event.kind == "ended"]
-    return not ends or ends[-1].data.get("saved") is not False
+    ends = [event for event in run.events() if isinstance(event, Ended)]
+    return not ends or ends[-1].saved is not False
 
 
 def _refuse_stale(run: RunDirectory) -> None:

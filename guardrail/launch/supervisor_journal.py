@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from guardrail.core.errors import ExitCode
+from guardrail.core.events.run_state import Ended
 from guardrail.core.files import open_file
 from guardrail.core.format import format_plural
 from guardrail.core.records.status import Phase, Status
@@ -120,7 +121,7 @@ class SupervisorJournal:
         of an earlier start does not count: it must come from one of `pids`, or from another host.
         """
         last = last_turn(self._run.events())
-        if last is not None and last.kind == "ended" and last.seq > self._last_event:
+        if isinstance(last, Ended) and last.seq > self._last_event:
             outcome = outcome_of(last)
             if outcome is not None:
                 return outcome

@@ -13,6 +13,7 @@ import msgspec
 
 from guardrail.core.errors import UsageError
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import CommandAnswered, Ended
 from guardrail.core.files import open_file
 from guardrail.core.records.commands import Command, Shown
 from guardrail.core.records.status import Phase
@@ -162,10 +163,10 @@ def send_and_wait(run: RunDirectory, command: Command, *, seconds: float) -> Eve
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         for event in tail.read_new():
-            if event.kind == "command" and event.data.get("id") == command.id:
+            if isinstance(event, CommandAnswered) and event.id == command.id:
                 _raise_refusal(run, event)
                 return event
-            if event.kind == "ended":
+            if isinstance(event, Ended):
                 if is_stop:
                     return event
                 raise UsageError(f"{run.name} ended before it answered ({event.message})")
@@ -181,9 +182,9 @@ def send_and_wait(run: RunDirectory, command: Command, *, seconds: float) -> Eve
     )
 
 
-def _raise_refusal(run: RunDirectory, answer: Event) -> None:
-    if answer.data.get("effect") != "applied":
-        raise UsageError(f"{run.name} refuses: {answer.data.get('reason') or answer.message}")
+def _raise_refusal(run: RunDirectory, answer: CommandAnswered) -> None:
+    if not answer.is_applied:
+        raise UsageError(f"{run.name} refuses: {answer.reason or answer.message}")
 
 
 def format_answer(answer: Event | None) -> str:

@@ -18,7 +18,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from guardrail.core.errors import (
     ExitCode,
@@ -28,6 +28,7 @@ from guardrail.core.errors import (
     WorkersFailed,
 )
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import CommandAnswered, Ended
 from guardrail.core.files import FOLDER_MODE, encode_json, replace_file
 from guardrail.core.records.commands import Command
 from guardrail.core.records.record import Record
@@ -172,8 +173,8 @@ def make_scratch_run(run: RunDirectory, plan: ReplayPlan) -> RunDirectory:
     scratch = RunDirectory.create_at(path, _config_for_replay(run))
     try:
         # The mode stays off, whichever modes the users of the run set.
-        events = [one for one in run.events() if one.data.get("command") != ChangeMode.name]
-        lines = b"".join(encode_json(_line_fields(event)) + b"\n" for event in events)
+        events = [one for one in run.events() if not _is_change_of_mode(one)]
+        lines = b"".join(encode_json(event.all_fields()) + b"\n" for event in events)
         replace_file(scratch.journal_path, lines)
         if plan.base is not None:
             _link_files(plan.base, scratch.checkpoints / plan.base.name)
@@ -202,9 +203,8 @@ def _config_for_replay(run: RunDirectory) -> str:
     return tomli_w.dumps(tree)
 
 
-def _line_fields(event: Event) -> dict[str, Any]:
-    names = ("seq", "time", "step", "timeline", "kind", "message")
-    return {**{name: getattr(event, name) for name in names}, **event.data}
+def _is_change_of_mode(event: Event) -> bool:
+    return isinstance(event, CommandAnswered) and event.command == ChangeMode.name
 
 
 def _link_files(source: Path, target: Path) -> None:
@@ -239,7 +239,7 @@ def _follow(
         return
     reason = f"exit code {code}"
     for event in scratch.events():
-        if event.kind == "ended":
+        if isinstance(event, Ended):
             reason = clean_text(event.message, 600)
     error_class: type[UsageError | WorkersFailed] = WorkersFailed
     if code == ExitCode.USAGE:

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from guardrail.core.errors import CheckpointInvalid, UsageError
+from guardrail.core.events.decisions import CLOSED, REPEATED, IncidentChanged
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import Restarted, Started
 from guardrail.core.text import clean_text
 from guardrail.decide.run_history import RunHistory
 from guardrail.launch.preflight import count_cuda_devices
 from guardrail.report.incident import Incident
-from guardrail.report.incident_builder import ENDS, IncidentBuilder
+from guardrail.report.incident_builder import IncidentBuilder
 from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 from guardrail.rundir.manifest import Manifest, read_manifest
 from guardrail.rundir.run_directory import RunDirectory
+
+_ENDS = (*CLOSED, REPEATED)  # states of an incident whose steps are complete
 
 
 class ReplayPlan(NamedTuple):
@@ -61,11 +65,11 @@ def manifest_of(folder: Path) -> Manifest | None:
         return None
 
 
-def starts_in(events: Sequence[Event], plan: ReplayPlan) -> list[Event]:
+def starts_in(events: Sequence[Event], plan: ReplayPlan) -> list[Started | Restarted]:
     """Return the `started` and `restarted` lines whose ranks made steps of the plan."""
-    starts: list[Event] = []
+    starts: list[Started | Restarted] = []
     for event in events:
-        if event.kind in ("started", "restarted"):
+        if isinstance(event, (Started, Restarted)):
             starts = [one for one in starts if one.step < event.step] + [event]
     first = max((at for at, one in enumerate(starts) if one.step <= plan.from_step), default=0)
     return [one for one in starts[first:] if one.step < plan.to_step]
@@ -76,19 +80,15 @@ def machine_remarks(run: RunDirectory) -> tuple[str, ...]:
     import socket
     from importlib.metadata import PackageNotFoundError, version
 
-    first = next((event for event in run.events() if event.kind == "started"), None)
+    first = next((event for event in run.events() if isinstance(event, Started)), None)
     if first is None:
         return ()
     remarks = []
-    host = first.data.get("host")
-    if host and host != socket.gethostname():
-        remarks.append(f"the run began on {clean_text(str(host), 80)}, another machine")
-    versions = first.data.get("versions")
-    if not isinstance(versions, dict):
-        return tuple(remarks)
+    if first.host and first.host != socket.gethostname():
+        remarks.append(f"the run began on {clean_text(first.host, 80)}, another machine")
     for name in ("torch", "guardrail"):
         with contextlib.suppress(PackageNotFoundError):
-            then, now = versions.get(name), version(name)
+            then, now = first.versions.get(name), version(name)
             if then and _without_build(str(then)) != _without_build(now):
                 remarks.append(f"{name} was {clean_text(str(then), 40)} and is {now}")
     return tuple(remarks)
@@ -142,9 +142,7 @@ def _last_step_of(events: Sequence[Event], number: int, last: int) -> int:
     """Return the step that ended an incident; `last` while it is open."""
     ended = last
     for event in events:
-        data = event.data
-        is_end = event.kind == "incident" and data.get("state") in ENDS
-        if is_end and data.get("number") == number:
+        if isinstance(event, IncidentChanged) and event.number == number and event.state in _ENDS:
             ended = event.step + 1  # the line is written before that step counts
     return ended
 
@@ -156,12 +154,12 @@ def _refuse_other_machine(run: RunDirectory, events: Sequence[Event], plan: Repl
         raise UsageError(f"{run.name} was trained on {launch['nodes']} nodes; a replay runs on one")
     here = int(launch.get("processes", 1))
     for event in starts_in(events, plan):
-        world = event.data.get("world", here)
+        world = event.world or here
         if world != here:
             raise UsageError(
                 f"{run.name} ran on {world} ranks from step {event.step:,} on, and its "
                 f"configuration has {here}: sums over another number of ranks round differently, "
                 "so the numbers cannot be the same"
             )
-        if event.data.get("device") == "cuda" and count_cuda_devices() == 0:
+        if event.device == "cuda" and count_cuda_devices() == 0:
             raise UsageError(f"{run.name} was trained on CUDA devices; this machine has none")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from guardrail.core.config import load_guard_options
 from guardrail.core.errors import ConfigError
 from guardrail.core.events.event import Event
-from guardrail.core.files import as_int
+from guardrail.core.events.run_state import Started
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records.spans import Span
 from guardrail.core.records.status import Phase, SnapshotInfo, Status, Unresolved
@@ -90,7 +90,7 @@ class RunState:
         if asked is not None and not status.phase.ended:
             question = asked.seq
             if status.question:
-                end = as_int(asked.data.get("end"))
+                end = asked.end or 0
         # A run may be long: only rows after the oldest state that can be restored are read.
         usable = [info.step for info in status.snapshots if info.state in ("good", "candidate")]
         oldest = min(usable, default=status.step)
@@ -240,15 +240,16 @@ def _build_order(events: Iterable[Event], history: RunHistory) -> SampleCursor |
     from guardrail.decide.sample_order import SampleOrder
 
     for event in events:
-        data = event.data
-        samples = data.get("samples")
-        if event.kind == "started" and isinstance(samples, int) and samples > 0:
-            seed, shuffled = data.get("order_seed", data.get("seed", 0)), data.get("shuffled", True)
-            order = SampleOrder(samples=samples, seed=int(seed), shuffled=bool(shuffled))
-            cursor = SampleCursor(order, batch_size=1)
-            for span in history.spans:
-                cursor.skip_span(span)
-            return cursor
+        if not isinstance(event, Started) or not event.samples or event.samples < 0:
+            continue
+        if "order_seed" in event.unreadable:
+            return None
+        is_shuffled = event.shuffled is not False
+        order = SampleOrder(samples=event.samples, seed=event.sample_seed, shuffled=is_shuffled)
+        cursor = SampleCursor(order, batch_size=1)
+        for span in history.spans:
+            cursor.skip_span(span)
+        return cursor
     return None
 
 

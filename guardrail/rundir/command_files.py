@@ -19,11 +19,12 @@ from typing import Any
 
 import msgspec
 
+from guardrail.core.events.decisions import SamplesTaken
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import CommandAnswered
 from guardrail.core.files import as_float, encode_json, replace_file
 from guardrail.core.records.commands import Command
 from guardrail.core.records.record import Record
-from guardrail.core.records.spans import origin_of_span
 from guardrail.core.text import clean_text
 from guardrail.decide.control_commands.arguments import MAX_STEP
 from guardrail.decide.control_commands.registry import command_names, find_command, own_lines
@@ -77,26 +78,26 @@ def find_interrupted(events: Iterable[Event]) -> dict[str, int]:
     Returns:
         id of the command -> step after which its line belongs.
     """
-    kinds = own_lines()
-    found: dict[str, tuple[str, int]] = {}
+    lines = own_lines()
+    actions = tuple(lines.values())
+    found: dict[str, tuple[type[Event], int]] = {}
     for event in events:
-        data = event.data
-        if event.kind == "command":
-            line = kinds.get(str(data.get("command")))
-            if line is not None and data.get("effect") == "applied":
-                found[str(data.get("id"))] = line, event.step
-        elif _is_action_of_user(event, kinds):
-            found = {id: one for id, one in found.items() if one[0] != event.kind}
+        if isinstance(event, CommandAnswered):
+            line = lines.get(event.command)
+            if line is not None and event.is_applied:
+                found[event.id] = line, event.step
+        elif isinstance(event, actions) and _is_by_command(event):
+            found = {id: one for id, one in found.items() if not isinstance(event, one[0])}
     return {id: step for id, (_, step) in found.items()}
 
 
-def _is_action_of_user(event: Event, kinds: dict[str, str]) -> bool:
-    """Return whether this is the journal line of a command's action, not of an automatic one."""
-    if event.kind not in kinds.values():
-        return False
-    if "span" not in event.data:
-        return True  # only a command writes such a line
-    return origin_of_span(event.data["span"]) == "user"
+def _is_by_command(event: Event) -> bool:
+    """Return whether a command has caused this line, not the guard itself."""
+    if not isinstance(event, SamplesTaken):
+        return True
+    if event.span is None:
+        return "span" not in event.unreadable  # only a command writes a line without samples
+    return event.is_by_user
 
 
 class Inbox:

@@ -20,7 +20,7 @@ import msgspec
 from guardrail.core.errors import ExitCode
 from guardrail.core.events.event import FIXED, Event
 from guardrail.core.events.kinds import make_event
-from guardrail.core.events.run_state import Note
+from guardrail.core.events.run_state import TURNS, Ended, Note, Restarted, Started
 from guardrail.core.files import (
     FILE_MODE,
     encode_json,
@@ -34,7 +34,6 @@ from guardrail.core.records.spans import Span
 from guardrail.core.records.status import Phase
 
 LOCK_SECONDS = 30.0  # a writer that holds the lock longer is stopped, or dead on another host
-TURNS = ("started", "restarted", "ended")  # kinds of events that start or end a run
 EXIT_CODES = {
     Phase.FINISHED: ExitCode.FINISHED,
     Phase.STOPPED: ExitCode.INTERRUPTED,
@@ -135,17 +134,24 @@ def parse_counted(data: bytes) -> tuple[list[Event], int, int]:
     return events, end, len(lines) - len(events)
 
 
-def last_turn(events: Sequence[Event]) -> Event | None:
+def last_turn(events: Sequence[Event]) -> Started | Restarted | Ended | None:
     """Return the newest event that started or ended the run; None: there is none."""
-    return next((event for event in reversed(events) if event.kind in TURNS), None)
+    for event in reversed(events):
+        if isinstance(event, TURNS):
+            return event
+    return None
 
 
 def outcome_of(event: Event) -> tuple[Phase, ExitCode] | None:
-    """Return how the run ended, from its `ended` event; None: the event does not contain it."""
+    """Return how the run ended; None: the event does not contain it."""
+    if not isinstance(event, Ended):
+        return None
     try:
-        phase = Phase(event.data.get("phase"))
-        given = event.data.get("exit_code")
-        return phase, EXIT_CODES[phase] if given is None else ExitCode(given)
+        event.check_readable("exit_code")
+        phase = Phase(event.phase)
+        if event.exit_code is None:
+            return phase, EXIT_CODES[phase]
+        return phase, ExitCode(event.exit_code)
     except (KeyError, ValueError):
         return None
 

@@ -25,6 +25,7 @@ import msgspec
 from guardrail.core import secret
 from guardrail.core.errors import DiskRefuses, RunDirectoryError
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import CommandAnswered
 from guardrail.core.files import (
     FOLDER_MODE,
     encode_json,
@@ -356,9 +357,8 @@ class RunDirectory:
             # that its answer names.
             events = self.events()
             self._undone = find_interrupted(events)
-            answered = {
-                str(event.data.get("id")) for event in events if event.kind == "command"
-            } - set(self._undone)
+            answered = {event.id for event in events if isinstance(event, CommandAnswered)}
+            answered -= set(self._undone)
             for id in {item.id for item in commands} | {item.id for item in refusals}:
                 if id in answered:
                     self.inbox.remove(id)

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import Ended
 from guardrail.core.files import FOLDER_MODE, encode_json, read_file, replace_file
 from guardrail.core.records.status import NodeStatus, RankStatus, Status
 from guardrail.rundir.journal import last_turn, outcome_of
@@ -29,7 +30,7 @@ def status_of_end(run: str, events: Sequence[Event]) -> Status | None:
         run: its name.
     """
     last = last_turn(events)
-    if last is None or last.kind != "ended":
+    if not isinstance(last, Ended):
         return None
     outcome = outcome_of(last)
     if outcome is None:

@@ -219,9 +219,8 @@ class _EntryBuilder:
         self._begins = begins
 
     def add_event(self, event: Event) -> None:
-        timeline = event.data.get("new_timeline", event.timeline)
-        if isinstance(timeline, int) and timeline in self._begins:
-            self._switch_to(timeline)
+        if event.timeline_after in self._begins:
+            self._switch_to(event.timeline_after)
         self.entries.append(event)
 
     def add_row(self, values: dict[str, float]) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import msgspec
 
-from guardrail.core.events.event import Event
-from guardrail.core.records.signals import METRIC_COLUMNS
+from guardrail.core.events.run_state import Ended
+from guardrail.core.records.signals import COLUMNS, METRIC_COLUMNS
+from guardrail.core.records.status import Phase
 from guardrail.core.sections import TensorboardSection
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.trackers import tfevents
@@ -27,28 +28,10 @@ JOURNAL = "journal"  # the subfolder of the texts; TensorBoard shows it as a run
 
 # Tag -> column, of rows whose update was applied. A step whose first batch was rejected has one
 # point in these curves; the rejected values have their own tags.
-_APPLIED = {
-    "train/loss": "loss",
-    "train/grad_norm": "grad_norm",
-    "train/embed_grad_norm": "embed_grad_norm",
-    "train/embed_share": "embed_share",
-    "train/lr": "lr",
-    "train/step_time": "step_time",
-    "guard/loss_threshold": "loss_threshold",
-    "guard/grad_norm_threshold": "grad_norm_threshold",
-    "guard/embed_grad_norm_threshold": "embed_grad_norm_threshold",
-}
-_REJECTED = {
-    "guard/rejected_loss": "loss",
-    "guard/rejected_grad_norm": "grad_norm",
-    "guard/rejected_embed_grad_norm": "embed_grad_norm",
-}
-# Tags whose NaN is written, because it is a result. In other columns NaN means "not measured".
-_NAN_IS_A_RESULT = (
-    "train/loss",
-    "train/grad_norm",
-    "guard/rejected_loss",
-    "guard/rejected_grad_norm",
+_APPLIED = {column.curve: column.name for column in COLUMNS if column.curve}
+_REJECTED = {column.rejected_curve: column.name for column in COLUMNS if column.rejected_curve}
+_SHOWS_NAN = frozenset(
+    tag for column in COLUMNS if column.shows_nan for tag in (column.curve, column.rejected_curve)
 )
 _HPARAM_METRICS = ("eval/loss", "train/loss")
 
@@ -96,9 +79,9 @@ class TensorBoard(Tracker):
                 case Row(values):
                     records.append(_encode_row(values, last_step=last_step))
                     last_step = int(values["step"])
-                case Event(kind="ended"):
-                    is_good = entry.data.get("phase") in ("finished", "stopped")
-                    records.append(tfevents.encode_hparams_end(is_good=is_good, at=entry.time))
+                case Ended(phase=phase, time=at):
+                    is_good = phase in (Phase.FINISHED, Phase.STOPPED)
+                    records.append(tfevents.encode_hparams_end(is_good=is_good, at=at))
         return b"".join(records)
 
     def _encode_config(self, toml: str) -> list[bytes]:
@@ -124,9 +107,7 @@ def _encode_row(row: Mapping[str, float], *, last_step: int) -> bytes:
     is_applied = row.get("verdict", 0.0) == 0.0
     values = _applied_values(row) if is_applied else _pick(row, _REJECTED)
     values = {
-        tag: value
-        for tag, value in values.items()
-        if tag in _NAN_IS_A_RESULT or not math.isnan(value)
+        tag: value for tag, value in values.items() if tag in _SHOWS_NAN or not math.isnan(value)
     }
     if not math.isnan(row.get("eval_loss", math.nan)):
         values["eval/loss"] = row["eval_loss"]

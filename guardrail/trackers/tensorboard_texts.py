@@ -20,37 +20,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from guardrail.core.events.event import Event
+from guardrail.core.events.decisions import SamplesTaken
+from guardrail.core.events.event import COMMAND, INCIDENT, Event
 from guardrail.core.files import FOLDER_MODE
 from guardrail.core.text import clean_text
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.trackers import tfevents
 from guardrail.trackers.base import Entry, NewConfig
 
-INCIDENT, COMMAND, CONFIG = "guard/incident", "guard/command", "config"
-# Event kind -> tag of its text; other kinds are not written. TensorBoard shows only a sample of the
-# texts of a tag, so commands have their own. Consecutive new events of one step are one text.
-_TAGS = {
-    "command": COMMAND,
-    **dict.fromkeys(
-        (
-            "finding",
-            "verdict",
-            "skipped",
-            "rollback",
-            "undo",
-            "diagnosis",
-            "remedy",
-            "incident",
-            "paused",
-            "resumed",
-            "rank_hung",
-            "rank_failed",
-        ),
-        INCIDENT,
-    ),
-    **dict.fromkeys(("restarted", "disk", "ended"), INCIDENT),
-}
+CONFIG = "config"  # tag of the configuration
+# Topic of an event -> tag of its text. TensorBoard shows only a sample of the texts of a tag, so
+# commands have their own. Consecutive new events of one step are one text.
+TAGS = {topic: f"guard/{topic}" for topic in (INCIDENT, COMMAND)}
 MOST_OF_MESSAGE = 2000  # characters
 MOST_OF_PATH = 300
 MOST_OF_EXCERPT = 160
@@ -91,7 +72,7 @@ class JournalTexts:
         """Write the texts of new events and of a new configuration. Raises OSError."""
         events = [*self._missed, *(entry for entry in entries if isinstance(entry, Event))]
         seq = max((event.seq for event in events), default=self._seq)
-        texts = [*self._new_texts(events, INCIDENT), *self._new_texts(events, COMMAND)]
+        texts = [text for topic in TAGS for text in self._new_texts(events, topic)]
         texts.sort(key=lambda text: text.step)
         for entry in entries:
             if isinstance(entry, NewConfig):
@@ -106,14 +87,14 @@ class JournalTexts:
     def close(self) -> None:
         self._file.close()
 
-    def _new_texts(self, events: list[Event], tag: str) -> list[tfevents.Text]:
-        written = self._known
+    def _new_texts(self, events: list[Event], topic: str) -> list[tfevents.Text]:
+        tag, written = TAGS[topic], self._known
         if tag in self._last:
             written = self._last[tag].step
         new = [
             event
             for event in events
-            if event.seq > written and event.message and _TAGS.get(event.kind) == tag
+            if event.topic == topic and event.seq > written and event.message
         ]
         texts = []
         for _, group in itertools.groupby(new, key=lambda event: (event.timeline, event.step)):
@@ -148,15 +129,13 @@ def _format_events(events: list[Event]) -> str:
 
 def _format_event(event: Event) -> str:
     lines = [f"**{event.kind.replace('_', ' ')}** {_escape(event.message)}"]
-    documents = event.data.get("documents")
-    if not isinstance(documents, list):
+    if not isinstance(event, SamplesTaken):
         return lines[0]
-    for document in documents:
+    for document in event.documents:
         if isinstance(document, dict):
             lines.append("- " + _escape(_format_document(document)))
-    total = event.data.get("documents_total")
-    if isinstance(total, int) and total > len(documents):
-        lines.append(f"- and {total - len(documents)} more documents")
+    if event.documents and event.documents_total > len(event.documents):
+        lines.append(f"- and {event.documents_total - len(event.documents)} more documents")
     return "\n".join(lines)
 
 

@@ -253,7 +253,10 @@ def test_killed_between_the_answer_to_a_command_and_its_deed(
     assert killed_behind(run, 1, lambda event: event.kind == "command")
     assert run.commands_pending(), "it was taken, and is still to be done"
     assert train(run, 1) == "finished"
-    deeds = [[(e.step, said(e)) for e in of_kind(one, own_lines()[kind])] for one in (whole, run)]
+    line = own_lines()[kind]
+    deeds = []
+    for one in (whole, run):
+        deeds.append([(e.step, said(e)) for e in one.events() if isinstance(e, line)])
     assert deeds[0] == deeds[1] != []
     assert not run.commands_pending()
     assert_same(run, whole)

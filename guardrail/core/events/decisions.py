@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from guardrail.core.cause_evidence import CauseEvidence
-from guardrail.core.events.event import Event, Int64, Positions
+from guardrail.core.events.event import INCIDENT, Event, Int64, Positions
 from guardrail.core.format import format_plural
 from guardrail.core.records.findings import Finding
 from guardrail.core.records.record import field_of
@@ -33,6 +33,7 @@ class StepJudged(Event, frozen=True, kw_only=True):
     """
 
     symbol: ClassVar[str] = "▲"
+    topic: ClassVar[str] = INCIDENT
     optional: ClassVar[frozenset[str]] = frozenset(("beyond", "parameters", "modules", "tokens"))
 
     action: str = ""
@@ -66,6 +67,13 @@ class VerdictGiven(StepJudged, frozen=True, kw_only=True):
     def tone(self) -> str:
         return "warn"
 
+    @property
+    def advised(self) -> str:
+        """Return the action that the mode `advise` only names; "": the verdict is carried out."""
+        if self.action not in APPLIED or self.would is None or self.would == Action.APPLY.value:
+            return ""
+        return self.would
+
 
 class SamplesTaken(Event, frozen=True, kw_only=True):
     """Base of `skipped` and `rollback`: samples that the run skips from now on.
@@ -78,6 +86,7 @@ class SamplesTaken(Event, frozen=True, kw_only=True):
         remedies: what is done besides.
     """
 
+    topic: ClassVar[str] = INCIDENT
     optional: ClassVar[frozenset[str]] = frozenset(
         ("documents", "documents_total", "samples", "remedies")
     )
@@ -155,6 +164,12 @@ class RolledBack(SamplesTaken, frozen=True, kw_only=True):
     def notice(self) -> str:
         return self.kind
 
+    @property
+    def timeline_after(self) -> int:
+        if self.new_timeline is None:
+            return self.timeline
+        return self.new_timeline
+
     def sentence(self) -> str:
         if self.message or self.to_step is None or self.from_step is None:
             return self.message
@@ -179,6 +194,7 @@ class Undone(Event, frozen=True, kw_only=True):
 
     symbol: ClassVar[str] = "R"
     printed: ClassVar[bool] = True
+    topic: ClassVar[str] = INCIDENT
 
     kind: str = "undo"
     lines: tuple[Int64, ...] = ()
@@ -200,11 +216,18 @@ class Undone(Event, frozen=True, kw_only=True):
     def notice(self) -> str:
         return self.kind
 
+    @property
+    def timeline_after(self) -> int:
+        if self.new_timeline is None:
+            return self.timeline
+        return self.new_timeline
+
 
 class RemedyUsed(Event, frozen=True, kw_only=True):
     """A remedy without skipped data. Only older versions wrote such lines."""
 
     printed: ClassVar[bool] = True
+    topic: ClassVar[str] = INCIDENT
 
     kind: str = "remedy"
     who: str | None = None
@@ -225,6 +248,7 @@ class IncidentChanged(Event, frozen=True, kw_only=True):
 
     symbol: ClassVar[str] = "#"
     printed: ClassVar[bool] = True
+    topic: ClassVar[str] = INCIDENT
     optional: ClassVar[frozenset[str]] = frozenset(
         ("steps_lost", "curve", "expected", "got", "noise", "offset")
     )
@@ -282,6 +306,7 @@ class Diagnosed(Event, frozen=True, kw_only=True):
     """
 
     printed: ClassVar[bool] = True
+    topic: ClassVar[str] = INCIDENT
 
     kind: str = "diagnosis"
     cause: str = ""
@@ -306,5 +331,7 @@ class Diagnosed(Event, frozen=True, kw_only=True):
         return self.message or f"cause of incident {self.incident}: {self.cause}: {self.reason}"
 
 
+# Actions of the mode `advise`: it applies each update, but for those that fp16 skips.
+APPLIED = (Action.APPLY.value, Action.FP16_OVERFLOW.value)
 # Actions by which something is done about an incident.
 ACTS = (Action.SKIP.value, Action.ROLLBACK.value, Action.RETRY.value)

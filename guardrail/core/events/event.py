@@ -18,6 +18,7 @@ SENSELESS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, Ind
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Positions = tuple[Int64, Int64]  # [first, last) of the sample order
 FIXED = ("seq", "time", "step", "timeline", "kind", "message")
+INCIDENT, COMMAND = "incident", "command"  # topics of lines
 
 
 class Event(Record, frozen=True, kw_only=True):
@@ -32,11 +33,13 @@ class Event(Record, frozen=True, kw_only=True):
     Class attributes:
         symbol: one character for the log and for the axis of a chart.
         printed: the line is shown by a program that prints a run as plain lines.
+        topic: under which a tracker keeps the line as text: INCIDENT or COMMAND; "": it does not.
         optional: fields that are not written while they hold their defaults.
     """
 
     symbol: ClassVar[str] = "·"
     printed: ClassVar[bool] = False
+    topic: ClassVar[str] = ""
     optional: ClassVar[frozenset[str]] = frozenset()
 
     seq: Int64 = 0
@@ -68,9 +71,18 @@ class Event(Record, frozen=True, kw_only=True):
         """Return the word of `[notify] on` for this line; "": there is no notification."""
         return ""
 
+    @property
+    def timeline_after(self) -> int:
+        """Return the timeline of the run after this line."""
+        return self.timeline
+
     def sentence(self) -> str:
         """Return the line in one sentence; "": it has none."""
         return self.message
+
+    def all_fields(self) -> dict[str, Any]:
+        """Return all fields of the line, as on disk."""
+        return {**{name: getattr(self, name) for name in FIXED}, **self.data}
 
     def check_readable(self, *names: str) -> None:
         """Raise ValueError if one of these fields is damaged."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from guardrail.core.events.event import Event, Int64
+from guardrail.core.events.event import INCIDENT, Event, Int64
 
 
 class RankFault(Event, frozen=True, kw_only=True):
@@ -12,6 +12,7 @@ class RankFault(Event, frozen=True, kw_only=True):
 
     symbol: ClassVar[str] = "✗"
     printed: ClassVar[bool] = True
+    topic: ClassVar[str] = INCIDENT
 
     rank: Int64 | None = None
     host: str = ""
@@ -63,6 +64,7 @@ class DiskChanged(Event, frozen=True, kw_only=True):
 
     symbol: ClassVar[str] = "▲"
     printed: ClassVar[bool] = True
+    topic: ClassVar[str] = INCIDENT
 
     kind: str = "disk"
     state: str = ""

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from guardrail.core.events.event import Event, Int64, Positions
+from guardrail.core.events.event import COMMAND, INCIDENT, Event, Int64, Positions
+from guardrail.core.files import as_int
 from guardrail.core.format import format_plural
 
 
@@ -33,6 +34,13 @@ class Started(Event, frozen=True, kw_only=True):
     versions: dict[str, Any] = msgspec.field(default_factory=dict)
     run_id: str = ""
 
+    @property
+    def sample_seed(self) -> int:
+        """Return the seed of the sample order, also where an older version has named it `seed`."""
+        if self.order_seed is not None:
+            return self.order_seed
+        return as_int(self.data.get("seed"))
+
     def sentence(self) -> str:
         return self.message or f"training begins on {format_plural(self.world, 'rank')}"
 
@@ -47,6 +55,7 @@ class Restarted(Event, frozen=True, kw_only=True):
 
     symbol: ClassVar[str] = "●"
     printed: ClassVar[bool] = True
+    topic: ClassVar[str] = INCIDENT
     optional: ClassVar[frozenset[str]] = frozenset(("reason", "new_timeline"))
 
     kind: str = "restarted"
@@ -56,6 +65,12 @@ class Restarted(Event, frozen=True, kw_only=True):
     run_id: str = ""
     reason: str = ""
     new_timeline: Int64 | None = None
+
+    @property
+    def timeline_after(self) -> int:
+        if self.new_timeline is None:
+            return self.timeline
+        return self.new_timeline
 
     def sentence(self) -> str:
         if self.message:
@@ -78,6 +93,7 @@ class Ended(Event, frozen=True, kw_only=True):
 
     symbol: ClassVar[str] = "■"
     printed: ClassVar[bool] = True
+    topic: ClassVar[str] = INCIDENT
     optional: ClassVar[frozenset[str]] = frozenset(("saved", "planned", "exit_code"))
 
     kind: str = "ended"
@@ -143,6 +159,7 @@ class Paused(Event, frozen=True, kw_only=True):
 
     symbol: ClassVar[str] = "‖"
     printed: ClassVar[bool] = True
+    topic: ClassVar[str] = INCIDENT
     optional: ClassVar[frozenset[str]] = frozenset(
         (
             *("asks", "proposals", "findings", "incident", "onset", "end"),
@@ -185,6 +202,7 @@ class Resumed(Event, frozen=True, kw_only=True):
     """
 
     printed: ClassVar[bool] = True
+    topic: ClassVar[str] = INCIDENT
     optional: ClassVar[frozenset[str]] = frozenset(("question", "who", "answer", "incident"))
 
     kind: str = "resumed"
@@ -206,6 +224,7 @@ class CommandAnswered(Event, frozen=True, kw_only=True):
 
     symbol: ClassVar[str] = "!"
     printed: ClassVar[bool] = True
+    topic: ClassVar[str] = COMMAND
     optional: ClassVar[frozenset[str]] = frozenset(("question", "batch"))
 
     kind: str = "command"
@@ -272,3 +291,6 @@ class Note(Event, frozen=True, kw_only=True):
 
     kind: str = "note"
     overflow: bool = False
+
+
+TURNS = (Started, Restarted, Ended)  # lines that start or end a run

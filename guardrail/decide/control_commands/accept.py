@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from guardrail.core.events.run_state import CommandAnswered
 from guardrail.core.records.status import Status
 from guardrail.decide.control_commands.base import (
     ControlCommand,
@@ -59,6 +57,6 @@ class Accept(ControlCommand):
         actions.accept(batch)
         return True
 
-    def replayed(self, target: ReplayTarget, step: int, data: Mapping[str, Any]) -> None:
-        first, last = map(int, data.get("batch") or (0, 0))
-        target.accept_incidents(step, (first, last))
+    def replayed(self, target: ReplayTarget, event: CommandAnswered) -> None:
+        event.check_readable("batch")
+        target.accept_incidents(event.step, event.batch or (0, 0))

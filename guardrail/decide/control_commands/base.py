@@ -15,11 +15,13 @@ a command only by this interface:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
+from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import CommandAnswered
 from guardrail.core.records.status import Status
 from guardrail.core.records.verdicts import Mode
 from guardrail.decide.control_commands.arguments import Argument, NoArgument
@@ -211,7 +213,7 @@ class ControlCommand:
         help: what it does, as a sentence.
         key: on the screen; None: it has none.
         holds_for: what must not have changed since the user gave it.
-        own_line: kind of the journal line that its action writes; "": the answer is the only line.
+        own_line: the journal line that its action writes; None: the answer is the only line.
         factor: kind of the remedy whose factor it sets; "": it sets none.
         waits_for_preview: the screen sends it only once its preview is shown.
         value: the argument of this command.
@@ -224,7 +226,7 @@ class ControlCommand:
     help: ClassVar[str]
     key: ClassVar[ScreenKey | None] = None
     holds_for: ClassVar[HoldsFor] = HoldsFor.ANYTHING
-    own_line: ClassVar[str] = ""
+    own_line: ClassVar[type[Event] | None] = None
     factor: ClassVar[str] = ""
     waits_for_preview: ClassVar[bool] = True
 
@@ -293,10 +295,9 @@ class ControlCommand:
 
     # -- after a restart
 
-    def replayed(self, target: ReplayTarget, step: int, data: Mapping[str, Any]) -> None:
+    def replayed(self, target: ReplayTarget, event: CommandAnswered) -> None:
         """Apply what the journal line of the command means after a restart.
 
         Args:
-            step: after which the command took effect.
-            data: of its journal line.
+            event: its journal line. The command took effect after the step of that line.
         """

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from guardrail.core.events.run_state import CommandAnswered
 from guardrail.decide.control_commands.base import ControlCommand, HoldsFor, ReplayTarget
 from guardrail.decide.control_commands.preview import Preview
 from guardrail.decide.control_commands.run_facts import RecordedFacts, RunFacts, Setting
@@ -38,5 +38,5 @@ class FactorCommand(ControlCommand):
             **fields,
         )
 
-    def replayed(self, target: ReplayTarget, step: int, data: Mapping[str, Any]) -> None:
-        target.set_factor(self.factor, step + 1, self.value)
+    def replayed(self, target: ReplayTarget, event: CommandAnswered) -> None:
+        target.set_factor(self.factor, event.step + 1, self.value)

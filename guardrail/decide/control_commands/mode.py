@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from guardrail.core.events.run_state import CommandAnswered
 from guardrail.core.records.status import Status
 from guardrail.core.records.verdicts import Mode
 from guardrail.decide.control_commands.arguments import Word
@@ -73,5 +71,5 @@ class ChangeMode(ControlCommand):
         actions.set_mode(self.mode)
         return True
 
-    def replayed(self, target: ReplayTarget, step: int, data: Mapping[str, Any]) -> None:
+    def replayed(self, target: ReplayTarget, event: CommandAnswered) -> None:
         target.set_mode(self.mode)

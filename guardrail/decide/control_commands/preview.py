@@ -6,7 +6,7 @@ What the records of a run do not say is NaN, and is not in the sentence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -115,7 +115,7 @@ class Preview(Record, frozen=True, kw_only=True):
         return parts
 
 
-def proposals_of(events: Iterable[Event]) -> list[Preview]:
+def proposals_of(events: Sequence[Event]) -> list[Preview]:
     """Return what the answers to the open question would do, as the guard has journaled it.
 
     Empty without a question, and for a question of another version that cannot be read.
@@ -123,11 +123,8 @@ def proposals_of(events: Iterable[Event]) -> list[Preview]:
     paused = open_question(events)
     if paused is None:
         return []
-    raw = paused.data.get("proposals")
-    if not isinstance(raw, list):
-        return []
     try:
-        return [_read_proposal(one) for one in raw]
+        return [_read_proposal(one) for one in paused.proposals]
     except (msgspec.ValidationError, TypeError, KeyError):
         return []
 

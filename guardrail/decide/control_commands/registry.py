@@ -6,6 +6,7 @@ A new command is a file in this folder and an entry of `COMMANDS`.
 from __future__ import annotations
 
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import CommandAnswered
 from guardrail.core.records.commands import Command, Shown
 from guardrail.decide.control_commands.accept import Accept
 from guardrail.decide.control_commands.answer import Answer
@@ -57,12 +58,12 @@ def old_names() -> dict[str, str]:
     return {alias: kind.name for kind in COMMANDS for alias in kind.aliases}
 
 
-def own_lines() -> dict[str, str]:
-    """Return the commands whose action writes a journal line: name -> kind of that line.
+def own_lines() -> dict[str, type[Event]]:
+    """Return the commands whose action writes a journal line: name -> class of that line.
 
     The line comes directly after the answer.
     """
-    return {kind.name: kind.own_line for kind in COMMANDS if kind.own_line}
+    return {kind.name: kind.own_line for kind in COMMANDS if kind.own_line is not None}
 
 
 def command_from(given: Command) -> ControlCommand:
@@ -83,21 +84,26 @@ def command_of(number: int, value: float) -> ControlCommand:
     return COMMANDS[number - 1](value)
 
 
-def replay_line(event: Event, target: ReplayTarget) -> None:
-    """Apply what a `command` line of the journal means after a restart.
+def replay_line(event: CommandAnswered, target: ReplayTarget) -> None:
+    """Apply what an answer in the journal means after a restart.
 
     A refused command and one of another version mean nothing.
 
     Raises:
-        ValueError, TypeError, IndexError: the line is damaged.
+        ValueError: the line is damaged.
     """
-    data = event.data
-    if data.get("effect") != "applied":
+    if not event.is_applied:
         return
-    kind = find_command(data.get("command"))
-    value = float(data.get("value", 0.0))
-    if kind is not None:
-        kind(value).replayed(target, event.step, data)
+    event.check_readable("value")
+    kind = find_command(event.command)
+    if kind is None:
+        return
+    value = event.value
+    if value is None:
+        value = kind.argument.omitted
+    if value is None:
+        raise ValueError(f"line {event.seq}: {kind.name} without its value")
+    kind(value).replayed(target, event)
 
 
 def shown_in(preview: Preview) -> Shown:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from guardrail.core.events.decisions import RolledBack
 from guardrail.decide.control_commands.arguments import NumberOrNewest
 from guardrail.decide.control_commands.base import ControlCommand, HoldsFor, RunActions, ScreenKey
 from guardrail.decide.control_commands.preview import Preview
@@ -26,7 +27,7 @@ class Rollback(ControlCommand):
         rank=1,
     )
     holds_for = HoldsFor.TIMELINE
-    own_line = "rollback"
+    own_line = RolledBack
 
     @property
     def to_step(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from guardrail.core.events.decisions import Skipped
 from guardrail.core.format import format_plural
 from guardrail.core.records.status import Status
 from guardrail.decide.control_commands.arguments import Count
@@ -22,7 +23,7 @@ class Skip(ControlCommand):
         key="s", label="skip", help="Skip the next N batches.", rank=3, title="skip batches"
     )
     holds_for = HoldsFor.TIMELINE
-    own_line = "skipped"
+    own_line = Skipped
 
     def describe(self) -> str:
         return f"skip {format_plural(int(self.value), 'batch')}"

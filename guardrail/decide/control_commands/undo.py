@@ -6,6 +6,7 @@ import math
 
 import msgspec
 
+from guardrail.core.events.decisions import Undone
 from guardrail.core.records.status import Status
 from guardrail.core.text import clean_text
 from guardrail.decide.control_commands.arguments import NumberOrNewest
@@ -32,7 +33,7 @@ class Undo(ControlCommand):
         asks_first=True,
     )
     holds_for = HoldsFor.TIMELINE
-    own_line = "undo"
+    own_line = Undone
 
     @property
     def seq(self) -> int | None:

@@ -248,7 +248,7 @@ class StoryBuilder:
             self._incidents.set_answer(incident, self._question.end(event))
 
     def _command(self, event: CommandAnswered) -> None:
-        if isinstance(event.data.get("id"), str):
+        if event.id:
             self._keep_answer(event)
         if not event.is_applied:
             return

@@ -5,9 +5,7 @@ To add it to guardrail, put `Damp` into `COMMANDS` of guardrail/decide/control_c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from guardrail.core.events.run_state import CommandAnswered
 from guardrail.decide.control_commands.base import (
     ControlCommand,
     ReplayTarget,
@@ -40,5 +38,5 @@ class Damp(ControlCommand):
         # The journal line is the setting itself: `replayed` reads it, now and after a restart.
         return actions.acknowledge(self)
 
-    def replayed(self, target: ReplayTarget, step: int, data: Mapping[str, Any]) -> None:
-        target.set_factor(LR, step + 1, FACTOR)
+    def replayed(self, target: ReplayTarget, event: CommandAnswered) -> None:
+        target.set_factor(LR, event.step + 1, FACTOR)

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from guardrail.cli import ctl
 from guardrail.core.errors import UsageError
-from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import CommandAnswered
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records.commands import Command
 from guardrail.core.records.status import Phase
@@ -74,12 +74,14 @@ class Effects(ReplayTarget):
         self.changes.append((step, batch))
 
 
-def line(command: ControlCommand, effect: str = "applied", **data: Any) -> Event:
+def line(command: ControlCommand, effect: str = "applied", **data: Any) -> CommandAnswered:
     """The journal line of a command at step 7."""
     fields = {"command": command.name, "value": command.value, "effect": effect, **data}
-    return make_line(
+    event = make_line(
         seq=1, time=0.0, step=7, timeline=0, kind="command", message=command.describe(), data=fields
     )
+    assert isinstance(event, CommandAnswered)
+    return event
 
 
 # -- every command ---------------------------------------------------------------------------------
@@ -191,6 +193,7 @@ def test_its_effect_survives_a_restart(kind: type[ControlCommand], tmp_path: Pat
         run.append("command", "", step=given.step, **{**given.data, "command": name})
     read = Effects()
     for event in run.events():
+        assert isinstance(event, CommandAnswered)
         registry.replay_line(event, read)
     assert read.changes == live.changes * (1 + len(kind.aliases))
     refused = Effects()
@@ -198,6 +201,35 @@ def test_its_effect_survives_a_restart(kind: type[ControlCommand], tmp_path: Pat
     assert refused.changes == []
     expected = {ScaleLearningRate, ShrinkEmbedding, ChangeMode, Accept}
     assert bool(live.changes) == (kind in expected)
+
+
+@pytest.mark.parametrize("value", [{}, {"value": None}, {"value": "text"}], ids=str)
+@pytest.mark.parametrize("name", ["lr", "shrink-embedding", "mode"])
+def test_a_line_without_its_value_sets_nothing(name: str, value: dict[str, Any]) -> None:
+    fields = {"command": name, "effect": "applied", **value}
+    event = make_line(seq=4, time=0.0, step=7, timeline=0, kind="command", data=fields)
+    history = RunHistory.from_events([event])
+    assert (history.unread, history.mode) == (1, None)
+    assert history.lr.changes == history.alpha.changes == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "seed"),
+    [
+        ({"order_seed": 5}, 5),
+        ({"seed": 5}, 5),  # the name in older versions
+        ({}, 0),
+        ({"order_seed": "text"}, None),
+    ],
+    ids=str,
+)
+def test_the_sample_order_of_a_run_has_the_seed_of_its_journal(
+    fields: dict[str, Any], seed: int | None, tmp_path: Path
+) -> None:
+    run = RunDirectory.create(tmp_path, "ordered", "")
+    run.append("started", "begins", samples=100, **fields)
+    order = RunState.read(run).order
+    assert (None if order is None else order.order.seed) == seed
 
 
 def test_what_a_command_replaces_is_what_the_history_holds() -> None:

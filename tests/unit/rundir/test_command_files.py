@@ -208,7 +208,9 @@ def test_what_was_answered_and_not_done_is_due_where_it_was_said_to_take_effect(
     def answer(seq: int, id: str, command: str, effect: str = "applied") -> Event:
         return line(seq, "command", seq, id=id, command=command, effect=effect)
 
-    by_guard, by_person = ({"span": {"cause": cause}} for cause in ("rejected", "user"))
+    positions = {"first": 8, "last": 16, "step": 1}
+    by_guard = {"span": {**positions, "cause": "rejected"}}
+    by_person = {"span": {**positions, "cause": "user"}}
     events = [
         answer(1, "a", "skip"),
         line(2, "skipped", **by_guard),

@@ -22,6 +22,8 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 )
 
 from guardrail.backtest.importers.sources import find_sources
+from guardrail.core.events.kinds import BY_KIND
+from guardrail.core.records.signals import COLUMNS, METRIC_COLUMNS
 from guardrail.core.records.spans import Span
 from guardrail.core.records.verdicts import Action
 from guardrail.rundir.run_directory import RunDirectory
@@ -107,6 +109,26 @@ def texts(run: RunDirectory, *tags: str) -> list[tuple[int, str]]:
 
 def event_files(run: RunDirectory) -> list[str]:
     return sorted(name for name in os.listdir(run.tensorboard) if "tfevents" in name)
+
+
+def test_each_column_has_its_own_curves() -> None:
+    curves = [column.curve for column in COLUMNS if column.curve]
+    rejected = [column.rejected_curve for column in COLUMNS if column.rejected_curve]
+    assert len(set(curves + rejected)) == len(curves + rejected) == 12
+    by_name = {column.name: column for column in COLUMNS}
+    assert by_name["lr"] == ("lr", "train/lr", "", False)
+    assert by_name["loss"] == ("loss", "train/loss", "guard/rejected_loss", True)
+    assert METRIC_COLUMNS == tuple(by_name)
+
+
+def test_each_kind_of_line_has_its_tag(run: RunDirectory) -> None:
+    for at, kind in enumerate([*BY_KIND, "kind_of_a_newer_version"], 1):
+        run.append(kind, f"of kind {kind}", step=at)
+    write_once(TensorBoard(run))
+    assert [text.split()[-1] for _, text in texts(run, "guard/command")] == ["command"]
+    found = {text.split()[-1].replace("\\", "") for _, text in texts(run)}
+    not_written = {"started", "resume_check", "eval", "checkpoint", "note", "notified"}
+    assert found == set(BY_KIND) - not_written - {"command"}
 
 
 def test_curves_carry_the_columns(run: RunDirectory) -> None:
