@@ -1,10 +1,12 @@
-"""The known faults, and which tests guard against each: `python -m tests.support.faults [--against
-REVISION]`.
+"""The known faults, and which tests guard against each.
+
+    python -m tests.support.faults                            the tests of each fault
+    python -m tests.support.faults --against COMMIT [FILES]   the marked tests over an older product
 
 A test that fails without the fix of a fault carries `@pytest.mark.fault("R1")`. Without arguments
 this module prints the tests of each fault and names the faults that have none. With `--against
-REVISION` it runs the marked tests over `guardrail/` and `trainer/` of that revision, where each of
-them must fail, and prints those that pass.
+COMMIT` it runs the marked tests over `guardrail/` and `trainer/` of that commit. A test fails there
+if the commit lacks the fix. It refuses a commit that lacks a module which the tests import.
 """
 
 from __future__ import annotations
@@ -12,13 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import os
-import subprocess
 import sys
-import tempfile
-import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 
@@ -145,77 +142,20 @@ def print_listing(tests: dict[str, list[str]]) -> int:
     return len(missing)
 
 
-def run_against(revision: str, extra: list[str]) -> int:
-    """Run the marked tests over the product of an older revision; returns how many of them pass
-    there.
-
-    A test file that cannot be imported over the old product counts as failing: it needs what the
-    fix brought.
-    """
-    with tempfile.TemporaryDirectory(prefix="guardrail-old-") as folder:
-        tree = Path(folder) / "tree"
-        subprocess.run(
-            ["git", "worktree", "add", "--detach", "-q", tree, "HEAD"], cwd=ROOT, check=True
-        )
-        try:
-            subprocess.run(
-                ["git", "checkout", "-q", revision, "--", "guardrail", "trainer"],
-                cwd=tree,
-                check=True,
-            )
-            added = _files_added_since(revision)
-            for path in added:
-                (tree / path).unlink(missing_ok=True)
-            report = Path(folder) / "report.xml"
-            # Without the last option one file that cannot be imported would keep all others from
-            # running.
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-m",
-                "fault",
-                f"--junitxml={report}",
-                *extra,
-            ]
-            command.append("--continue-on-collection-errors")
-            environment = {**os.environ, "PYTHONPATH": str(tree)}
-            subprocess.run(command, cwd=tree, env=environment, check=False)
-            passing = _passing_tests(report)
-        finally:
-            subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
-    print(f"\n{len(passing)} marked tests pass over {revision}")
-    for test in passing:
-        print(f"  {test}")
-    return len(passing)
-
-
-def _files_added_since(revision: str) -> list[str]:
-    command = ["git", "diff", "--name-only", "--diff-filter=A", "--no-renames", revision, "HEAD"]
-    command += ["--", "guardrail", "trainer"]
-    return subprocess.run(
-        command, cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-
-
-def _passing_tests(report: Path) -> list[str]:
-    cases = ElementTree.parse(report).getroot().iter("testcase")
-    return [f"{case.get('classname')}::{case.get('name')}" for case in cases if len(case) == 0]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--against",
-        metavar="REVISION",
-        help="run the marked tests over the product of this revision",
+        metavar="COMMIT",
+        help="run the marked tests over the product of this commit; further arguments go to pytest",
     )
     options, extra = parser.parse_known_args()
     if options.against:
-        return 1 if run_against(options.against, extra) else 0
+        from tests.support.run_against import run_against
+
+        return run_against(options.against, extra)
     return 1 if print_listing(collect_marked_tests()) else 0
 
 
