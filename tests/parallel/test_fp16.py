@@ -32,7 +32,6 @@ from guardrail.torch.diagnose.nonfinite_module import find_nonfinite_module
 from guardrail.torch.measure.gradient_norms import compute_norms
 from guardrail.torch.measure.loss_scaler import LossScale
 from tests.support.feed import BATCH, obs
-from tests.support.older import NO_LIMIT
 from tests.support.ranks import run_ranks
 from trainer.config.config import Config
 from trainer.train import Trainer, train
@@ -189,7 +188,13 @@ def configure(folder: Path, world: int, strategy: str, **sections: Any) -> Confi
             "loss_scale_steps": 7,
         },
         # In 30 steps one bad batch is already 3 % of the data.
-        "guard": {"window": 32, "warmup": 12, "confirm": 4, "divergence_steps": 10, **NO_LIMIT},
+        "guard": {
+            "window": 32,
+            "warmup": 12,
+            "confirm": 4,
+            "divergence_steps": 10,
+            "max_skipped_share": 1.0,
+        },
         "snapshots": {"every": 5, "keep": 4},
         "checkpoint": {"every": 10, "keep": 2},
         "tensorboard": {"enabled": False},

@@ -25,7 +25,6 @@ from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.guard import Guard
 from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.update_gate import Gate, can_skip_on_device
-from tests.support.older import NO_LIMIT
 from tests.support.ranks import run_ranks, wait_ranks
 from tests.support.running import (
     SHAPES,
@@ -267,7 +266,9 @@ class Loop:
         made = torch.optim.AdamW(self.model.parameters(), lr=0.05, fused=optimizer == "adamw-fused")
         more: Any = {"gate": gate, "layers": True, "update_norm": True, "signals": ("odd",)}
         # In 60 steps two bad batches are already 3 % of the data.
-        guard = GuardOptions(window=32, warmup=12, steps_until_good=4, **NO_LIMIT, **more)
+        guard = GuardOptions(
+            window=32, warmup=12, steps_until_good=4, max_skipped_share=1.0, **more
+        )
         self.guard = Guard.from_config(
             GuardConfig(guard=guard, snapshots=SnapshotSection(every=5, keep=4)),
             model=self.model,

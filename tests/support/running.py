@@ -37,7 +37,6 @@ from guardrail.rundir.journal import span_of
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.verification import fingerprint, verify
 from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
-from tests.support.older import NO_LIMIT
 from tests.support.ranks import start_ranks, wait_ranks
 from trainer.config.config import Config
 from trainer.data.corpus import Corpus
@@ -106,7 +105,7 @@ def tiny(folder: Path, *, world: int = 1, strategy: str = "ddp", **sections: Any
             "confirm": 4,
             "persist": 3,
             "divergence_steps": 10,
-            **NO_LIMIT,
+            "max_skipped_share": 1.0,
         },
         "snapshots": {"every": 5, "keep": 4},
         "checkpoint": {"every": 20, "keep": 2},

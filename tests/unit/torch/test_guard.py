@@ -29,7 +29,6 @@ from guardrail.torch.checkpoint.checkpoint_index import CheckpointEvent
 from guardrail.torch.guard.guard import Guard, Step
 from guardrail.torch.state.digests import component_digests
 from tests.support.lab import wait_for
-from tests.support.older import NO_LIMIT
 
 VOCABULARY, LENGTH, BATCH = 17, 6, 4
 
@@ -79,7 +78,7 @@ class Loop:
         self.attempts: list[Step] = []
         self.losses: dict[int, float] = {}
         # 40 steps of 4 samples: each bad batch is already 2.5 % of the data.
-        guard = {"warmup": 10, "window": 32, "confirm": 4, **NO_LIMIT, **settings}
+        guard = {"warmup": 10, "window": 32, "confirm": 4, "max_skipped_share": 1.0, **settings}
         self.guard = Guard.from_config(
             GuardConfig(
                 guard=GuardOptions(**guard),
