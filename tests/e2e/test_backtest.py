@@ -545,6 +545,8 @@ def test_plot_without_matplotlib(
     assert not (tmp_path / "plots").exists()
 
 
+# matplotlib 3.7 uses names of pyparsing that pyparsing 3.3 deprecates.
+@pytest.mark.filterwarnings("ignore:.* deprecated.* use :DeprecationWarning")
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_plot(
     ending: str, spiked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
