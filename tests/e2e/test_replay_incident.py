@@ -55,7 +55,10 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are forked instead of launched, and what struck the state by itself does not come
-    again; all else is the command's own. tests/e2e/test_replay.py launches them."""
+    again; all else is the command's own. tests/e2e/test_replay.py launches them.
+
+    Forked ranks share the standard output of the test, and with torch 2.10 Gloo prints there. So the
+    tests read the command's output by `capsys`, not `capfd`."""
 
     def follow(
         scratch: RunDirectory, supervisor: Any, compared: Comparison, stretch: ReplayPlan, tell: Any
@@ -81,11 +84,11 @@ def incidents(run: RunDirectory) -> list[int]:
 
 
 def test_every_kind_of_incident_gives_the_same_numbers(
-    run: RunDirectory, forked: None, capfd: pytest.CaptureFixture[str]
+    run: RunDirectory, forked: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in sorted({*incidents(run)}):
         assert main(["replay", str(run.path), "--incident", str(number), "--json"]) == 0, number
-        said = json.loads(capfd.readouterr().out)
+        said = json.loads(capsys.readouterr().out)
         assert (
             said["same"]
             and said["steps"] == said["to_step"] - said["from_step"] > 0
@@ -132,13 +135,13 @@ def test_a_falsified_line_is_found_and_the_number_named(
     run: RunDirectory,
     forked: None,
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str],
     change: Callable[[dict[str, Any]], bool],
     column: str,
 ) -> None:
     copy = falsified(run, tmp_path, change)
     assert main(["replay", str(copy.path)]) == 5
-    said = capfd.readouterr().out
+    said = capsys.readouterr().out
     assert (
         said.startswith(f"not the same: {column} of step ")
         and " was " in said
