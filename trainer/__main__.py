@@ -13,6 +13,7 @@ import sys
 import traceback
 
 from guardrail.core.errors import DiskRefuses, GuardrailError, Interrupted, UsageError
+from guardrail.core.events.run_state import Ended
 from guardrail.core.records.status import Phase
 from guardrail.rundir.heartbeat import Heartbeat
 from guardrail.rundir.run_directory import RunDirectory
@@ -53,8 +54,15 @@ def write_end(run: RunDirectory, error: GuardrailError, phase: Phase) -> None:
     if events:
         step, timeline = events[-1].step, events[-1].timeline
     code, text = int(error.exit_code), str(error)
-    run.append(
-        "ended", text, step=step, timeline=timeline, phase=phase.value, exit_code=code, reason=text
+    run.write_event(
+        Ended(
+            message=text,
+            step=step,
+            timeline=timeline,
+            phase=phase.value,
+            exit_code=code,
+            reason=text,
+        )
     )
 
 

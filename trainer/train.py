@@ -16,6 +16,7 @@ from torch import nn
 from guardrail import Guard, LoopHooks, RankLayout, RunDirectory, SampleOrder, Step
 from guardrail.core.config import check_settings
 from guardrail.core.errors import DataError, Interrupted, RunDirectoryError
+from guardrail.core.events.run_state import Note
 from guardrail.core.records.status import Phase
 from guardrail.core.toml_file import dump_toml
 from guardrail.rundir.heartbeat import Heartbeat
@@ -137,7 +138,7 @@ class Trainer:
             return
         if report.bad or report.rebuilt:
             for line in report.lines():
-                self.run_directory.append("note", line)
+                self.run_directory.write_event(Note(message=line))
 
     # -- set-up ------------------------------------------------------------------------------------
 

@@ -20,8 +20,14 @@ from guardrail.backtest.importers.recorded_log import Log, options_for_log
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.core.config import check_guard_options
 from guardrail.core.errors import DataError, GuardrailError, RunDirectoryError
+from guardrail.core.events.decisions import (
+    FindingNoted,
+    IncidentChanged,
+    StepJudged,
+    VerdictGiven,
+)
 from guardrail.core.events.event import Event
-from guardrail.core.events.kinds import make_event
+from guardrail.core.events.kinds import with_data
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records.signals import METRIC_COLUMNS
 from guardrail.core.records.verdicts import Action, Mode, Verdict
@@ -239,43 +245,38 @@ class _Events:
     def make_events(self, verdict: Verdict) -> Iterator[Event]:
         if verdict.findings:
             would = verdict.would or verdict.action
-            kind, what = "verdict", f"{advised_words(would.value)} at step"
+            line: type[StepJudged] = VerdictGiven
+            what = f"{advised_words(would.value)} at step"
             advised: str | None = would.value
             if verdict.action is Action.APPLY and would is Action.APPLY:
-                kind, what, advised = "finding", "step", None
+                line, what, advised = FindingNoted, "step", None
             reason = verdict.reason or "; ".join(finding.sentence() for finding in verdict.findings)
-            yield self._event(
-                verdict,
-                kind,
-                f"{what} {verdict.step}: {reason}",
-                action=verdict.action.value,
-                would=advised,
-                findings=msgspec.to_builtins(list(verdict.findings)),
-                onset=verdict.onset,
-                incident=verdict.incident,
-                at_step=verdict.step,
+            yield self._with_number(
+                line(
+                    step=verdict.step,
+                    message=f"{what} {verdict.step}: {reason}",
+                    action=verdict.action.value,
+                    would=advised,
+                    findings=verdict.findings,
+                    onset=verdict.onset,
+                    incident=verdict.incident,
+                    at_step=verdict.step,
+                )
             )
         if verdict.incident_state and verdict.incident is not None:
-            yield self._event(
-                verdict,
-                "incident",
-                f"incident {verdict.incident}: {verdict.incident_state}",
-                number=verdict.incident,
-                state=verdict.incident_state,
-                onset=verdict.onset,
+            yield self._with_number(
+                IncidentChanged(
+                    step=verdict.step,
+                    message=f"incident {verdict.incident}: {verdict.incident_state}",
+                    number=verdict.incident,
+                    state=verdict.incident_state,
+                    onset=verdict.onset,
+                )
             )
 
-    def _event(self, verdict: Verdict, kind: str, message: str, **data: Any) -> Event:
+    def _with_number(self, event: Event) -> Event:
         self._seq += 1
-        fixed = {
-            "seq": self._seq,
-            "time": 0.0,
-            "step": verdict.step,
-            "timeline": 0,
-            "kind": kind,
-            "message": message,
-        }
-        return make_event(fixed | data)
+        return with_data(msgspec.structs.replace(event, seq=self._seq))
 
 
 def read_one_log(path: str, columns: dict[str, str]) -> Log:

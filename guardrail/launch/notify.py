@@ -27,6 +27,7 @@ import msgspec
 from guardrail.core import secret
 from guardrail.core.errors import ConfigError
 from guardrail.core.events.event import Event
+from guardrail.core.events.faults import Notified
 from guardrail.core.events.run_state import Paused
 from guardrail.core.files import encode_json, open_file
 from guardrail.core.records.record import Record
@@ -45,7 +46,7 @@ _SENT_FIELDS = (
     *("rank", "deadline", "default", "to_step"),
 )
 
-AppendEvent = Callable[..., object]
+AppendEvent = Callable[[Event], object]
 Spawn = Callable[..., "contextlib.AbstractContextManager[subprocess.Popen[bytes]]"]
 
 
@@ -108,7 +109,7 @@ class Notifier:
     """Sends the notices of one run. `run` is for a thread.
 
     Args:
-        record: appends to the journal: (kind, message, **data).
+        record: appends to the journal.
         spawn: starts a command, as `subprocess.Popen` does, for the time of a `with` block.
         since: where no event was sent yet, events from before this wall time are not sent.
     """
@@ -176,16 +177,15 @@ class Notifier:
         for way, send in self._ways:
             began = time.monotonic()
             failure = clean_text(redact_secrets(self._try(send, notice), self._used_secrets), 300)
-            outcome = f"failed: {failure}" if failure else "sent"
             self._record(
-                "notified",
-                f"{notice.event} of line {event.seq} by {way}: {outcome}",
-                of=event.seq,
-                event=notice.event,
-                way=way,
-                ok=not failure,
-                reason=failure,
-                seconds=round(time.monotonic() - began, 3),
+                Notified(
+                    of=event.seq,
+                    event=notice.event,
+                    way=way,
+                    ok=not failure,
+                    reason=failure,
+                    seconds=round(time.monotonic() - began, 3),
+                )
             )
 
     @staticmethod

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+from guardrail.core.events.faults import RankFailed, RankHung
 from guardrail.core.sections import LaunchSection
 from guardrail.launch import rank_stacks
 from guardrail.launch.hang_detector import Hung, find_culprit
@@ -77,18 +78,16 @@ class RankFailures:
         rank = self._ranks.number(failure.pid)
         if rank is None:
             rank = self._launch.node_rank * self._launch.processes + failure.local_rank
-        sentence = f"rank {rank} {failure}"
         self.last_log = self._run.logs / f"rank-{rank}.log"
-        self.add(sentence)
-        self._journal.record(
-            "rank_failed",
-            f"{sentence} on {self._host}",
+        line = RankFailed(
             rank=rank,
             exit=failure.exit,
             error=failure.error,
             host=self._host,
             log=f"logs/rank-{rank}.log",
         )
+        self.add(line.describe_failure())
+        self._journal.record(line)
         return True
 
     def end_hung(self, hung: Sequence[Hung]) -> None:
@@ -111,13 +110,14 @@ class RankFailures:
         self._close_start(culprit.pid)
         self._ranks.kill()
         self._journal.record(
-            "rank_hung",
-            f"{name} {why}, in phase {culprit.phase.value}{where}",
-            rank=rank,
-            phase=culprit.phase.value,
-            seconds=round(max(culprit.seconds, culprit.silent), 1),
-            host=self._host,
-            stacks=[f"logs/{file.name}" for file in files],
+            RankHung(
+                message=f"{name} {why}, in phase {culprit.phase.value}{where}",
+                rank=rank,
+                phase=culprit.phase.value,
+                seconds=round(max(culprit.seconds, culprit.silent), 1),
+                host=self._host,
+                stacks=tuple(f"logs/{file.name}" for file in files),
+            )
         )
         self.add(f"{name} {what} in phase {culprit.phase.value}")
 

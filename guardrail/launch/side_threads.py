@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from guardrail.core.events.run_state import Note
 from guardrail.launch.notify import Notifier
 from guardrail.launch.supervisor_journal import SupervisorJournal
 from guardrail.launch.supervisor_settings import SupervisorSettings
@@ -46,7 +47,7 @@ class SideThreads:
                 f"{', '.join(missing)}: the secret is masked in the run directory and was not "
                 "given again. No notification is sent this way."
             )
-            self._journal.record("note", message, text=message)
+            self._journal.record(Note(message=message, data={"text": message}))
         notify = self._settings.notify
         if not (notify.command or notify.webhook or notify.apprise):
             yield
@@ -88,9 +89,8 @@ class SideThreads:
         try:
             follow_run(tracker(self._run), stop=stop)
         except Exception as error:
-            self._journal.record(
-                "note", f"{tracker.output} are no longer written: {error!r}", text=tracker.name
-            )
+            message = f"{tracker.output} are no longer written: {error!r}"
+            self._journal.record(Note(message=message, data={"text": tracker.name}))
 
 
 @contextlib.contextmanager

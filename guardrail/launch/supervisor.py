@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from guardrail.core.errors import DiskRefuses, ExitCode, GuardrailError
+from guardrail.core.events.run_state import Note
 from guardrail.core.records.status import Phase
 from guardrail.launch.hang_detector import HangDetector
 from guardrail.launch.rank_failures import RankFailures
@@ -204,7 +205,7 @@ class Supervisor:
         host, _, port = self._launch.rendezvous_endpoint.rpartition(":")
         node = self._launch.node_rank
         message = f"the first node has ended; node {node} waits until {host}:{port} answers again"
-        self._journal.record("note", message, text=message)
+        self._journal.record(Note(message=message, data={"text": message}))
         deadline = time.monotonic() + self._launch.node_timeout
         while time.monotonic() < deadline and not self._signals.stop:
             with (
@@ -282,11 +283,9 @@ class Supervisor:
             return
         if self._stop_since is None:
             self._stop_since = time.monotonic()
-            self._journal.record(
-                "note",
-                f"stop requested by {self._signals.stop}",
-                text=f"stop: {self._signals.stop}",
-            )
+            reason = self._signals.stop
+            note = Note(message=f"stop requested by {reason}", data={"text": f"stop: {reason}"})
+            self._journal.record(note)
         registered = self._ranks.registered
         if self._signals.kill:
             self._kill_reason = "a second signal ended it at once"
@@ -305,7 +304,7 @@ class Supervisor:
         if stuck := self._ranks.bury():
             pids = ", ".join(str(process.pid) for process in stuck)
             message = f"the kernel does not end {pids} (in uninterruptible sleep?)"
-            self._journal.record("note", message, text="stuck")
+            self._journal.record(Note(message=message, data={"text": "stuck"}))
 
     # -- how it ended
 

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from guardrail.core.errors import ExitCode
+from guardrail.core.events.event import Event
 from guardrail.core.events.run_state import Ended
 from guardrail.core.files import open_file
 from guardrail.core.format import format_plural
@@ -49,13 +50,14 @@ class SupervisorJournal:
         self._last_status = run.read_status()
         self._status_written = -1.0  # time.monotonic() of the last status
 
-    def record(self, kind: str, message: str, **data: Any) -> bool:
+    def record(self, event: Event) -> bool:
         """Append to the journal at the run's present step. False if the disk does not take it."""
-        log(f"{kind}: {message}")
+        log(f"{event.kind}: {event.sentence()}")
         status = self._run.read_status()
-        step, timeline = (status.step, status.timeline) if status else (0, 0)
+        if status is not None:
+            event = msgspec.structs.replace(event, step=status.step, timeline=status.timeline)
         try:
-            self._run.append(kind, message, step=step, timeline=timeline, **data)
+            self._run.write_event(event)
         except OSError as error:
             log(f"the journal cannot be written: {error}")
             return False
@@ -94,7 +96,7 @@ class SupervisorJournal:
         elif self._is_first_node:
             message = "\n".join([f"{phase.value}: {reason}", *last_lines])
             self.record(
-                "ended", message, phase=phase.value, exit_code=exit_code.value, reason=reason
+                Ended(message=message, phase=phase.value, exit_code=exit_code.value, reason=reason)
             )
 
     def write_final_status(

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -63,20 +62,6 @@ class Failure:
     local_rank: int
     pid: int
     error: str = ""
-
-    def __str__(self) -> str:
-        """Return what happened to the rank: "exited with 1", "was killed by SIGKILL"."""
-        if self.error:
-            return f"{self._how_it_ended()} ({self.error})"
-        return self._how_it_ended()
-
-    def _how_it_ended(self) -> str:
-        if self.exit < 0:
-            try:
-                return f"was killed by {signal.Signals(-self.exit).name}"
-            except ValueError:
-                return f"was killed by signal {-self.exit}"
-        return f"exited with {self.exit}"
 
 
 @dataclass(frozen=True, kw_only=True)

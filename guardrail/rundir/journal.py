@@ -1,6 +1,6 @@
 """journal.jsonl: every event of a run, one JSON object per line, synced before it takes effect.
 
-A part of `guardrail.rundir.run_directory`: callers go through `RunDirectory.append` and
+A part of `guardrail.rundir.run_directory`: callers go through `RunDirectory.write_event` and
 `RunDirectory.events`.
 """
 
@@ -44,26 +44,23 @@ _TAIL = 64 * 1024
 _DECODER = msgspec.json.Decoder()
 
 
-def append_event(
-    path: Path,
-    kind: str,
-    message: str,
-    *,
-    step: int,
-    timeline: int,
-    data: dict[str, Any],
-    at: float,
-) -> Event:
+def append_event(path: Path, event: Event) -> Event:
     """Append one event and sync it. Safe between processes and threads.
 
     A machine that crashes while writing leaves an incomplete last line. It is completed or cut off
     first; a cut is noted in the journal.
 
+    Args:
+        event: its `data` holds all fields beside the fixed ones, as `with_data` returns it.
+
+    Returns:
+        The event with its number.
+
     Raises:
         OSError: the event is not on disk, not even in part (a full disk, a lost file system).
         ValueError: `data` contains one of the fixed fields.
     """
-    clash = [name for name in data if name in FIXED]
+    clash = [name for name in event.data if name in FIXED]
     if clash:
         raise ValueError(f"{', '.join(clash)}: a fixed field of every journal line, not data")
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -74,18 +71,10 @@ def append_event(
         size = os.fstat(descriptor).st_size
         if size == 0:
             sync_folder(path.parent)
-        lines, seq, keep = _mend(descriptor, size, timeline=timeline, at=at)
-        fixed = {
-            "seq": seq + 1,
-            "time": at,
-            "step": step,
-            "timeline": timeline,
-            "kind": kind,
-            "message": message,
-        }
-        line = encode_json(fixed | data) + b"\n"
-        _write(descriptor, lines + line, keep=keep, size=size)
-        return make_event(fixed | data)
+        lines, seq, keep = _mend(descriptor, size, timeline=event.timeline, at=event.time)
+        written = msgspec.structs.replace(event, seq=seq + 1)
+        _write(descriptor, lines + _line(written), keep=keep, size=size)
+        return written
     finally:
         os.close(descriptor)
 
@@ -196,8 +185,7 @@ def _event(line: bytes) -> Event | None:
 
 
 def _line(event: Event) -> bytes:
-    fields = {name: getattr(event, name) for name in FIXED}
-    return encode_json({**fields, **event.data}) + b"\n"
+    return encode_json(event.all_fields()) + b"\n"
 
 
 def _lock(descriptor: int) -> None:

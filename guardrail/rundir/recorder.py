@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import msgspec
 
 from guardrail.core.events.event import Event
 from guardrail.core.events.faults import DiskChanged
-from guardrail.core.events.kinds import make_event, with_data
+from guardrail.core.events.kinds import with_data
 from guardrail.rundir.metrics import MetricsWriter
 from guardrail.rundir.run_directory import RunDirectory
 
@@ -56,22 +55,12 @@ class Recorder:
         """Return "ok" or "failing: WHY", for status and screen."""
         return "ok" if not self._failing else "failing: " + "; ".join(self._failing.values())
 
-    def event(self, kind: str, message: str, *, step: int, timeline: int, **data: Any) -> Event:
-        """Append an event and sync it before returning. If the disk fails, queue it."""
-        fixed = {
-            "time": time.time(),
-            "step": step,
-            "timeline": timeline,
-            "kind": kind,
-            "message": message,
-        }
-        return self._append(make_event(fixed | data))
-
     def write(self, event: Event) -> Event:
-        """Append an event object as `event` does, with the present time."""
-        return self._append(with_data(msgspec.structs.replace(event, time=time.time())))
+        """Append an event and sync it before returning. If the disk fails, queue it.
 
-    def _append(self, event: Event) -> Event:
+        Its time is the present one.
+        """
+        event = with_data(msgspec.structs.replace(event, time=time.time()))
         self._learn(event)
         if self._run is not None:
             self._waiting.append(event)
@@ -108,16 +97,8 @@ class Recorder:
             return
         try:
             while self._waiting:
-                event = self._waiting[0]
-                appended = self._run.append(
-                    event.kind,
-                    event.message,
-                    step=event.step,
-                    timeline=event.timeline,
-                    happened=event.time,
-                    **event.data,
-                )
-                self.written[event.kind] = appended.seq
+                written = self._run.write_event(self._waiting[0])
+                self.written[written.kind] = written.seq
                 self._waiting.popleft()
         except OSError as error:
             self._retry = time.monotonic() + RETRY_SECONDS

@@ -25,6 +25,7 @@ import msgspec
 from guardrail.core import secret
 from guardrail.core.errors import DiskRefuses, RunDirectoryError
 from guardrail.core.events.event import Event
+from guardrail.core.events.kinds import make_event, with_data
 from guardrail.core.events.run_state import CommandAnswered
 from guardrail.core.files import (
     FOLDER_MODE,
@@ -201,6 +202,22 @@ class RunDirectory:
     def journal_path(self) -> Path:
         return self.path / "journal.jsonl"
 
+    def write_event(self, event: Event) -> Event:
+        """Write one event and sync it. Any process of the run may do so, at any time.
+
+        Args:
+            event: built from its fields. Its time is now unless it has one.
+
+        Returns:
+            The event with its number, its time and its sentence.
+
+        Raises:
+            OSError: the event is not on disk, not even in part.
+        """
+        if not event.time:
+            event = msgspec.structs.replace(event, time=time.time())
+        return journal.append_event(self.journal_path, with_data(event))
+
     def append(
         self,
         kind: str,
@@ -211,18 +228,16 @@ class RunDirectory:
         happened: float | None = None,
         **data: Any,
     ) -> Event:
-        """Write one event and sync it. Any process of the run may do so, at any time.
+        """Write one event of any kind from its fields as they stand on disk; see `write_event`.
+
+        For the loops of users, who write notes. Guardrail itself writes event objects.
 
         Args:
             happened: wall time of the event, seconds since the epoch; None: now.
-
-        Raises:
-            OSError: the event is not on disk, not even in part.
         """
         at = time.time() if happened is None else happened
-        return journal.append_event(
-            self.journal_path, kind, message, step=step, timeline=timeline, data=data, at=at
-        )
+        event = Event(time=at, step=step, timeline=timeline, kind=kind, message=message, data=data)
+        return make_event(journal.append_event(self.journal_path, event).all_fields())
 
     def events(self, after: int = 0) -> list[Event]:
         """Return the events with seq > `after`, oldest first.
@@ -331,20 +346,22 @@ class RunDirectory:
         Raises:
             OSError: the answer is not in the journal; the file is kept.
         """
-        kind = str(to.kind)
-        reason = reason or (to.reason if isinstance(to, Refusal) else "")
-        effect = "applied" if applied else "refused"
-        event = self.append(
-            "command",
-            f"{kind or 'command'} {effect}{f': {reason}' if reason else ''}",
-            step=step,
-            timeline=timeline,
-            id=to.id,
-            command=kind,
-            value=to.value,
-            who=to.who,
-            effect=effect,
-            reason=reason,
+        if not reason and isinstance(to, Refusal):
+            reason = to.reason
+        effect = "refused"
+        if applied:
+            effect = "applied"
+        event = self.write_event(
+            CommandAnswered(
+                step=step,
+                timeline=timeline,
+                id=to.id,
+                command=str(to.kind),
+                value=to.value,
+                who=to.who,
+                effect=effect,
+                reason=reason,
+            )
         )
         self.command_done(to.id)
         return event

@@ -136,7 +136,7 @@ def outcomes(run: RunDirectory) -> list[tuple[str, bool, str]]:
 
 
 def notifier(run: RunDirectory, **settings: Any) -> Notifier:
-    return Notifier(NotifySection(**settings), run, record=run.append)
+    return Notifier(NotifySection(**settings), run, record=run.write_event)
 
 
 def test_each_event_is_posted_once_whoever_asks_again(run: RunDirectory, server: Server) -> None:
@@ -187,7 +187,7 @@ def test_what_happened_before_the_first_start_with_it_is_old_news(
 ) -> None:
     run.append("ended", "failed", phase="failed")
     Notifier(
-        NotifySection(webhook=server.url), run, record=run.append, since=time.time() + 1
+        NotifySection(webhook=server.url), run, record=run.write_event, since=time.time() + 1
     ).send_new_events()
     assert server.bodies == []
 

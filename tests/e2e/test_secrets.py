@@ -314,7 +314,7 @@ def test_a_failure_is_told_without_the_secret(
             )
     run = RunDirectory.create(tmp_path / "runs", "a", "")
     run.append("ended", "failed", phase="failed")
-    Notifier(NotifySection(**given), run, record=run.append).send_new_events()
+    Notifier(NotifySection(**given), run, record=run.write_event).send_new_events()
     assert "by command: failed: exit code 3: could not reach (masked)" in notified(run)
     assert "by webhook: failed: " in notified(run)
     assert MARK not in run.journal_path.read_text()
@@ -325,7 +325,7 @@ def test_a_secret_that_has_gone_is_a_failure_that_names_the_place(tmp_path: Path
     run = RunDirectory.create(tmp_path / "runs", "a", "")
     run.append("ended", "failed", phase="failed")
     Notifier(
-        NotifySection(webhook=reference(file=str(tmp_path / "gone"))), run, record=run.append
+        NotifySection(webhook=reference(file=str(tmp_path / "gone"))), run, record=run.write_event
     ).send_new_events()
     assert (
         f"notify.webhook.file: expected a readable file ({tmp_path}/gone: No such file"
@@ -339,7 +339,7 @@ def test_a_script_stands_in_no_command_line(tmp_path: Path) -> None:
     run.append("ended", "failed", phase="failed")
     out = tmp_path / "out"
     command = f": {MARK}; tr '\\0' ' ' < /proc/$$/cmdline > {out}; env >> {out}"
-    Notifier(NotifySection(command=command), run, record=run.append).send_new_events()
+    Notifier(NotifySection(command=command), run, record=run.write_event).send_new_events()
     assert "sh -c" in out.read_text() and MARK not in out.read_text()
 
 

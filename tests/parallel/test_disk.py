@@ -193,7 +193,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             OSError(errno.EIO, "Input/output error"),
             "Input/output error",
         ),
-        (RunDirectory, "append", FULL, "journal: No space left"),
+        (RunDirectory, "write_event", FULL, "journal: No space left"),
         (MetricsWriter, "append", FULL, "metrics: No space left"),
     ],
 )

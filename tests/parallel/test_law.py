@@ -110,16 +110,16 @@ def killed_behind(run: RunDirectory, world: int, wanted: Callable[[Event], bool]
     """Train until rank 0 dies at once behind the first journal line that is wanted; False where
     none was.
     """
-    append = RunDirectory.append
+    write_event = RunDirectory.write_event
 
-    def lethal(self: RunDirectory, *given: Any, **data: Any) -> Event:
-        event = append(self, *given, **data)
+    def lethal(self: RunDirectory, given: Event) -> Event:
+        event = write_event(self, given)
         if wanted(event):
             os.kill(os.getpid(), signal.SIGKILL)
         return event
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunDirectory, "append", lethal)
+        patch.setattr(RunDirectory, "write_event", lethal)
         codes = wait_ranks(start_run(run, world))
     assert codes[0] in (0, -signal.SIGKILL)
     return codes[0] == -signal.SIGKILL

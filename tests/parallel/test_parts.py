@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from guardrail.core.errors import RunDirectoryError
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import Note
 from guardrail.core.records.commands import Command
 from guardrail.core.records.spans import Span
 from guardrail.core.records.verdicts import Mode
@@ -151,17 +152,17 @@ class Disk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.full = False
-        append, write = RunDirectory.append, os.write
+        write_event, write = RunDirectory.write_event, os.write
 
-        def appending(run: RunDirectory, *arguments: Any, **data: Any) -> Event:
+        def writing_event(run: RunDirectory, event: Event) -> Event:
             self.refuse()
-            return append(run, *arguments, **data)
+            return write_event(run, event)
 
         def writing(descriptor: int, data: bytes) -> int:
             self.refuse()
             return write(descriptor, data)
 
-        monkeypatch.setattr(RunDirectory, "append", appending)
+        monkeypatch.setattr(RunDirectory, "write_event", writing_event)
         monkeypatch.setattr("guardrail.rundir.metrics.os.write", writing)
 
     def refuse(self) -> None:
@@ -175,11 +176,11 @@ def test_events_and_rows_wait_for_a_full_disk_in_their_order(
     monkeypatch.setattr("guardrail.rundir.recorder.RETRY_SECONDS", 0.0)
     disk, run, learnt = Disk(monkeypatch), made(tmp_path), list[str]()
     recorder = Recorder(run, active=True, learn=lambda event: learnt.append(event.kind))
-    recorder.event("one", "", step=1, timeline=0)
+    recorder.write(Event(kind="one", step=1))
     recorder.row({"step": 1.0})
     disk.full = True
     for step in (2, 3):
-        recorder.event("more", "", step=step, timeline=0)
+        recorder.write(Event(kind="more", step=step))
         recorder.row({"step": float(step)})
     assert learnt == ["one", "more", "more"], "what happened is known at once, written or not"
     assert recorder.disk.startswith("failing: ") and "No space left on device" in recorder.disk
@@ -202,7 +203,7 @@ def test_what_waits_is_written_at_the_end(tmp_path: Path, monkeypatch: pytest.Mo
     recorder = Recorder(run, active=True, learn=lambda event: None)
     disk.full = True
     recorder.row({"step": 1.0})
-    recorder.event("late", "", step=1, timeline=0)
+    recorder.write(Event(kind="late", step=1))
     disk.full = False
     recorder.close()
     assert "late" in [e.kind for e in run.events()]
@@ -212,7 +213,7 @@ def test_what_waits_is_written_at_the_end(tmp_path: Path, monkeypatch: pytest.Mo
 def test_other_ranks_learn_and_write_nothing(tmp_path: Path) -> None:
     run, learnt = made(tmp_path), list[Event]()
     recorder = Recorder(run, active=False, learn=learnt.append)
-    recorder.event("note", "hello", step=3, timeline=1, text="x")
+    recorder.write(Note(message="hello", step=3, timeline=1, data={"text": "x"}))
     recorder.row({"step": 1.0})
     recorder.note_failing("checkpoint", "full")
     recorder.close()
@@ -227,7 +228,9 @@ def test_an_event_that_waits_for_the_disk_keeps_its_own_time(
     disk, run = Disk(monkeypatch), made(tmp_path)
     recorder = Recorder(run, active=True, learn=lambda event: None)
     disk.full = True
-    happened = recorder.event("note", "it happened now", step=3, timeline=1, loss=2.5)
+    happened = recorder.write(
+        Note(message="it happened now", step=3, timeline=1, data={"loss": 2.5})
+    )
     full_since = time.time()
     time.sleep(0.01)
     disk.full = False

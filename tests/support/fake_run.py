@@ -288,8 +288,7 @@ class FakeRun:
 
     @staticmethod
     def append(run: RunDirectory, event: Event) -> None:
-        journal.append_event(run.journal_path, event.kind, event.message, step=event.step, timeline=event.timeline,
-                             data=event.data, at=event.time)  # fmt: skip
+        journal.append_event(run.journal_path, event)
 
     # -- how
 

@@ -34,7 +34,7 @@ class Event(Record, frozen=True, kw_only=True):
         symbol: one character for the log and for the axis of a chart.
         printed: the line is shown by a program that prints a run as plain lines.
         topic: under which a tracker keeps the line as text: INCIDENT or COMMAND; "": it does not.
-        optional: fields that are not written while they hold their defaults.
+        optional: fields that are not written while they hold their defaults; see `may_omit`.
     """
 
     symbol: ClassVar[str] = "·"
@@ -83,6 +83,10 @@ class Event(Record, frozen=True, kw_only=True):
     def all_fields(self) -> dict[str, Any]:
         """Return all fields of the line, as on disk."""
         return {**{name: getattr(self, name) for name in FIXED}, **self.data}
+
+    def may_omit(self, name: str) -> bool:
+        """Return whether a field is not written on this line while it holds its default."""
+        return name in self.optional
 
     def check_readable(self, *names: str) -> None:
         """Raise ValueError if one of these fields is damaged."""

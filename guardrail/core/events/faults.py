@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import ClassVar
 
 from guardrail.core.events.event import INCIDENT, Event, Int64
@@ -15,7 +16,6 @@ class RankFault(Event, frozen=True, kw_only=True):
     topic: ClassVar[str] = INCIDENT
 
     rank: Int64 | None = None
-    host: str = ""
 
     @property
     def tone(self) -> str:
@@ -31,12 +31,25 @@ class RankFailed(RankFault, frozen=True, kw_only=True):
 
     Attributes:
         exit: its exit code; below 0: the signal that killed it.
+        error: the exception that ended it, one line; "" if it wrote none.
         log: path of its output in the run directory.
     """
 
     kind: str = "rank_failed"
     exit: Int64 | None = None
+    error: str = ""
+    host: str = ""
     log: str = ""
+
+    def describe_failure(self) -> str:
+        """Return "rank 1 exited with 1 (ValueError: no)"."""
+        said = f"rank {self.rank} {describe_exit(self.exit or 0)}"
+        if self.error:
+            said += f" ({self.error})"
+        return said
+
+    def sentence(self) -> str:
+        return self.message or f"{self.describe_failure()} on {self.host}"
 
 
 class RankHung(RankFault, frozen=True, kw_only=True):
@@ -51,6 +64,7 @@ class RankHung(RankFault, frozen=True, kw_only=True):
     kind: str = "rank_hung"
     phase: str = ""
     seconds: float = 0.0
+    host: str = ""
     stacks: tuple[str, ...] = ()
 
 
@@ -103,3 +117,22 @@ class Notified(Event, frozen=True, kw_only=True):
     ok: bool = False
     reason: str = ""
     seconds: float = 0.0
+
+    def sentence(self) -> str:
+        """Return "rank_failed of line 7 by webhook: failed: the server answers 503"."""
+        if self.message:
+            return self.message
+        outcome = "sent"
+        if self.reason:
+            outcome = f"failed: {self.reason}"
+        return f"{self.event} of line {self.of} by {self.way}: {outcome}"
+
+
+def describe_exit(status: int) -> str:
+    """Return how a process ended: "exited with 1", "was killed by SIGKILL"."""
+    if status >= 0:
+        return f"exited with {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"

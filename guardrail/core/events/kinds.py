@@ -127,13 +127,14 @@ def with_data(event: Event) -> Event:
 def fields_to_write(event: Event) -> dict[str, Any]:
     """Return the fields of an event beside the fixed ones, by their keys on disk.
 
-    They are its `data` and its own fields, without those of `optional` that have their defaults.
+    They are its `data` and its own fields, without those that it may omit and that have their
+    defaults.
     """
     cls = type(event)
     defaults = cls()
     found = dict(event.data)
     for name, (key, _) in own_fields(cls).items():
         value = getattr(event, name)
-        if name not in cls.optional or value != getattr(defaults, name):
+        if value != getattr(defaults, name) or not event.may_omit(name):
             found[key] = value
     return found

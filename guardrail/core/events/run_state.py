@@ -98,10 +98,10 @@ class Ended(Event, frozen=True, kw_only=True):
 
     kind: str = "ended"
     phase: str = ""
+    exit_code: Int64 | None = None
     reason: str = ""
     saved: bool | None = None
     planned: str = ""
-    exit_code: Int64 | None = None
 
     @property
     def tone(self) -> str:
@@ -161,21 +161,23 @@ class Paused(Event, frozen=True, kw_only=True):
     printed: ClassVar[bool] = True
     topic: ClassVar[str] = INCIDENT
     optional: ClassVar[frozenset[str]] = frozenset(
-        (
-            *("asks", "proposals", "findings", "incident", "onset", "end"),
-            *("deadline", "default"),
-        )
+        ("asks", "findings", "incident", "onset", "end", "deadline", "default")
     )
 
     kind: str = "paused"
-    asks: bool | None = None
     proposals: tuple[Any, ...] = ()
+    asks: bool | None = None
     findings: tuple[Any, ...] = ()
     incident: Int64 | None = None
     onset: Int64 | None = None
     end: Int64 | None = None
     deadline: float = 0.0
     default: str = ""
+
+    @classmethod
+    def by_user(cls, who: str) -> Paused:
+        """Return the line of a pause by a command of `who`."""
+        return cls(message=f"paused by {who or 'a command'}", asks=False)
 
     @property
     def is_question(self) -> bool:
@@ -190,6 +192,10 @@ class Paused(Event, frozen=True, kw_only=True):
     @property
     def notice(self) -> str:
         return self.kind if self.proposals else ""  # none for a pause by a user
+
+    def may_omit(self, name: str) -> bool:
+        """Return False for a question, which is written with all fields."""
+        return not self.asks and name in self.optional
 
 
 class Resumed(Event, frozen=True, kw_only=True):
@@ -210,6 +216,20 @@ class Resumed(Event, frozen=True, kw_only=True):
     who: str | None = None
     answer: str = ""
     incident: Int64 | None = None
+
+    @classmethod
+    def after_question(cls, outcome: str, *, question: int, who: str) -> Resumed:
+        """Return the line after a question; `outcome` is one of the words of `answer`."""
+        said = f"training continues: {outcome.replace('_', ' ')}"
+        return cls(message=said, question=question, who=who)
+
+    def may_omit(self, name: str) -> bool:
+        if name == "incident" and self.answer:
+            return False
+        return name in self.optional
+
+    def sentence(self) -> str:
+        return self.message or "training continues"
 
 
 class CommandAnswered(Event, frozen=True, kw_only=True):
@@ -245,6 +265,25 @@ class CommandAnswered(Event, frozen=True, kw_only=True):
     def tone(self) -> str:
         return "plain" if self.is_applied else "warn"
 
+    def sentence(self) -> str:
+        if self.message:
+            return self.message
+        said = f"{self.command or 'command'} {self.effect}"
+        if self.reason:
+            said += f": {self.reason}"
+        return said
+
+    def with_words(self, words: str) -> CommandAnswered:
+        """Return the line with the sentence of a running guard, which says when it takes effect.
+
+        Args:
+            words: the command with its argument: "lr x0.5".
+        """
+        outcome = f"refused: {self.reason}"
+        if self.is_applied:
+            outcome = f"takes effect after step {self.step}"
+        return msgspec.structs.replace(self, message=f"{words} {outcome}")
+
 
 class CheckpointChanged(Event, frozen=True, kw_only=True):
     """A checkpoint became candidate, good, suspect, failed, invalid, foreign or pruned.
@@ -252,6 +291,8 @@ class CheckpointChanged(Event, frozen=True, kw_only=True):
     Attributes:
         path: its name.
         cp_step: applied steps that it holds.
+        seconds: from the call of `save` to the commit. Only the line of a save or a deletion has
+            them, and the size in bytes.
     """
 
     symbol: ClassVar[str] = "C"
@@ -277,6 +318,31 @@ class CheckpointChanged(Event, frozen=True, kw_only=True):
     @property
     def tone(self) -> str:
         return "bad" if self.state in ("failed", "invalid") else "plain"
+
+    @classmethod
+    def withdrawn(cls, path: str, *, cp_step: int, since: int) -> CheckpointChanged:
+        """Return the line of a good one that is a candidate again; see `withdraw_good`."""
+        why = f"the incident since step {since} is not over"
+        said = f"checkpoint {path} is a candidate again: {why}"
+        return cls(message=said, path=path, state="candidate", cp_step=cp_step)
+
+    def may_omit(self, name: str) -> bool:
+        return self.seconds is None and name in self.optional
+
+    def sentence(self) -> str:
+        """Return "checkpoint step-120: failed (No space left on device)"."""
+        if self.message:
+            return self.message
+        if self.seconds is None and self.reason:
+            return f"checkpoint {self.path} is not used: {self.reason}"
+        if self.seconds is None and self.state == "good":
+            return f"checkpoint {self.path} is good"
+        if self.seconds is None and self.state == "suspect":
+            return f"checkpoint {self.path} is suspect: it holds steps that were discarded"
+        said = f"checkpoint {self.path or f'of step {self.cp_step}'}: {self.state}"
+        if self.reason:
+            said += f" ({self.reason})"
+        return said
 
 
 class Note(Event, frozen=True, kw_only=True):

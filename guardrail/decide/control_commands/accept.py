@@ -53,7 +53,7 @@ class Accept(ControlCommand):
 
     def execute(self, actions: RunActions) -> bool:
         batch = actions.next_batch()
-        actions.acknowledge(self, batch=list(batch))
+        actions.acknowledge(self, batch=batch)
         actions.accept(batch)
         return True
 

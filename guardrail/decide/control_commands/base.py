@@ -87,12 +87,14 @@ class RunActions(Protocol):
         """Who gave the command that was acknowledged last; "a command" where it does not say."""
         ...
 
-    def acknowledge(self, command: ControlCommand, *, refusal: str = "", **data: Any) -> bool:
+    def acknowledge(
+        self, command: ControlCommand, *, refusal: str = "", batch: tuple[int, int] | None = None
+    ) -> bool:
         """Answer a command in the journal, before its effect.
 
         Args:
             refusal: why it is not taken; "" takes it.
-            data: more for its line, of a command whose line itself is what it does.
+            batch: positions of the next batch, of a command that needs them after a restart.
 
         Returns:
             Whether it is taken.

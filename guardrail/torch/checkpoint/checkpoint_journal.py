@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from guardrail.core.events.run_state import CheckpointChanged
 from guardrail.core.records.status import SnapshotInfo
 from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.recorder import Recorder
@@ -16,8 +17,7 @@ class CheckpointJournal:
     """Journal lines about the checkpoints of one run.
 
     Args:
-        recorder: learns whether the disk is failing.
-        journal: writes an event of this run: (kind, message, **data).
+        recorder: writes the lines, and learns whether the disk is failing.
         history: returns that of the run.
 
     Attributes:
@@ -30,11 +30,9 @@ class CheckpointJournal:
         store: CheckpointStore,
         *,
         recorder: Recorder,
-        journal: Callable[..., None],
         history: Callable[[], RunHistory],
     ) -> None:
-        self._store = store
-        self._recorder, self._journal, self._history = recorder, journal, history
+        self._store, self._recorder, self._history = store, recorder, history
         self.born_good: tuple[int, int] | None = None
         self.since: int | None = None
 
@@ -65,18 +63,15 @@ class CheckpointJournal:
         reason = event.reason
         if not reason and event.state == SUSPECT:
             reason = "it holds steps of an incident that was not resolved"
-        message = f"checkpoint {event.name or f'of step {event.step}'}: {event.state}"
-        if reason:
-            message += f" ({reason})"
-        self._journal(
-            "checkpoint",
-            message,
-            path=event.name,
-            state=event.state,
-            cp_step=event.step,
-            bytes=event.bytes,
-            seconds=round(event.seconds, 3),
-            reason=reason,
+        self._recorder.write(
+            CheckpointChanged(
+                path=event.name,
+                state=event.state,
+                cp_step=event.step,
+                bytes=event.bytes,
+                seconds=round(event.seconds, 3),
+                reason=reason,
+            )
         )
 
     def _set_state_of_committed(self, event: CheckpointEvent) -> None:
@@ -103,11 +98,8 @@ class CheckpointJournal:
         """Make good ones from the first step of an incident on candidates; return whether any."""
         withdrawn = self._store.withdraw_good(since)
         for info in withdrawn:
-            message = (
-                f"checkpoint {info.path} is a candidate again: "
-                f"the incident since step {since} is not over"
-            )
-            self._journal("checkpoint", message, path=info.path, state=CANDIDATE, cp_step=info.step)
+            line = CheckpointChanged.withdrawn(info.path, cp_step=info.step, since=since)
+            self._recorder.write(line)
         return bool(withdrawn)
 
     def mark_suspect(self, from_step: int) -> None:
@@ -116,10 +108,10 @@ class CheckpointJournal:
             self._write_suspect(info)
 
     def _write_good(self, info: SnapshotInfo) -> None:
-        message = f"checkpoint {info.path} is good"
-        self._journal("checkpoint", message, path=info.path, state=GOOD, cp_step=info.step)
+        line = CheckpointChanged(path=info.path, state=GOOD, cp_step=info.step)
+        self._recorder.write(line)
         self._store.prune(info.step, since=self.since)
 
     def _write_suspect(self, info: SnapshotInfo) -> None:
-        message = f"checkpoint {info.path} is suspect: it holds steps that were discarded"
-        self._journal("checkpoint", message, path=info.path, state=SUSPECT, cp_step=info.step)
+        line = CheckpointChanged(path=info.path, state=SUSPECT, cp_step=info.step)
+        self._recorder.write(line)

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from guardrail.core.events.run_state import CheckpointChanged
 from guardrail.decide.policy import choose_target
 from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.manifest import Manifest
+from guardrail.rundir.recorder import Recorder
 from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
 from guardrail.torch.checkpoint.loader import Allowed, Selection
 from guardrail.torch.checkpoint.memory_snapshots import Snapshot, SnapshotRing
@@ -62,7 +64,7 @@ class TargetSearch:
 
     Args:
         store: None: there are no checkpoints.
-        journal: writes an event of this run: (kind, message, **data).
+        recorder: writes lines about checkpoints that cannot be used.
         gather: returns every rank's value, by rank; a collective.
 
     Attributes:
@@ -74,11 +76,11 @@ class TargetSearch:
         ring: SnapshotRing,
         store: CheckpointStore | None,
         *,
-        journal: Callable[..., None],
+        recorder: Recorder,
         gather: Callable[[Any], Sequence[Any]],
     ) -> None:
         self._ring, self._store = ring, store
-        self._journal, self._gather = journal, gather
+        self._recorder, self._gather = recorder, gather
         self.history = RunHistory()
 
     def find(
@@ -165,8 +167,7 @@ class TargetSearch:
             self._report_unused(name, FOREIGN, why)
 
     def _report_unused(self, name: str, state: str, why: str) -> None:
-        message = f"checkpoint {name} is not used: {why}"
-        self._journal("checkpoint", message, path=name, state=state, reason=why)
+        self._recorder.write(CheckpointChanged(path=name, state=state, reason=why))
 
     def _why_foreign(self, manifest: Manifest) -> str:
         """Return why a checkpoint is of another run; "" if it is of this run."""

@@ -53,8 +53,7 @@ class SnapshotManager:
         settings: the [snapshots], [checkpoint] and [guard] sections.
         state: what is copied.
         store: the checkpoints on disk; None: there are none.
-        recorder: learns when the disk is failing.
-        journal: writes an event of this run: (kind, message, **data).
+        recorder: writes the lines about checkpoints, and learns when the disk is failing.
         gather: returns every rank's value, by rank; a collective.
         report_progress: reports that this rank is alive.
 
@@ -69,7 +68,6 @@ class SnapshotManager:
         state: TrainingState,
         store: CheckpointStore | None,
         recorder: Recorder,
-        journal: Callable[..., None],
         gather: Callable[[Any], Sequence[Any]],
         report_progress: Callable[[], None],
     ) -> None:
@@ -78,11 +76,11 @@ class SnapshotManager:
         self.store = store
         self.infos: tuple[SnapshotInfo, ...] = ()
         self._gather, self._report_progress = gather, report_progress
-        self._search = TargetSearch(self.ring, store, journal=journal, gather=gather)
+        self._search = TargetSearch(self.ring, store, recorder=recorder, gather=gather)
         self._journal: CheckpointJournal | None = None
         if store is not None:
             self._journal = CheckpointJournal(
-                store, recorder=recorder, journal=journal, history=lambda: self._search.history
+                store, recorder=recorder, history=lambda: self._search.history
             )
 
     # -- copying -----------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
+import msgspec
+
+from guardrail.core.events.run_state import Paused, Resumed
 from guardrail.core.records.status import Phase
 from guardrail.core.records.verdicts import Action, Verdict
 from guardrail.decide.control_commands.answer import Answer
@@ -121,9 +123,10 @@ class CommandHandler:
         deadline, default = 0.0, ""
         if text and seconds > 0:
             deadline, default = time.time() + seconds, self._default(verdict)
-        data = ctx.ranks.run_together(
+        line = ctx.ranks.run_together(
             lambda: question_line(
                 ctx,
+                text,
                 verdict,
                 batch,
                 status=self._actions.status,
@@ -132,8 +135,9 @@ class CommandHandler:
             )
         )
         self.question.open(text, deadline=deadline, default=default)
-        message = text or f"paused by {self._inbox.last_who or 'a command'}"
-        ctx.recorder.event("paused", message, **data)
+        if not text:
+            line = Paused.by_user(self._inbox.last_who)
+        ctx.recorder.write(line)
 
     def _meet(self, question: str, verdict: Verdict | None, began: float) -> ParkResult | None:
         """Meet the other ranks once, and carry out what came meanwhile."""
@@ -158,15 +162,14 @@ class CommandHandler:
         self.question.close(self._inbox.last_taken)
         if self._ctx.progress.phase is not None:
             return
-        how = ""
-        data: dict[str, Any] = {}
+        outcome = answer.name.lower()
+        line = Resumed()
         if is_asked:
-            how = f": {answer.name.lower().replace('_', ' ')}"
-            data = {"question": number, "who": self._inbox.last_who}
+            line = Resumed.after_question(outcome, question=number, who=self._inbox.last_who)
         # To continue beyond the share of skipped data applies no update.
         if verdict is not None and verdict.beyond is None:
-            data |= {"answer": answer.name.lower(), "incident": verdict.incident}
-        self._ctx.recorder.event("resumed", f"training continues{how}", **data)
+            line = msgspec.structs.replace(line, answer=outcome, incident=verdict.incident)
+        self._ctx.recorder.write(line)
 
     def _decides_alone(self, verdict: Verdict | None, waited: float) -> bool:
         """Return, on rank 0, whether the guard answers its question itself now.

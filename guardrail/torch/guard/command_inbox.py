@@ -7,10 +7,9 @@ effect.
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
+from guardrail.core.events.run_state import CommandAnswered
 from guardrail.core.records.commands import Command, Shown
 from guardrail.decide.control_commands.base import ControlCommand, HoldsFor
 from guardrail.decide.control_commands.checkpoint import WriteCheckpoint
@@ -144,32 +143,25 @@ class CommandInbox:
 
     # -- acknowledging -----------------------------------------------------------------------------
 
-    def acknowledge(self, given: ControlCommand, *, refusal: str = "", **data: Any) -> bool:
-        """Answer the command at hand in the journal, before its effect.
-
-        Args:
-            refusal: why it is not taken; "" takes it.
-            data: more for its line, of a command whose line itself is what it does.
-
-        Returns:
-            Whether it is taken.
-        """
+    def acknowledge(
+        self, given: ControlCommand, *, refusal: str = "", batch: tuple[int, int] | None = None
+    ) -> bool:
+        """Answer the command at hand in the journal, before its effect; see `RunActions`."""
         ctx, command = self._ctx, self._current
         if command is None and isinstance(given, WriteCheckpoint) and ctx.ranks.rank == 0:
             return True  # the guard itself retries a save
         step, words = ctx.progress.step, given.describe()
-        outcome, effect = f"takes effect after step {step}", "applied"
+        effect = "applied"
         if refusal:
-            outcome, effect = f"refused: {refusal}", "refused"
+            effect = "refused"
         id, who = "", "guard"
         if command is not None:
             id, who = command.id, command.who
         if not refusal:
             self.last_who = who
             self.last_taken = f"{words} by {who or 'a command'} at step {step}"
-        ctx.recorder.event(
-            "command",
-            f"{words} {outcome}",
+        line = CommandAnswered(
+            step=step,
             id=id,
             command=given.name,
             value=given.value,
@@ -177,8 +169,9 @@ class CommandInbox:
             question=self._question.number,
             effect=effect,
             reason=refusal,
-            **data,
+            batch=batch,
         )
+        ctx.recorder.write(line.with_words(words))
         self._acknowledged, self._current = command, None
         if refusal or not given.own_line:
             self.put_away()

@@ -122,24 +122,8 @@ class RunRecorder(Recorder):
         super().__init__(run, active=active, learn=learn, columns=columns)
         self._progress = progress
 
-    def event(
-        self,
-        kind: str,
-        message: str,
-        *,
-        step: int | None = None,
-        timeline: int | None = None,
-        **data: Any,
-    ) -> Event:
-        """Append an event; step and timeline are those of the run where they are not given."""
-        if step is None:
-            step = self._progress.step
-        if timeline is None:
-            timeline = self._progress.timeline
-        return super().event(kind, message, step=step, timeline=timeline, **data)
-
     def write(self, event: Event) -> Event:
-        """Append an event that was built from its fields, at the step and timeline of the run."""
+        """Append an event, at the step and timeline of the run."""
         step, timeline = self._progress.step, self._progress.timeline
         return super().write(msgspec.structs.replace(event, step=step, timeline=timeline))
 
@@ -151,7 +135,7 @@ class RunContext:
     Attributes:
         config: all sections that a guard reads.
         ranks: this rank and its collectives.
-        recorder: journal and metrics; `event(kind, message, **data)` adds step and timeline.
+        recorder: journal and metrics; `write` adds step and timeline to an event.
         order: cursor over the sample order, with the quarantine.
         history: what the journal says; read from the disk once, at the start.
         controller: decides.

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 from guardrail.core.errors import UsageError
+from guardrail.core.events.run_state import Note
 from guardrail.core.records.spans import MAX_NAMED
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.step import Step
@@ -58,11 +59,11 @@ class LoopChecks:
                 "computes the loss, and call no zero_grad between backward and step.finish"
             )
         if reduced.grad_norm == 0 and not reduced.nonfinite_grad:
-            self._ctx.recorder.event(
-                "note",
+            message = (
                 f"every gradient of step {step.number} is exactly zero, so this update trains "
-                "nothing. Was zero_grad called between backward and step.finish?",
+                "nothing. Was zero_grad called between backward and step.finish?"
             )
+            self._ctx.recorder.write(Note(message=message))
 
     def name_lacking(self, step: Step) -> None:
         """Note parameters that had gradients before and got none in this step.
@@ -76,26 +77,25 @@ class LoopChecks:
             rest = ""
             if len(names) > MAX_NAMED:
                 rest = f", and {len(names) - MAX_NAMED} more"
-            self._ctx.recorder.event(
-                "note",
+            message = (
                 f"{len(names)} parameters had gradients before and got none in step {step.number}: "
                 f"{', '.join(names[:MAX_NAMED])}{rest}. "
                 "This is normal for layers that only some batches use. Otherwise look for a detach "
-                "or a frozen layer",
-                parameters=names[:MAX_NAMED],
+                "or a frozen layer"
             )
+            note = Note(message=message, data={"parameters": names[:MAX_NAMED]})
+            self._ctx.recorder.write(note)
 
     def note_lost_updates(self, step: Step) -> None:
         """Note once where updates are lost in the rounding of 16-bit weights."""
         half = self._half_weights
         share = half.count_update()
         if share is not None:
-            self._ctx.recorder.event(
-                "note",
+            message = (
                 f"{share:.0%} of the sampled {half.dtype} weights have not changed in the last "
                 f"{half.span} updates: at a learning rate of "
                 f"{self._learning_rate(step.number):.3g} an update is smaller than the distance "
                 f"between two {half.dtype} numbers. Keep the weights in float32 and compute in 16 "
-                "bits by autocast, or use a larger learning rate",
-                unchanged=share,
+                "bits by autocast, or use a larger learning rate"
             )
+            self._ctx.recorder.write(Note(message=message, data={"unchanged": share}))

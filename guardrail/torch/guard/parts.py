@@ -175,7 +175,6 @@ class GuardParts:
             state=self.state,
             store=self._store(),
             recorder=ctx.recorder,
-            journal=self.journal,
             gather=ctx.ranks.gather,
             report_progress=lambda: set_phase(Phase.SAVE),
         )
@@ -325,7 +324,3 @@ class GuardParts:
     def status(self) -> Status:
         """Return the present state of the run."""
         return self._run_status.current()
-
-    def journal(self, kind: str, message: str, **data: Any) -> None:
-        """Append an event with the present step and timeline; on rank 0 it is written."""
-        self.context.recorder.event(kind, message, **data)

@@ -8,11 +8,13 @@ from typing import Any
 import msgspec
 
 from guardrail.core.errors import GuardrailError
+from guardrail.core.events.run_state import Paused
 from guardrail.core.records.status import Status
 from guardrail.core.records.verdicts import Verdict
 from guardrail.decide.sample_cursor import Batch
 from guardrail.operate.preview import choices
 from guardrail.operate.run_state import RunState
+from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.context import RunContext
 
 _REMEMBERED = 64  # questions whose end is remembered
@@ -66,40 +68,56 @@ class OpenQuestion:
 
 def question_line(
     ctx: RunContext,
+    text: str,
     verdict: Verdict | None,
     batch: Batch | None,
     *,
     status: Callable[[], Status],
     deadline: float,
     default: str,
-) -> dict[str, Any]:
-    """Return the data of the `paused` line: the evidence, and what each choice does and costs.
+) -> Paused:
+    """Return the `paused` line: the evidence, and what each choice does and costs.
 
     Args:
+        text: of the question.
         status: of the run, asked on rank 0.
         deadline: wall time at which the guard answers itself, 0: never.
         default: what it then does.
     """
     if verdict is None or verdict.would is None or batch is None:
-        return {"proposals": [], "asks": False}
+        return Paused(message=text, asks=False)
     names = [verdict.would.value, "go on", "stop"]
-    data: dict[str, Any] = {
-        "asks": True,
-        "findings": list(verdict.findings),
-        "incident": verdict.incident,
-        "onset": verdict.onset,
-        "end": batch.last,
-        "deadline": deadline,
-        "default": default,
-    }
     proposals: list[dict[str, Any]] = [
         {"choice": choice, "action": name} for choice, name in enumerate(names)
     ]
-    # Other ranks keep no proposals in their copy of the journal.
-    if ctx.ranks.rank or ctx.run is None:
-        return {"proposals": proposals, **data}
+    # Other ranks keep the names of the proposals alone in their copy of the journal.
+    if ctx.ranks.rank == 0 and ctx.run is not None:
+        _add_previews(proposals, ctx, ctx.run, verdict, batch, status=status)
+    return Paused(
+        message=text,
+        proposals=tuple(proposals),
+        asks=True,
+        findings=verdict.findings,
+        incident=verdict.incident,
+        onset=verdict.onset,
+        end=batch.last,
+        deadline=deadline,
+        default=default,
+    )
+
+
+def _add_previews(
+    proposals: list[dict[str, Any]],
+    ctx: RunContext,
+    run: RunDirectory,
+    verdict: Verdict,
+    batch: Batch,
+    *,
+    status: Callable[[], Status],
+) -> None:
+    """Add to each proposal what it does and costs, where the run directory can be read."""
     try:
-        state = RunState.read(ctx.run, status=status())
+        state = RunState.read(run, status=status())
         settled = ctx.controller.is_settled
         previews = choices(state, verdict, first=batch.first, last=batch.last, settled=settled)
     except (OSError, GuardrailError, KeyError, ValueError):
@@ -110,4 +128,3 @@ def question_line(
     }
     for proposal in proposals:
         proposal |= by_name.get(proposal["action"], {})
-    return {"proposals": proposals, **data}

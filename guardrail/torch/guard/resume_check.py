@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from guardrail.core.errors import UsageError
+from guardrail.core.events.run_state import Note
 from guardrail.core.records.spans import MAX_NAMED
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.measure.reduction import StepReduction
@@ -124,9 +125,8 @@ class ResumeCheck:
                     f"{value} now: resuming would train on other data"
                 )
             same = False
-            self._ctx.recorder.event(
-                "note", f"{key} has changed since step {extra['step']} was saved"
-            )
+            message = f"{key} has changed since step {extra['step']} was saved"
+            self._ctx.recorder.write(Note(message=message))
         return same
 
     def refuse_other_order(self, extra: dict[str, Any]) -> None:

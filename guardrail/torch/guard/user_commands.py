@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from guardrail.core.records.spans import Span
 from guardrail.core.records.status import Phase, Unresolved
@@ -115,8 +114,10 @@ class UserCommands:
     def sender(self) -> str:
         return self._inbox.last_who or "a command"
 
-    def acknowledge(self, command: ControlCommand, *, refusal: str = "", **data: Any) -> bool:
-        return self._inbox.acknowledge(command, refusal=refusal, **data)
+    def acknowledge(
+        self, command: ControlCommand, *, refusal: str = "", batch: tuple[int, int] | None = None
+    ) -> bool:
+        return self._inbox.acknowledge(command, refusal=refusal, batch=batch)
 
     def pause(self) -> None:
         self._pause()

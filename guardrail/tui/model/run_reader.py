@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from guardrail.core.errors import GuardrailError
+from guardrail.core.events.run_state import Note
 from guardrail.core.records.commands import Command
 from guardrail.rundir.follow import Follower
 from guardrail.rundir.run_directory import RunDirectory
@@ -264,7 +265,7 @@ class RunReader:
         status = self._latest.now.status
         step, timeline = (status.step, status.timeline) if status is not None else (0, 0)
         try:
-            self._run.append("note", text, step=step, timeline=timeline)
+            self._run.write_event(Note(message=text, step=step, timeline=timeline))
         except OSError as error:
             self._failures.add("note", f"the note is not in the journal: {format_reason(error)}")
             self._latest.publish(problem=self._failures.recent())

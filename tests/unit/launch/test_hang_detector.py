@@ -250,7 +250,7 @@ def test_the_exception_that_ended_a_rank_is_read_and_its_file_removed(
         assert not stale.exists()
         agent.process.wait()
         (failure,) = agent.read_output().failures
-        assert failure.error == "ValueError: two lines" and failure.error in str(failure)
+        assert failure.error == "ValueError: two lines"
     finally:
         agent.end()
     assert [file.name for file in (tmp_path / "logs").iterdir()] == ["rank-0.log"]
@@ -274,13 +274,6 @@ def test_an_error_file_of_any_content_is_read(
     if content is not None:
         file.write_text(content)
     assert elastic.read_error(file) == error
-
-
-def test_a_failure_in_words() -> None:
-    assert str(Failure(exit=1, local_rank=0, pid=1, error="E: x")) == "exited with 1 (E: x)"
-    assert str(Failure(exit=1, local_rank=0, pid=1)) == "exited with 1"
-    assert str(Failure(exit=-9, local_rank=0, pid=1)) == "was killed by SIGKILL"
-    assert str(Failure(exit=-77, local_rank=0, pid=1)) == "was killed by signal 77"
 
 
 def test_the_installed_torch_says_a_failure_in_the_words_that_are_read() -> None:

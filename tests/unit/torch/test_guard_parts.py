@@ -15,6 +15,7 @@ from torch import nn
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import Note
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records.commands import Command, Shown
 from guardrail.core.records.findings import Finding, FindingKind, Severity
@@ -172,7 +173,7 @@ def status() -> Status:
 def test_an_event_carries_the_step_and_the_timeline_of_the_run() -> None:
     rig = Rig()
     rig.ctx.progress.step, rig.ctx.progress.timeline = 7, 2
-    rig.ctx.recorder.event("note", "something", size=3)
+    rig.ctx.recorder.write(Note(message="something", data={"size": 3}))
     (event,) = rig.events
     assert (event.step, event.timeline, event.data) == (7, 2, {"size": 3})
 

@@ -240,7 +240,7 @@ def test_a_failing_preview_stops_no_command(
 
 
 @pytest.mark.fault("B3")
-@pytest.mark.parametrize("what", ["send", "screen_seen", "append"])
+@pytest.mark.parametrize("what", ["send", "screen_seen", "write_event"])
 def test_threads_of_the_screen_outlive_whatever_happens(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -263,7 +263,7 @@ def test_threads_of_the_screen_outlive_whatever_happens(
         said = {
             "send": lambda: "a mistake" in reader.latest().unsent.get("first", ""),
             "screen_seen": lambda: "the reader failed and starts again" in reader.latest().problem,
-            "append": lambda: "a mistake" in reader.latest().problem,
+            "write_event": lambda: "a mistake" in reader.latest().problem,
         }
         wait_for(said[what])
         failing = False
