@@ -53,6 +53,18 @@ class Refusal(Record, frozen=True, kw_only=True):
     who: str = ""
 
 
+def make_answer(to: Command | Refusal, *, applied: bool, reason: str = "") -> CommandAnswered:
+    """Return the journal line that answers a command or a refused file."""
+    if not reason and isinstance(to, Refusal):
+        reason = to.reason
+    effect = "refused"
+    if applied:
+        effect = "applied"
+    return CommandAnswered(
+        id=to.id, command=str(to.kind), value=to.value, who=to.who, effect=effect, reason=reason
+    )
+
+
 def check_command(command: Command) -> str | None:
     """Return why a command can never be carried out, as the end of a sentence; None if it can.
 

@@ -39,7 +39,13 @@ from guardrail.core.records.commands import Command
 from guardrail.core.records.status import NodeStatus, RankStatus, Status
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.rundir import journal, run_creation, screen_files, status_files
-from guardrail.rundir.command_files import Inbox, Refusal, check_command, find_interrupted
+from guardrail.rundir.command_files import (
+    Inbox,
+    Refusal,
+    check_command,
+    find_interrupted,
+    make_answer,
+)
 from guardrail.rundir.metrics import MetricsView, MetricsWriter, read_metrics, read_rows
 from guardrail.rundir.run_lock import Holder, RunLock, holder_of
 
@@ -346,23 +352,8 @@ class RunDirectory:
         Raises:
             OSError: the answer is not in the journal; the file is kept.
         """
-        if not reason and isinstance(to, Refusal):
-            reason = to.reason
-        effect = "refused"
-        if applied:
-            effect = "applied"
-        event = self.write_event(
-            CommandAnswered(
-                step=step,
-                timeline=timeline,
-                id=to.id,
-                command=str(to.kind),
-                value=to.value,
-                who=to.who,
-                effect=effect,
-                reason=reason,
-            )
-        )
+        line = make_answer(to, applied=applied, reason=reason)
+        event = self.write_event(msgspec.structs.replace(line, step=step, timeline=timeline))
         self.command_done(to.id)
         return event
 
