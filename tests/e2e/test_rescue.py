@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.rescue import NONE, Bench, Cell, excess, named, print_table, summary
+from tests.bench.rescue import (
+    ARMS,
+    NONE,
+    Bench,
+    Cell,
+    configuration,
+    excess,
+    named,
+    print_table,
+    summary,
+)
 from tests.bench.rescue_faults import DATA, FAULTS, HEALTHY, STATE, healthy
 from tests.support.running import write_corpus
 
@@ -77,3 +87,11 @@ def test_every_fault_gives_a_configuration() -> None:
         assert staged.what
         assert bool(staged.faults(240) or staged.sections) == (name not in NONE)
         assert FAULTS[healthy(name)].world == staged.world
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_no_arm_is_halted_by_the_limit_on_skipped_data(tmp_path: Path, arm: str) -> None:
+    config = configuration(
+        FAULTS[FAULT], arm, 0, folder=tmp_path, cache=tmp_path, steps=60, sections={}
+    )
+    assert config.guard.max_skipped_share == 1.0
