@@ -294,7 +294,7 @@ def check_settings(settings: SettingsT | Mapping[str, Any], schema: type[Setting
     """
     if isinstance(settings, schema):
         schema = type(settings)
-    elif isinstance(settings, Section):
+    elif not isinstance(settings, Mapping):
         hint = ""
         if isinstance(settings, GuardOptions):
             hint = f"{schema.__name__}(guard=...) takes a {type(settings).__name__}"

@@ -46,9 +46,17 @@ class ExitCode(IntEnum):
 
 
 class GuardrailError(Exception):
-    """Base of all. `str(error)` is a complete sentence for a user."""
+    """Base of all. `str(error)` is a complete sentence for a user.
+
+    Args:
+        kind: short name of what is wrong, for programs, where the class alone does not say it.
+    """
 
     exit_code = ExitCode.WORKERS_FAILED
+
+    def __init__(self, message: str = "", *, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class UsageError(GuardrailError):

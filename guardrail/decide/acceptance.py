@@ -10,6 +10,8 @@ from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.decide.controller_state import ControllerState
 from guardrail.decide.detector_set import ActiveDetectors
 
+ON_ALLOWLIST = "on the allowlist"
+
 
 class Acceptance:
     """Makes the verdict of a step that is applied, and learns from the step."""
@@ -77,7 +79,7 @@ class Acceptance:
             action=Action.APPLY,
             step=obs.step,
             findings=notes,
-            reason=f"on the allowlist: {findings[0].sentence()}",
+            reason=f"{ON_ALLOWLIST}: {findings[0].sentence()}",
             accepted=is_lasting,
         )
 

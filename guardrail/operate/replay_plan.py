@@ -43,7 +43,9 @@ def plan_replay(run: RunDirectory, incident: int | None = None) -> ReplayPlan:
     view = run.metrics(["step", "verdict"])
     steps = view.array[view.current() & (view.column("verdict") == 0), 0]
     if not len(steps):
-        raise UsageError(f"{run.name} has made no step yet: there is nothing to replay")
+        raise UsageError(
+            f"{run.name} has made no step yet: there is nothing to replay", kind="no_steps"
+        )
     last = int(steps.max())
     base, from_step, to_step = None, 0, last
     if incident is not None:

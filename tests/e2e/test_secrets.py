@@ -4,6 +4,8 @@ uses them has them.
 
 from __future__ import annotations
 
+import errno
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from guardrail.launch.notify import Notifier
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.model.config_lines import read_config_lines
 from tests.support.lab import Lab, wait_for
+from tests.support.texts import numbers_in
 
 MASK = "(masked)"
 MARK = "PLANTED5ecretMarker"  # part of every secret here
@@ -153,10 +156,11 @@ def test_expectation_and_hint_of_an_error_are_masked_too() -> None:
         )
         assert MARK not in error.expected + error.hint and MARK not in str(error.at("--set"))
     plain = ConfigError("a list", key="data.sources", value="corpus", hint='["corpus"]')
-    assert str(plain) == "data.sources = 'corpus': expected a list\n  hint: [\"corpus\"]"
+    assert str(plain).startswith("data.sources = 'corpus': ")
+    assert str(plain).endswith(' a list\n  hint: ["corpus"]')
     endless: list[object] = []
     endless.append(endless)
-    assert "expected a path" in str(ConfigError("a path", key="run", value=endless))
+    assert str(ConfigError("a path", key="run", value=endless)).endswith(" a path")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +185,7 @@ def test_nor_does_one_about_an_override(tmp_path: Path, override: str) -> None:
 @pytest.mark.fault("A3")
 def test_nor_does_one_about_an_override_that_does_not_fit_the_command(tmp_path: Path) -> None:
     for override in (f"notify.webhook={MARK}", f"notify={MARK}", f"webhook {MARK}"):
-        with pytest.raises(ConfigError, match=r"a key of \[guard\]") as caught:
+        with pytest.raises(ConfigError, match=r"\[guard\]") as caught:
             load_guard_options(overrides=[override])
         assert MARK not in str(caught.value)
     run = RunDirectory.create(tmp_path, "old", STEPS)
@@ -206,31 +210,31 @@ def test_nor_does_one_about_an_override_without_its_option(
 def test_the_launcher_wants_to_read_what_is_referred_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def problems(**notify: Any) -> list[str]:
+    def problem(**notify: Any) -> ConfigError | None:
         found = preflight.find_problems(GuardConfig(notify=NotifySection(**notify)), file="c.toml")
-        return [
-            str(error)
-            for error in found
-            if error.key.startswith("notify.") and "installed" not in error.expected
-        ]
+        of_notify = (error for error in found if error.key.startswith("notify."))
+        return next((error for error in of_notify if "installed" not in error.expected), None)
 
     monkeypatch.delenv("HOOK", raising=False)
     file = tmp_path / "hook"
-    assert problems(webhook=reference(env="HOOK")) == [
-        "c.toml: notify.webhook.env: expected the environment variable HOOK to be set"
-    ]
-    assert "No such file" in problems(command=reference(file=str(file)))[0]
+    unset = problem(webhook=reference(env="HOOK"))
+    assert unset is not None and (unset.file, unset.key) == ("c.toml", "notify.webhook.env")
+    assert " HOOK " in unset.expected and unset.value is None
+    missing = problem(command=reference(file=str(file)))
+    assert missing is not None and os.strerror(errno.ENOENT) in missing.expected
     file.write_text(f"gopher://{MARK}\n")
-    found = problems(webhook=reference(file=str(file)))
-    assert found == [
-        "c.toml: notify.webhook: expected an http:// or https:// address without spaces"
-    ] or ("(masked)" in found[0] and MARK not in found[0])
+    wrong = problem(webhook=reference(file=str(file)))
+    assert wrong is not None and wrong.key == "notify.webhook"
+    assert "https://" in wrong.expected and MARK not in str(wrong)
     file.write_bytes(b"\xff")
-    assert "not UTF-8 text" in problems(apprise=(reference(file=str(file)),))[0]
+    binary = problem(apprise=(reference(file=str(file)),))
+    assert binary is not None and "UTF-8" in binary.expected
     file.write_text("")
-    assert "a file of 1 to 65536 bytes" in problems(apprise=(reference(file=str(file)),))[0]
+    empty = problem(apprise=(reference(file=str(file)),))
+    assert empty is not None
+    assert numbers_in(empty.expected.partition(str(file))[0]) == [1, 65536], "bytes"
     monkeypatch.setenv("HOOK", ADDRESS)
-    assert problems(webhook=reference(env="HOOK")) == []
+    assert problem(webhook=reference(env="HOOK")) is None
 
 
 @pytest.mark.fault("A3")
@@ -289,17 +293,13 @@ def test_on_a_screen_other_settings_that_are_called_like_secrets_are_masked_too(
 # -- the process that uses them
 
 
-def notified(run: RunDirectory) -> str:
-    return "\n".join(event.message for event in run.events() if event.kind == "notified")
-
-
 @pytest.mark.fault("A3")
 @pytest.mark.parametrize("place", ["literal", "env", "file"])
 def test_a_failure_is_told_without_the_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     values = {
-        "command": f"echo could not reach {MARK} >&2; exit 3",
+        "command": f"echo unreachable: {MARK} >&2; exit 3",
         "webhook": ADDRESS.replace("/hooks/", "/hooks/%0a/"),
     }
     given: dict[str, Any] = dict(values)
@@ -315,8 +315,14 @@ def test_a_failure_is_told_without_the_secret(
     run = RunDirectory.create(tmp_path / "runs", "a", "")
     run.append("ended", "failed", phase="failed")
     Notifier(NotifySection(**given), run, record=run.write_event).send_new_events()
-    assert "by command: failed: exit code 3: could not reach (masked)" in notified(run)
-    assert "by webhook: failed: " in notified(run)
+    told = [event for event in run.events() if event.kind == "notified"]
+    assert [(event.data["way"], event.data["ok"]) for event in told] == [
+        ("command", False),
+        ("webhook", False),
+    ]
+    assert numbers_in(told[0].data["reason"]) == [3]
+    assert told[0].data["reason"].endswith(f": unreachable: {MASK}")
+    assert all(event.data["reason"] in event.message for event in told)
     assert MARK not in run.journal_path.read_text()
 
 
@@ -327,10 +333,9 @@ def test_a_secret_that_has_gone_is_a_failure_that_names_the_place(tmp_path: Path
     Notifier(
         NotifySection(webhook=reference(file=str(tmp_path / "gone"))), run, record=run.write_event
     ).send_new_events()
-    assert (
-        f"notify.webhook.file: expected a readable file ({tmp_path}/gone: No such file"
-        in notified(run)
-    )
+    (told,) = [event for event in run.events() if event.kind == "notified"]
+    assert not told.data["ok"] and "notify.webhook.file: " in told.message
+    assert f"({tmp_path}/gone: {os.strerror(errno.ENOENT)})" in told.message
 
 
 @pytest.mark.fault("A3")
@@ -393,7 +398,7 @@ rank = 0
     output, errors = launcher.communicate()
     assert launcher.returncode == 0, errors
     for name in ("command", "webhook"):
-        assert f"warning: notify.{name} is written out" in errors
+        assert f"warning: notify.{name} " in errors
     assert len(list((lab.folder / "sent").iterdir())) == 2, "the command was run, with its secret"
     assert [event.data["ok"] for event in run.events() if event.kind == "notified"] == [False] * 4
     assert any("faketrainer" in commands for commands in seen)
@@ -441,10 +446,7 @@ steps = 10
         "launch", "--headless", "--resume", str(run.path), "--set", "launch.threads=1"
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert (
-        "warning: notify.webhook was written out and is masked in the run directory"
-        in resumed.stderr
-    )
+    assert "warning: notify.webhook " in resumed.stderr
     assert len([event for event in run.events() if event.kind == "notified"]) == 1, (
         "the first end alone"
     )
@@ -459,7 +461,7 @@ steps = 10
     ]
     given = lab.guardrail("launch", "--headless", "--resume", str(run.path), *sets)
     assert given.returncode == 0, given.stderr
-    assert MARK not in given.stderr + given.stdout and "written out" not in given.stderr
+    assert MARK not in given.stderr + given.stdout and "warning: notify." not in given.stderr
     told = [
         (event.data["way"], event.data["ok"]) for event in run.events() if event.kind == "notified"
     ]
@@ -474,7 +476,7 @@ steps = 10
 def test_doctor_says_which_secrets_are_written_out(tmp_path: Path) -> None:
     settings = loaded(tmp_path, f"{STEPS}[notify]\nwebhook = '{ADDRESS}'\n")
     (remark,) = launching.secret_remarks(settings)
-    assert "notify.webhook is written out" in remark and MARK not in remark
+    assert "notify.webhook " in remark and MARK not in remark
     settings = msgspec.structs.replace(
         settings, notify=NotifySection(webhook=reference(env="HOOK"))
     )

@@ -39,6 +39,7 @@ from guardrail.torch.checkpoint.snapshot_states import CANDIDATE, GOOD, INVALID,
 from guardrail.torch.state import rng_state as rng
 from guardrail.torch.state.training_state import TrainingState
 from tests.support.ranks import run_ranks
+from tests.support.texts import numbers_in
 from tests.support.tiny import Setup
 
 SECONDS = 60.0  # for what takes milliseconds, on a machine that is busy with something else
@@ -289,9 +290,7 @@ def test_a_checkpoint_without_moments_is_refused_unless_weights_are_all_that_is_
     other = Run(tmp_path, seed=3)
     other.steps(1, 3)
     before = other.state.digests()
-    with pytest.raises(
-        CheckpointInvalid, match=r"no optimizer state .*after step 50.*weights_only=True"
-    ):
+    with pytest.raises(CheckpointInvalid, match=r"step 50\b.*weights_only=True"):
         other.store.load(path)
     assert other.state.digests() == before
     loaded = other.store.load(path, weights_only=True)
@@ -315,7 +314,7 @@ def test_an_optimizer_that_keeps_nothing_by_nature_resumes(tmp_path: Path) -> No
     other.store.load(checkpoint_dirs(tmp_path)[0])
     assert other.steps(4, 7) == run.steps(4, 7)
     momentum = Run(tmp_path, optimizer="momentum", seed=1)
-    with pytest.raises(CheckpointInvalid, match="no optimizer state"):
+    with pytest.raises(CheckpointInvalid, match="weights_only=True"):
         momentum.store.load(checkpoint_dirs(tmp_path)[0])
 
 
@@ -367,7 +366,8 @@ def test_the_resume_check_says_what_differs(
 
     monkeypatch.setattr(TrainingState, "load", spoilt)
     checks = run.store.load(checkpoint_dirs(tmp_path)[0]).checks
-    assert checks == {**ALL_OK, component: "differs on rank 0"}
+    assert numbers_in(checks[component]) == [0], "the rank"
+    assert {**checks, component: "ok"} == ALL_OK
 
 
 # -- finding a valid one (law 5, case 17) ----------------------------------------------------------
@@ -440,7 +440,9 @@ def test_the_hashes_are_checked_again_when_another_is_loaded_than_was_chosen(
     run = three_saves(tmp_path)
     flip(tmp_path / "step-00000001" / "rank-00000.safetensors")
     assert run.store.find_newest_valid().path == tmp_path / "step-00000003"
-    with pytest.raises(CheckpointInvalid, match="its content is not what was written"):
+    with pytest.raises(
+        CheckpointInvalid, match=r"step-00000001/rank-00000\.safetensors: .*SHA-256"
+    ):
         run.store.load(tmp_path / "step-00000001")
 
 
@@ -460,26 +462,19 @@ def test_all_damaged_or_none_there(tmp_path: Path) -> None:
 
 def test_what_is_not_allowed_is_passed_over_without_being_called_invalid(tmp_path: Path) -> None:
     run = three_saves(tmp_path)
-    selection = run.store.find_newest_valid(
-        lambda manifest: manifest.step < 3 or "a rollback found it polluted"
-    )
+    selection = run.store.find_newest_valid(lambda manifest: manifest.step < 3 or "polluted")
     assert selection.path == tmp_path / "step-00000002"
-    assert selection.refused == ((tmp_path / "step-00000003", "a rollback found it polluted"),)
+    assert selection.refused == ((tmp_path / "step-00000003", "polluted"),)
     assert selection.invalid == frozenset()
-    assert (
-        run.store.find_newest_valid(lambda manifest: manifest.step < 2).refused[0][1]
-        == "not to be used"
-    )
+    path, reason = run.store.find_newest_valid(lambda manifest: manifest.step < 2).refused[0]
+    assert path == tmp_path / "step-00000003" and reason
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     three_saves(tmp_path)
     model = torch.nn.Linear(3, 3)
     state = TrainingState(model, torch.optim.AdamW(model.parameters()))
-    with pytest.raises(
-        CheckpointInvalid,
-        match=r"step-00000003: .*model/weight is missing; model/bias is missing; .*",
-    ):
+    with pytest.raises(CheckpointInvalid, match=r"step-00000003: .*model/weight .*model/bias "):
         CheckpointStore(tmp_path, state).load(tmp_path / "step-00000003")
 
 
@@ -658,9 +653,8 @@ def test_a_full_disk_is_seen_beforehand_and_after_making_room_the_save_succeeds(
         assert [save(step).state for step in (1, 2)] == ["candidate", "candidate"]
         (folder / "other").write_bytes(bytes(1_500_000))
         event = save(3)
-        assert (
-            event.state == "failed" and "No space left on device: 2.3 MB are needed" in event.reason
-        )
+        assert event.state == "failed" and event.reason.startswith(os.strerror(errno.ENOSPC))
+        assert numbers_in(event.reason)[0] == 2.3, "megabytes that are needed"
         assert names(folder / "checkpoints") == ["step-00000001", "step-00000002"]
         assert all(verify(path) for path in checkpoint_dirs(folder / "checkpoints"))
         assert store.retry_due
@@ -701,7 +695,7 @@ def test_a_file_size_limit_stops_a_save_and_nothing_else(tmp_path: Path) -> None
 
     (events,) = run_ranks(limited, 1, folder=tmp_path / "a", init=False)
     assert [(event.state, event.reason) for event in events] == [
-        ("failed", "File too large"),
+        ("failed", os.strerror(errno.EFBIG)),
         ("candidate", ""),
     ]
     assert names(tmp_path / "checkpoints") == ["step-00000002"]
@@ -722,7 +716,7 @@ def test_a_disk_that_gives_other_bytes_back_is_found_out(
     store.save(ring.take(1, 1, 0, {}))
     assert store.wait(SECONDS)
     (event,) = store.take_events()
-    assert event.state == "failed" and "reads back other bytes than were written" in event.reason
+    assert event.state == "failed" and "rank-00000.safetensors" in event.reason
     assert names(tmp_path) == []
 
 
@@ -734,7 +728,7 @@ def one_rank_fails(
     if rank == 1:
         original = rank_share.write_file
         rank_share.write_file = lambda *_: (_ for _ in ()).throw(
-            OSError(errno.ENOSPC, "No space left on device")
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         )
         if not room:
             rank_share.write_all = lambda *_: (_ for _ in ()).throw(
@@ -759,9 +753,8 @@ def test_one_rank_that_fails_fails_the_save_for_all_at_once(room: bool, tmp_path
     assert time.monotonic() - begin < SECONDS  # not commit_seconds, which are 600
     ((failed,), (again,)) = outcome[0]
     assert failed.state == "failed"
-    assert failed.reason == (
-        "rank 1: No space left on device" if room else "rank 1: no room to write the reason"
-    )
+    assert failed.reason.startswith("rank 1: ")
+    assert (os.strerror(errno.ENOSPC) in failed.reason) is room
     assert again.state == "candidate"
     assert names(folder) == ["step-00000002"]
 
@@ -781,7 +774,7 @@ def one_rank_is_silent(rank: int, folder: Path) -> list[CheckpointEvent]:
 
 def test_a_rank_that_never_writes_its_share_is_named(tmp_path: Path) -> None:
     ((event,), _) = run_ranks(one_rank_is_silent, 2, tmp_path / "c", folder=tmp_path / "a")
-    assert event.state == "failed" and event.reason == "rank 1 has not written its share"
+    assert event.state == "failed" and numbers_in(event.reason) == [1]
     assert names(tmp_path / "c") == []
 
 
@@ -798,10 +791,7 @@ def drifted(rank: int, folder: Path) -> tuple[list[CheckpointEvent], dict[str, s
 def test_replicas_that_have_drifted_apart_are_told_of(tmp_path: Path) -> None:
     ((events, checks), _) = run_ranks(drifted, 2, tmp_path / "c", folder=tmp_path / "a")
     assert events[0].state == "candidate"
-    assert (
-        events[0].reason
-        == "the weights of rank 1 are not those of rank 0: the replicas have drifted apart"
-    )
+    assert numbers_in(events[0].reason) == [1, 0] and " weights " in events[0].reason
     assert read_manifest(tmp_path / "c" / "step-00000001").warning == events[0].reason
     assert checks["moments"] == "ok"
 
@@ -870,7 +860,7 @@ def test_a_snapshot_that_left_the_ring_is_not_saved(tmp_path: Path) -> None:
     run = Run(tmp_path)
     gone = run.take(1)
     run.ring.drop_after(0)
-    with pytest.raises(ValueError, match="step 1 has left the ring"):
+    with pytest.raises(ValueError, match=r"step 1\b"):
         run.store.save(gone)
 
 
@@ -1145,7 +1135,10 @@ def test_a_damaged_good_one_keeps_no_other_from_staying(tmp_path: Path) -> None:
     for step in range(1, 5):
         run.save(step)
     run.store.confirm(lambda step: True)
-    cut_off(tmp_path / "step-00000004" / "rank-00000.safetensors")
+    damaged = tmp_path / "step-00000004" / "rank-00000.safetensors"
+    whole = damaged.stat().st_size
+    cut_off(damaged)
+    left = damaged.stat().st_size
     run.store.prune(4)
     assert run.store.wait(SECONDS)
     events = run.store.take_events()
@@ -1154,7 +1147,8 @@ def test_a_damaged_good_one_keeps_no_other_from_staying(tmp_path: Path) -> None:
         ("pruned", "step-00000001"),
         ("pruned", "step-00000004"),
     ]
-    assert "is cut off" in events[0].reason
+    assert "step-00000004/rank-00000.safetensors" in events[0].reason
+    assert sorted(numbers_in(events[0].reason)) == [left, whole]
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
@@ -1171,12 +1165,12 @@ def test_a_deletion_that_fails_is_told_and_tried_again(
         monkeypatch,
         checkpoints,
         "remove_checkpoint",
-        PermissionError(errno.EACCES, "Permission denied"),
+        PermissionError(errno.EACCES, os.strerror(errno.EACCES)),
     )
     run.store.prune(3)
     assert run.store.wait(SECONDS)
     (event,) = run.store.take_events()
-    assert event.state == "failed" and event.reason == "could not be deleted: Permission denied"
+    assert event.state == "failed" and event.reason.endswith(os.strerror(errno.EACCES))
     assert not run.store.degraded
     run.store.prune(3)
     assert run.store.wait(SECONDS)

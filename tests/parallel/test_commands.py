@@ -15,6 +15,8 @@ import pytest
 from guardrail.core.records.commands import Command
 from guardrail.core.records.status import Phase, Status
 from guardrail.core.records.verdicts import Mode
+from guardrail.decide.control_commands.answer import NO_QUESTION
+from guardrail.decide.control_commands.resume import NOT_PAUSED
 from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 from guardrail.rundir.manifest import read_manifest
 from guardrail.rundir.run_directory import RunDirectory
@@ -110,8 +112,8 @@ def test_each_command_is_answered_with_its_step(tmp_path: Path) -> None:
         "stop": ("applied", 25),
     }
     reasons = {event.data["id"]: event.data["reason"] for event in of_kind(run, "command")}
-    assert reasons["resume"] == "training is not paused"
-    assert reasons["answer"] == "no question is open"
+    assert reasons["resume"] == NOT_PAUSED
+    assert reasons["answer"] == NO_QUESTION
     assert "step 3" in reasons["nowhere"]
     assert all(
         event.data["who"] == "tester"

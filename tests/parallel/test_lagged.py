@@ -23,6 +23,7 @@ from guardrail.core.sections import SnapshotSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.guard import Guard
+from guardrail.torch.guard.verdict_executor import APPLIED_UNJUDGED
 from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.update_gate import Gate, can_skip_on_device
 from tests.support.ranks import run_ranks, wait_ranks
@@ -166,7 +167,7 @@ def test_an_update_that_the_ceilings_let_through_by_mistake_is_taken_back(
     )
     run = trained(config)
     (back,) = [event for event in run.events() if event.kind == "rollback"]
-    assert back.data["span"]["reason"].startswith("applied before it was judged: loss")
+    assert back.data["span"]["reason"].startswith(f"{APPLIED_UNJUDGED}: loss")
     assert back.data["window"] == [208, 216]
     assert_same(run, trained(told(config, run)))
 
@@ -186,7 +187,7 @@ def test_what_it_takes_back_is_no_more_than_the_guard_may_leave_out_by_itself(
     codes = wait_ranks(start_run(run, 1))
     assert codes == [0] and not [event for event in run.events() if event.kind == "rollback"]
     (ended,) = [event for event in run.events() if event.kind == "ended"]
-    assert ended.data["phase"] == "halted" and "applied before it was judged" in ended.message
+    assert ended.data["phase"] == "halted" and APPLIED_UNJUDGED in ended.message
     assert "guard.max_skipped_share = 0.001" in ended.message
 
 

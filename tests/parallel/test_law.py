@@ -43,6 +43,7 @@ from tests.support.running import (
     trained,
     write_corpus,
 )
+from tests.support.texts import numbers_in
 from trainer.config.config import Config
 
 PIECES, SAMPLES = 8, 200
@@ -320,7 +321,7 @@ def test_a_rollback_leaves_out_the_few_samples_that_explain_it(
     assert last - first > 2 * BATCH and first <= NOISE[0] and NOISE[-1] < last
     assert tuple(back.data["span"]["positions"]) == NOISE and back.data["count"] == len(NOISE)
     (verdict,) = of_kind(run, "verdict")
-    assert f"skip 6 bad samples of positions {first} to {last - 1}" in verdict.message
+    assert numbers_in(verdict.message)[-3:] == [len(NOISE), first, last - 1]
     assert len(quarantine_lines(run)) == len(NOISE), "the rest of the window is kept"
     assert_whole(run)
     assert_same(run, trained(told(config, run)))

@@ -13,10 +13,12 @@ import torch.distributed as dist
 
 from guardrail.core.config import load_trainer_config
 from guardrail.core.records.commands import Command
+from guardrail.core.records.findings import FindingKind
 from guardrail.core.records.spans import Span
 from guardrail.core.records.verdicts import Action
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.sample_cursor import SampleCursor
+from guardrail.rundir.journal import findings_of
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
 from guardrail.torch.measure.update_gate import Gate
@@ -369,6 +371,7 @@ def test_batches_without_a_label_are_left_out_and_never_add_up_to_a_rollback(
         (first, first + BATCH, "rejected") for first in (0, 80, 88, 96, 104, 112, 120)
     ]
     assert not of_kind(run, "rollback") and not of_kind(run, "incident")
-    assert all("no label token" in event.message for event in of_kind(run, "verdict"))
+    found = [one for event in of_kind(run, "verdict") for one in findings_of(event)]
+    assert {one.kind for one in found} == {FindingKind.NO_TOKENS} and len(found) == len(spans(run))
     assert np.isfinite(table(run, COMMON)).all()
     assert_same_as_told(config, run)

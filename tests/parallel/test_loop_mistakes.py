@@ -12,15 +12,19 @@ from torch import Tensor, nn
 
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import DataError, UsageError
+from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import ResumeChecked
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records.status import Phase
 from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.guard import Guard, Step
+from guardrail.torch.guard.written_settings import NEXT_RATE
 from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.update_gate import Gate
 from tests.support.ranks import run_ranks
+from tests.support.texts import numbers_in
 
 BATCH, SAMPLES = 4, 80
 
@@ -91,8 +95,12 @@ class Loop:
         return self
 
 
+def note_events(run: RunDirectory) -> list[Event]:
+    return [event for event in run.events() if event.kind == "note"]
+
+
 def notes(run: RunDirectory) -> list[str]:
-    return [event.message for event in run.events() if event.kind == "note"]
+    return [event.message for event in note_events(run)]
 
 
 # -- the optimizer is stepped by the guard alone
@@ -145,20 +153,21 @@ def test_optimizers_of_other_parameters_and_of_other_times_are_free() -> None:
 def test_a_loop_without_any_gradient_is_refused_at_its_first_step(what: str) -> None:
     loop = Loop()
     twin = copy.deepcopy(loop.model)
-    with pytest.raises(UsageError, match="step 1: no parameter got a gradient"):
+    with pytest.raises(UsageError) as caught:
         for step in loop.guard:
             loss = loop.loss(step, twin if what == "a copy" else None)
             loss.backward()
             if what == "zero_grad":
                 loop.optimizer.zero_grad()
             step.finish(loss)
+    assert caught.value.kind == "no_gradients" and numbers_in(str(caught.value)) == [1]
     assert loop.guard.step == 0
 
 
 @pytest.mark.fault("E2")
 def test_a_model_that_is_all_frozen_is_refused() -> None:
     frozen = Model().requires_grad_(False)
-    with pytest.raises(UsageError, match="no parameter of the model requires a gradient"):
+    with pytest.raises(UsageError, match="requires_grad"):
         StepReduction(frozen, rank=0, world=1)
 
 
@@ -176,11 +185,10 @@ def test_gradients_that_are_all_zero_and_a_tensor_that_has_none_any_more_are_not
         if step.number in (3, 4):
             loop.model.first.weight.grad = None
         step.finish(loss)
-    zero, lacking = notes(run)
-    assert zero.startswith("every gradient of step 1 is exactly zero")
-    assert lacking.startswith(
-        "1 parameters had gradients before and got none in step 3: first.weight"
-    )
+    zero, lacking = note_events(run)
+    assert numbers_in(zero.message) == [1] and "zero_grad" in zero.message
+    assert lacking.data["parameters"] == ["first.weight"]
+    assert numbers_in(lacking.message) == [1, 3], "one of them, in step 3"
 
 
 @pytest.mark.fault("E2")
@@ -236,8 +244,9 @@ def test_a_resume_goes_on_with_the_schedule_that_is_written_now(
     fresh = Loop(steps=12, **after).train()
     assert min(resumed.rates) == 6
     assert resumed.rates == {step: fresh.rates[step] for step in resumed.rates}
-    (note,) = notes(run)
-    assert "learning rate of the next step" in note
+    (note,) = note_events(run)
+    assert NEXT_RATE in {entry["key"] for entry in note.data["settings"]}
+    assert NEXT_RATE in note.message
 
 
 @pytest.mark.fault("E3")
@@ -247,9 +256,11 @@ def test_other_hyperparameters_are_used_and_named(tmp_path: Path) -> None:
     loop = Loop(run, weight_decay=0.3, betas=(0.9, 0.99)).train()
     assert loop.optimizer.param_groups[0]["weight_decay"] == 0.3
     assert loop.optimizer.param_groups[0]["betas"] == (0.9, 0.99)
-    (note,) = [event for event in run.events() if event.kind == "note"]
-    assert "weight_decay: saved 0.1, configured 0.3; the configured value is used" in note.message
+    (note,) = note_events(run)
+    decay = {"key": "weight_decay", "saved": 0.1, "configured": 0.3, "used": 0.3}
+    assert decay in note.data["settings"]
     assert {entry["key"] for entry in note.data["settings"]} == {"weight_decay", "betas"}
+    assert "weight_decay: " in note.message and "betas: " in note.message
 
 
 def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
@@ -306,11 +317,10 @@ def test_a_resume_names_parameters_that_are_newly_frozen_or_trained(tmp_path: Pa
     second.model.second.bias.requires_grad_(False)
     second.train()
     (check,) = [event for event in run.events() if event.kind == "resume_check"]
-    assert (
-        check.data["trained"]
-        == "second.bias was trained and is frozen now, first.bias was frozen and is trained now"
-    )
-    assert check.message == "resumed state differs in trained"
+    frozen, thawed = check.data["trained"].split(", ")
+    assert frozen.startswith("second.bias ") and thawed.startswith("first.bias ")
+    assert isinstance(check, ResumeChecked) and check.list_differences() == ["trained"]
+    assert check.message.endswith(" trained")
 
 
 @pytest.mark.fault("E8")
@@ -322,10 +332,9 @@ def test_a_loss_that_is_cut_off_by_detach_is_named_at_the_first_step_after_a_res
     cut = Loop(run)
     cut.model.first.register_forward_hook(lambda module, inputs, output: output.detach())
     cut.train()
-    (note,) = notes(run)
-    assert note.startswith(
-        "2 parameters had gradients before and got none in step 6: first.bias, first.weight"
-    )
+    (note,) = note_events(run)
+    assert note.data["parameters"] == ["first.bias", "first.weight"]
+    assert numbers_in(note.message) == [2, 6], "two of them, in step 6"
 
 
 # -- updates that are lost in rounding
@@ -343,10 +352,7 @@ def test_16_bit_weights_that_no_update_changes_are_noted_once(
     found = [message for message in notes(run) if "bfloat16" in message]
     assert len(found) == int(is_lost)
     if is_lost:
-        assert (
-            "weights have not changed in the last 4 updates: at a learning rate of 1e-05"
-            in found[0]
-        )
+        assert numbers_in(found[0])[1:3] == [4, 1e-05], "updates, and the learning rate"
 
 
 # -- what the guard changes for a moment
@@ -414,7 +420,7 @@ def test_what_finish_cannot_use_is_refused_in_one_sentence(given: Any, message: 
 
 @pytest.mark.parametrize("samples", [0, -1, 1.5, "8", None, True, float("nan")])
 def test_a_sample_order_of_no_whole_number_of_samples_is_refused(samples: Any) -> None:
-    with pytest.raises(DataError, match=r"SampleOrder\(samples\): expected a whole number > 0"):
+    with pytest.raises(DataError, match=r"SampleOrder\(samples\): .* > 0"):
         SampleOrder(samples=samples)
 
 
@@ -430,4 +436,5 @@ def test_a_halt_of_ones_own_loop_is_logged_with_its_reason(
     assert loop.guard.phase is Phase.HALTED
     (record,) = caplog.records
     assert record.levelname == "ERROR" and record.name.startswith("guardrail.")
-    assert record.getMessage().startswith(f"guardrail: halted at step {loop.guard.step}: ")
+    assert record.getMessage().startswith("guardrail: ") and " nan" in record.getMessage()
+    assert numbers_in(record.getMessage())[0] == loop.guard.step

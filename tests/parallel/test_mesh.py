@@ -39,6 +39,7 @@ from tests.support.ranks import run_ranks
 from tests.support.running import BLIND, assert_same, of_kind, table, tiny, told, trained
 from tests.support.running import new_run as new
 from tests.support.running import train as train_to_end
+from tests.support.texts import numbers_in
 from trainer.config.config import Config
 from trainer.config.layout import Layout, ParallelSection
 from trainer.config.sizes import parameter_count
@@ -636,8 +637,10 @@ def _split_loss(
 def test_a_batch_is_shared_by_the_data_ranks(tmp_path: Path) -> None:
     config = config_of(tmp_path, "hybrid", train={"batch_size": 24})
     assert (config.micro_batch_size, config.micro_batches) == (2, 3)
-    with pytest.raises(ConfigError, match="a multiple of the 4"):
+    with pytest.raises(ConfigError) as caught:
         config_of(tmp_path, "hybrid", train={"batch_size": 22})
+    assert (caught.value.key, caught.value.value) == ("train.batch_size", 22)
+    assert numbers_in(caught.value.expected)[0] == 4, "the ranks that share it"
     assert msgspec.to_builtins(config)["parallel"]["dp_shard"] == 2
 
 

@@ -183,7 +183,7 @@ def test_events_and_rows_wait_for_a_full_disk_in_their_order(
         recorder.write(Event(kind="more", step=step))
         recorder.row({"step": float(step)})
     assert learnt == ["one", "more", "more"], "what happened is known at once, written or not"
-    assert recorder.disk.startswith("failing: ") and "No space left on device" in recorder.disk
+    assert recorder.disk.startswith("failing: ") and os.strerror(errno.ENOSPC) in recorder.disk
     assert [e.kind for e in run.events()] == ["one"] and len(run.metrics()) == 1
     disk.full = False
     recorder.row({"step": 4.0})
@@ -250,10 +250,11 @@ def test_an_event_that_waits_for_the_disk_keeps_its_own_time(
 def test_disk_says_each_change_once(tmp_path: Path) -> None:
     run = made(tmp_path)
     recorder = Recorder(run, active=True, learn=lambda event: None)
+    reasons = {"checkpoint": "no room", "metrics": "full"}
     for _ in range(3):
-        recorder.note_failing("checkpoint", "checkpoint: full")
-    recorder.note_failing("metrics", "metrics: full")
-    assert recorder.disk == "failing: checkpoint: full; metrics: full"
+        recorder.note_failing("checkpoint", reasons["checkpoint"])
+    recorder.note_failing("metrics", reasons["metrics"])
+    assert recorder.disk == f"failing: {'; '.join(reasons.values())}"
     recorder.note_working("checkpoint")
     recorder.note_working("checkpoint")
     recorder.note_working("metrics")

@@ -153,14 +153,13 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_touched() -> None:
         return str(caught.value)
 
     assert "model/norm.bias is missing" in refused({"model/norm.bias": None})
-    assert "model/norm.bias is float32[7] and should be float32[6]" in refused(
-        {"model/norm.bias": torch.zeros(7)}
-    )
+    longer = refused({"model/norm.bias": torch.zeros(7)})
+    assert longer.index("model/norm.bias") < longer.index("float32[7]") < longer.index("float32[6]")
     assert "model/norm.bias is float16[6]" in refused(
         {"model/norm.bias": torch.zeros(6, dtype=torch.float16)}
     )
-    assert "model/other is not in this model" in refused({"model/other": torch.zeros(2)})
-    assert "parameter that is not trained here" in refused({"optim/other/exp_avg": torch.zeros(2)})
+    assert "model/other " in refused({"model/other": torch.zeros(2)})
+    assert "optim/other/exp_avg " in refused({"optim/other/exp_avg": torch.zeros(2)})
     assert "optim/norm.bias/exp_avg is float32[9]" in refused(
         {"optim/norm.bias/exp_avg": torch.zeros(9)}
     )
@@ -172,10 +171,11 @@ def test_numbers_of_other_groups_or_schedules_are_refused() -> None:
     run = Setup(optimizer="groups")
     tensors, scalars = saved(state_of(run))
     other = Setup(optimizer="adamw")
-    with pytest.raises(CheckpointInvalid, match="groups held other parameters"):
+    with pytest.raises(CheckpointInvalid) as caught:
         state_of(other).load(tensors, scalars)
+    assert caught.value.kind == "other_groups"
     without = TrainingState(other.model, other.optimizers)
-    with pytest.raises(CheckpointInvalid, match="saved with 1 schedulers, and there are 0 now"):
+    with pytest.raises(CheckpointInvalid, match=r" 1 schedulers, .* 0 "):
         without.load(tensors, scalars)
 
 
@@ -287,10 +287,10 @@ def test_what_accelerate_prepares_is_unwrapped() -> None:
 
 def test_what_could_not_be_restored_is_refused_at_once() -> None:
     model, stranger = nn.Linear(2, 2), nn.Linear(2, 2)
-    with pytest.raises(UsageError, match="not a parameter of the model"):
+    with pytest.raises(UsageError, match=r"^SGD .*\(2, 2\)"):
         TrainingState(model, torch.optim.SGD(stranger.parameters(), lr=0.1))
     twice = [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)]
-    with pytest.raises(UsageError, match=r"weight is trained by two optimizers"):
+    with pytest.raises(UsageError, match=r"^weight "):
         TrainingState(model, twice)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: 1.0)
@@ -298,7 +298,7 @@ def test_what_could_not_be_restored_is_refused_at_once() -> None:
     with pytest.raises(UsageError, match=r"LambdaLR\.note holds object"):
         TrainingState(model, optimizer, scheduler)
     model.register_buffer("mask", torch.ones(1).expand(4))
-    with pytest.raises(UsageError, match="buffer mask is an expanded view"):
+    with pytest.raises(UsageError, match=r"^buffer mask .*clone\(\)"):
         TrainingState(model, optimizer)
 
 
@@ -394,7 +394,7 @@ def test_plain_keeps_nan_and_small_tensors() -> None:
     assert math.isnan(plain.decode(plain.encode(math.nan)))
     tensor = plain.decode(plain.encode(torch.tensor([0.1], dtype=torch.bfloat16)))
     assert torch.equal(tensor, torch.tensor([0.1], dtype=torch.bfloat16))
-    with pytest.raises(UsageError, match=r"x\.y\[1\] holds a tensor of 4 elements"):
+    with pytest.raises(UsageError, match=r"^x\.y\[1\] .* 4 "):
         plain.encode({"y": [0, torch.zeros(4)]}, "x")
 
 

@@ -226,8 +226,9 @@ def test_a_wrong_argument_is_refused_with_the_right_one(given: Any, message: str
 
 
 def test_a_missing_argument_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"data: expected data=\.\.\."):
+    with pytest.raises(ConfigError) as caught:
         Guard(**parts())  # type: ignore[call-arg]
+    assert caught.value.key == "data" and caught.value.expected.startswith("data=...")
 
 
 # -- this rank's samples ---------------------------------------------------------------------------
@@ -292,7 +293,7 @@ def test_ranks_that_compute_the_same_read_the_same_as_in_the_trainer(
 
 
 def test_a_layout_that_says_no_share_is_an_error_only_where_it_is_asked() -> None:
-    with pytest.raises(UsageError, match="cannot be divided"):
+    with pytest.raises(UsageError, match=r"RankLayout\.shard_ranks = None: 2 "):
         shares(8, [RankLayout(), RankLayout(), RankLayout(counts_loss=False)])
 
 
@@ -312,5 +313,7 @@ def test_a_file_that_is_no_custom_loops_is_checked_completely(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"train\.steps"):
         guardrail.load_config(path)
     path.write_text('[guard]\nmod = "advise"\n')
-    with pytest.raises(ConfigError, match=r"guard\.mod = 'advise'.*\n.*did you mean guard\.mode"):
+    with pytest.raises(ConfigError) as caught:
         Guard(**parts(), data=SampleOrder(64), config=path)
+    assert (caught.value.key, caught.value.value) == ("guard.mod", "advise")
+    assert "guard.mode" in caught.value.hint

@@ -16,6 +16,7 @@ from trainer.sources.source_file import SourceFile
 
 TRAINING_BYTES = 16 << 20  # of text; more text changes such a vocabulary very little
 _COMPRESSION = 5  # bytes of text per byte of a compressed file, roughly
+TRAINING = "training the tokenizer"  # what is done
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 
 
@@ -37,7 +38,7 @@ def train_or_load(
     file = cache / "tokenizers" / f"bpe-{vocabulary}-{digest.hexdigest()[:32]}.json"
     if file.exists():
         return load_tokenizer(file, name="bpe")
-    pulse.begin("training the tokenizer")
+    pulse.begin(TRAINING)
     content = _train(texts, vocabulary, pulse)
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     replace_file(file, content.encode("utf-8"))
@@ -89,7 +90,7 @@ def _train(texts: list[str], vocabulary: int, pulse: Progress) -> str:
         nonlocal fed
         for text in texts:
             if stopped.is_set():
-                raise Interrupted("stopped while training the tokenizer")
+                raise Interrupted(f"stopped while {TRAINING}")
             fed += 1
             yield text
 

@@ -30,6 +30,9 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.sources.base import ResolvedSources
 from trainer.sources.registry import SOURCES, source_of_entry
 
+# What is done, of a process that waits for another one.
+WAITING_TO_BUILD = "waiting for another process that tokenizes the same text"
+WAITING_FOR_CORPUS = "waiting for the corpus"
 _POLL_SECONDS = 0.05
 
 
@@ -93,7 +96,7 @@ def wait_for_corpus(
         DataError: no corpus and no progress for `seconds`.
         Interrupted: `stop` returned true.
     """
-    pulse = Progress(lambda text, share: None, stop, "waiting for the corpus")
+    pulse = Progress(lambda text, share: None, stop, WAITING_FOR_CORPUS)
     folder = cache_folder(data) / _name(data, discover(data.sources, pulse))
     reached, since = builder(), time.monotonic()
     while True:
@@ -151,7 +154,7 @@ def _locked(folder: Path, pulse: Progress) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                pulse.text = "waiting for another process that tokenizes the same text"
+                pulse.text = WAITING_TO_BUILD
                 pulse()
                 time.sleep(_POLL_SECONDS)
         yield

@@ -10,6 +10,7 @@ from guardrail.core.errors import Interrupted
 ReportProgress = Callable[[str, float], None]  # (what is done, share that is done in [0, 1])
 Stop = Callable[[], bool]
 
+LOOKING = "looking for text"  # what is done at first
 REPORT_SECONDS = 0.25
 POLL_SECONDS = 0.002
 
@@ -24,9 +25,7 @@ class Progress:
         share: of it that is done, in [0, 1]; set by the work.
     """
 
-    def __init__(
-        self, progress: ReportProgress, stop: Stop, text: str = "looking for text"
-    ) -> None:
+    def __init__(self, progress: ReportProgress, stop: Stop, text: str = LOOKING) -> None:
         self._progress, self._stop = progress, stop
         self._polled = self._reported = 0.0
         self.text, self.share = text, 0.0

@@ -13,6 +13,8 @@ from guardrail.decide.control_commands.base import (
 from guardrail.decide.control_commands.preview import Preview
 from guardrail.decide.control_commands.run_facts import RecordedFacts, RunFacts
 
+NO_INCIDENT = "there is no incident that is not over"
+
 
 class Accept(ControlCommand):
     """End the open incidents; later states may become good again."""
@@ -38,7 +40,7 @@ class Accept(ControlCommand):
             return "the guard has a question open: answer that"
         one = run.unresolved
         if one is None:
-            return "there is no incident that is not over"
+            return NO_INCIDENT
         if one.is_open and not one.let_pass:
             return f"incident {one.incident} is still open, and no bad update was applied"
         return ""

@@ -6,6 +6,8 @@ from guardrail.decide.control_commands.base import ControlCommand, RunActions
 from guardrail.decide.control_commands.run_facts import RunFacts
 from guardrail.decide.questions import ParkResult, how_to_answer
 
+NOT_PAUSED = "training is not paused"
+
 
 class Resume(ControlCommand):
     """Continue a paused training. It answers no question."""
@@ -20,7 +22,7 @@ class Resume(ControlCommand):
         if run.is_asking:
             return how_to_answer(run.question)
         if not run.is_paused:
-            return "training is not paused"
+            return NOT_PAUSED
         return ""
 
     def execute(self, actions: RunActions) -> bool:

@@ -56,7 +56,8 @@ class LoopChecks:
         if not reduced.graded:
             raise UsageError(
                 f"step {step.number}: no parameter got a gradient. Give the guard the model that "
-                "computes the loss, and call no zero_grad between backward and step.finish"
+                "computes the loss, and call no zero_grad between backward and step.finish",
+                kind="no_gradients",
             )
         if reduced.grad_norm == 0 and not reduced.nonfinite_grad:
             message = (

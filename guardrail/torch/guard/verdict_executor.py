@@ -32,6 +32,8 @@ from guardrail.torch.guard.update_applier import UpdateApplier
 from guardrail.torch.guard.verdict_journal import VerdictJournal
 from guardrail.torch.measure.reduced_step import ReducedStep
 
+APPLIED_UNJUDGED = "applied before it was judged"
+
 # (rejected step, its verdict, its numbers) -> the cause of its incident; a collective that leaves
 # the run unchanged.
 FindCause = Callable[[Step, Verdict, ReducedStep], Diagnosis]
@@ -156,7 +158,7 @@ class VerdictExecutor:
         self.record_applied(step, verdict)
         window = verdict.window or (observation.first, observation.last)
         onset = verdict.onset or observation.step
-        reason = f"applied before it was judged: {verdict.reason}"
+        reason = f"{APPLIED_UNJUDGED}: {verdict.reason}"
         switch = self._timeline_switch
         span = switch.span(window=window, onset=onset, reason=reason, verdict=verdict)
         over = self._quarantine.over_share(span)

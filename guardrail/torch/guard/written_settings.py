@@ -23,6 +23,7 @@ from guardrail.torch.state import json_codec as plain
 from guardrail.torch.state.state_numbers import set_group_value
 from guardrail.torch.state.training_state import TrainingState
 
+NEXT_RATE = "learning rate of the next step"  # key of a difference
 # Keys of a parameter group that a schedule begins with.
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 # Keys of a scheduler's state that are counters or memory, not settings.
@@ -102,11 +103,7 @@ class WrittenSettings:
         for old, (group, _, _) in zip(rates, self._groups_with(saved), strict=True):
             new = float(group["lr"])
             if new != old:
-                found.append(
-                    Difference(
-                        key="learning rate of the next step", saved=old, configured=new, used=new
-                    )
-                )
+                found.append(Difference(key=NEXT_RATE, saved=old, configured=new, used=new))
         return _distinct(found)
 
     # -- parameter groups --------------------------------------------------------------------------

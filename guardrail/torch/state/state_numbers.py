@@ -91,7 +91,8 @@ class StateNumbers:
             hashes = [_hash_names(names) for names in names_of_groups]
             if [group["parameters"] for group in groups] != hashes:
                 raise CheckpointInvalid(
-                    "the optimizer's groups held other parameters when this was saved"
+                    "the optimizer's groups held other parameters when this was saved",
+                    kind="other_groups",
                 )
         unknown = sorted(set(scalars["state"]["numbers"]) - self._all_names)
         if unknown:

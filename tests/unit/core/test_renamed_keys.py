@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,10 @@ def test_an_old_name_draws_one_notice_on_stderr(capfd: pytest.CaptureFixture[str
     for _ in range(2):
         read({"guard": {"persist": 4}}, "guard.window_before=3")
     lines = capfd.readouterr().err.splitlines()
-    assert sorted(lines) == [
-        "guardrail: guard.persist is now guard.rollback_after_rejections",
-        "guardrail: guard.window_before is now guard.skip_before",
+    keys = sorted(re.findall(r"guard\.\w+", line) for line in lines)
+    assert keys == [
+        ["guard.persist", "guard.rollback_after_rejections"],
+        ["guard.window_before", "guard.skip_before"],
     ]
     read({"guard": {"rollback_after_rejections": 4}})
     assert not capfd.readouterr().err

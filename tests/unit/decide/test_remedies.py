@@ -18,6 +18,7 @@ from guardrail.decide.remedies.base import EscalationRemedy
 from guardrail.decide.remedies.effects import compute_factor, format_effect, resets_moments
 from guardrail.decide.remedies.registry import BY_ACTION, REMEDIES, find_effect
 from tests.support.places import ROOT, TESTS
+from tests.support.texts import numbers_in
 
 CAUSES = [None, *Cause]
 
@@ -104,6 +105,8 @@ USE = """
 import json
 from guardrail.core.config import load_guard_options
 from guardrail.decide.controller import Controller
+from guardrail.decide.remedies.effects import format_effect
+from guardrail.decide.remedies.registry import BY_ACTION
 from tests.support.class_docs import fill_remedies
 from tests.support.feed import BATCH, obs, warmed
 
@@ -116,6 +119,8 @@ for streak in range(3):
 print(json.dumps({
     "escalation": verdict.escalation,
     "effects": [[effect.kind, effect.value, effect.hold_steps] for effect in verdict.remedies],
+    "sentences": [format_effect(effect) for effect in verdict.remedies],
+    "help": BY_ACTION["calm_down"].help,
     "reason": verdict.reason,
     "page": fill_remedies(open("remedies.md").read()),
 }))
@@ -147,8 +152,6 @@ def test_a_remedy_is_added_by_one_file_and_its_line(tmp_path: Any) -> None:
     found = json.loads(done.stdout)
     assert found["escalation"] == "calm_down"
     assert found["effects"] == [["lr", 0.25, 9], ["clip", 0.25, 9]]
-    assert "the learning rate x 0.25" in found["reason"]
-    assert "the clipping norm x 0.25" in found["reason"]
-    assert (
-        "| `calm_down` | Multiply learning rate and clipping norm by `factor`. |" in found["page"]
-    )
+    assert found["reason"].endswith("; ".join(["", *found["sentences"]]))
+    assert [numbers_in(sentence)[0] for sentence in found["sentences"]] == [0.25, 0.25]
+    assert f"| `calm_down` | {found['help']} |" in found["page"]

@@ -16,6 +16,7 @@ from guardrail.decide import quarantine as quarantine_module
 from guardrail.decide.quarantine import Quarantine
 from guardrail.decide.sample_cursor import Batch, CursorState, SampleCursor
 from guardrail.decide.sample_order import SampleOrder, mix64
+from tests.support.texts import numbers_in
 
 HYPOTHESIS = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -88,7 +89,7 @@ def test_a_stream_is_the_data_as_it_stands() -> None:
 
 
 def test_no_samples_is_an_error() -> None:
-    with pytest.raises(DataError, match="expected a whole number > 0"):
+    with pytest.raises(DataError, match=r"SampleOrder\(samples\).* > 0"):
         SampleOrder(samples=0)
 
 
@@ -118,8 +119,9 @@ def test_lines_are_read_back_with_comments_and_blanks() -> None:
 
 @pytest.mark.parametrize("line", ["x", "-1", "1@-1", "1@x", "1.5", "1 2", "@3", "1@", "1_0", "+4"])
 def test_a_bad_line_is_named(line: str) -> None:
-    with pytest.raises(UsageError, match=r"q.txt, line 2: .* is not a sample id"):
+    with pytest.raises(UsageError) as caught:
         Quarantine().read(["1", line], source="q.txt")
+    assert str(caught.value).startswith("q.txt, line 2: ") and repr(line) in str(caught.value)
 
 
 def test_an_id_that_the_data_does_not_have_is_refused() -> None:
@@ -197,8 +199,9 @@ def test_all_samples_quarantined_is_an_error_and_not_an_endless_loop() -> None:
     for sample in range(20):
         book.quarantine.add(sample, epoch=1)
     assert [len(advance(book).samples) for _ in range(2)] == [8, 8]
-    with pytest.raises(DataError, match="all 20 samples of the training split are quarantined"):
+    with pytest.raises(DataError) as caught:
         advance(book)
+    assert numbers_in(str(caught.value)) == [20]
 
 
 def test_almost_all_samples_quarantined_still_trains() -> None:

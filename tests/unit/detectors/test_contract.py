@@ -28,6 +28,7 @@ from guardrail.detectors.spike_settings import SpikeSettings
 from guardrail.detectors.spikes import NamedSpike
 from tests.support.class_docs import comments_of
 from tests.support.feed import BATCH, plain, through_json
+from tests.support.golden import assert_golden
 
 ALL = [*DETECTORS, *ON_DEMAND]
 # What a kind of finding means, wherever it is read; detectors that share a kind agree about it.
@@ -161,6 +162,20 @@ def test_each_finding_has_a_sentence(kind: FindingKind, value: float) -> None:
     sentence = finding.sentence()
     assert sentence and "\n" not in sentence and len(sentence) < 200
     assert sentence == find_detector(kind).sentence(finding)
+
+
+def test_the_sentences_of_all_kinds() -> None:
+    lines = []
+    for kind in (*FindingKind, FindingKind("of_another_version")):
+        for value, ranks in ((2.5, ()), (0.0, (1,)), (math.nan, (1, 3))):
+            finding = Finding(
+                signal="a_signal", step=5, kind=kind, severity=Severity.WEIGHTS_DAMAGED,
+                value=value, baseline=1.0, score=9.0, threshold=8.0, onset=3, ranks=ranks,
+            )  # fmt: skip
+            lines.append(f"{kind.value}: {finding.sentence()}\n")
+        if why := find_detector(kind).explain_rollback(finding):
+            lines.append(f"{kind.value}, why a rollback: {why}\n")
+    assert_golden("findings.txt", "".join(lines))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -11,9 +11,10 @@ from guardrail.core.records.findings import FindingKind, Observation
 from guardrail.core.records.signals import GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM
 from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.decide.controller import Controller
-from guardrail.detectors.loss_scale import AT_START, FALL
+from guardrail.detectors.loss_scale import AT_START, FALL, ScaleCollapse
 from tests.support.feed import BATCH, noisy, plain, through_json
 from tests.support.places import TESTS
+from tests.support.texts import numbers_in
 
 IN_A_ROW = GuardOptions().overflows
 
@@ -69,7 +70,7 @@ def test_overflows_at_the_start_and_single_ones_later_are_no_incident() -> None:
         v.incident for v in verdicts
     } == {None}
     assert not any(v.findings for v in verdicts)
-    assert verdicts[0].reason == "the gradients overflow at a loss scale of 65536"
+    assert numbers_in(verdicts[0].reason) == [65536]
 
 
 def test_overflow_after_overflow_is_a_collapse() -> None:
@@ -82,8 +83,12 @@ def test_overflow_after_overflow_is_a_collapse() -> None:
     assert (
         verdicts[-1].findings[0].kind is FindingKind.SCALE_COLLAPSE and verdicts[-1].incident == 1
     )
-    assert "loss_scale 512 (normal 65536), 8 consecutive overflows" in verdicts[-1].reason
-    assert "of which 7 may be the search for a scale" in verdicts[-1].reason
+    finding = verdicts[-1].findings[0]
+    assert (finding.signal, finding.value, finding.baseline) == (LOSS_SCALE, 512, 65536)
+    assert finding.score == IN_A_ROW and finding.threshold == IN_A_ROW
+    assert finding.sentence() in verdicts[-1].reason
+    assert ScaleCollapse.explain_rollback(finding) in verdicts[-1].reason
+    assert numbers_in(verdicts[-1].reason)[:4] == [512, 65536, IN_A_ROW, IN_A_ROW - 1]
 
 
 def test_a_recorded_overflow_and_a_live_one_are_judged_by_one_rule() -> None:

@@ -14,6 +14,7 @@ from guardrail.detectors.resume_jump import ROWS
 from guardrail.rundir.journal import findings_of
 from tests.support.feed import noisy, obs, through_json, warmed
 from tests.support.running import new_run, of_kind, tiny, train
+from tests.support.texts import numbers_in
 
 
 def resumed(mode: Mode = Mode.AUTO) -> tuple[Controller, Controller, int]:
@@ -38,8 +39,11 @@ def test_a_loss_that_is_off_after_a_resume_is_noted_once_up_or_down(factor: floa
     ]
     assert [v.step for v in verdicts if jumps(v)] == [step]
     assert verdicts[0].action is Action.APPLY
-    names = [f.sentence() for f in verdicts[0].findings if f.kind is FindingKind.RESUME_JUMP]
-    assert "after the resume, 2" in names[0]
+    (found,) = (f for f in verdicts[0].findings if f.kind is FindingKind.RESUME_JUMP)
+    assert found.baseline == pytest.approx(2.0, abs=0.1)
+    assert found.value == pytest.approx(factor * found.baseline, rel=0.05)
+    shown = [float(f"{found.value:.4g}"), float(f"{found.baseline:.4g}")]
+    assert numbers_in(found.sentence()) == shown
 
 
 def test_a_norm_that_is_off_is_named_beside_it() -> None:

@@ -58,6 +58,7 @@ from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.update_gate import Gate
 from guardrail.torch.state.training_state import TrainingState
 from tests.support.events import make_line
+from tests.support.texts import numbers_in
 
 
 class Rig:
@@ -313,8 +314,9 @@ def test_the_device_decides_whether_an_update_is_applied() -> None:
 def test_a_step_without_gradients_is_refused_once() -> None:
     rig = Rig()
     checks = LoopChecks(rig.ctx, reduction=rig.reduction, learning_rate=lambda step: 0.1)
-    with pytest.raises(UsageError, match="no parameter got a gradient"):
+    with pytest.raises(UsageError) as caught:
         checks.refuse_without_gradients(rig.step(), reduced(graded=0))
+    assert caught.value.kind == "no_gradients" and numbers_in(str(caught.value)) == [1]
     checks.refuse_without_gradients(rig.step(), reduced(graded=0))
     checks = LoopChecks(rig.ctx, reduction=rig.reduction, learning_rate=lambda step: 0.1)
     checks.refuse_without_gradients(rig.step(), reduced(grad_norm=0.0))
@@ -470,8 +472,9 @@ def test_a_resume_on_other_data_is_refused_and_another_schedule_is_named() -> No
     with pytest.raises(UsageError, match="fingerprint"):
         check.check(facts | {"identity": {"data": "cc"}}, 0.1)
     check.refuse_other_order(facts)
-    with pytest.raises(UsageError, match="order has changed"):
+    with pytest.raises(UsageError) as caught:
         check.refuse_other_order(facts | {"order": {"samples": 99, "seed": 0, "shuffled": False}})
+    assert numbers_in(str(caught.value)) == [rig.ctx.order.order.n_samples, 99, 5]
 
 
 class FakeSnapshots:
@@ -532,7 +535,7 @@ def timeline_switch(rig: Rig, snapshots: FakeSnapshots) -> TimelineSwitch:
 def test_a_rollback_restores_progress_and_skips_the_window_on_a_new_timeline() -> None:
     rig = Rig()
     switch = timeline_switch(rig, FakeSnapshots(rig))
-    assert not switch.roll_back(window=(4, 8), onset=2, reason="no state yet")
+    assert not switch.roll_back(window=(4, 8), onset=2, reason="too early")
     switch.open()
     rig.ctx.progress.step, rig.ctx.progress.tokens = 3, 24
     assert switch.roll_back(window=(4, 8), onset=2, reason="a test")

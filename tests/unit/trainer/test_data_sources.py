@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -16,9 +17,11 @@ import zstandard
 from guardrail.core.errors import DataError
 from tests.support.corpora import prepared, section, stream, write
 from tests.support.places import ROOT
+from tests.support.texts import numbers_in
 from trainer.data.document_reader import DocumentReader
 from trainer.data.progress import Progress
 from trainer.data.sources import discover
+from trainer.sources import bad_records
 
 GOOD = "a good document, long enough for a sample"
 
@@ -41,53 +44,65 @@ GZ = gzip.compress(os.urandom(5000).hex().encode())
 BAD = {
     "latin1.txt": (
         b"caf\xe9 au lait",
-        "invalid UTF-8",
+        bad_records.ENCODING,
         "byte 0xe9 at 3: invalid continuation byte",
     ),
-    "empty.txt": (b"", "empty document", "empty.txt"),
-    "blank.txt": (b" \n\t\n", "empty document", "blank.txt"),
+    "empty.txt": (b"", bad_records.EMPTY, "empty.txt"),
+    "blank.txt": (b" \n\t\n", bad_records.EMPTY, "blank.txt"),
     "large.txt": (
         b"x" * 20_001,
-        "document too large",
+        bad_records.LARGE,
         "20,001 bytes, data.max_document_bytes is 20,000",
     ),
     "bomb.txt.zst": (
         zstandard.ZstdCompressor().compress(b"x" * 3_000_000),
-        "document too large",
+        bad_records.LARGE,
         "more than data.max_document_bytes, 20,000",
     ),
-    "cut.txt.gz": (GZ[:-20], "damaged archive", "ended before the end-of-stream marker"),
-    "cut.txt.zst": (ZST[:-20], "damaged archive", "ended before the end-of-stream marker"),
-    "header.txt.zst": (ZST[:3], "damaged archive", "ended before the end-of-stream marker"),
-    "flipped.txt.gz": (GZ[:-6] + b"\0\0" + GZ[-4:], "damaged archive", "CRC check failed"),
-    "flipped.txt.zst": (ZST[:-2] + b"\0\0", "damaged archive", "checksum"),
-    "no-gzip.txt.gz": (b"plain text", "damaged archive", "Not a gzipped file"),
-    "no-zstd.txt.zst": (b"plain text", "damaged archive", "frame descriptor"),
+    "cut.txt.gz": (GZ[:-20], bad_records.ARCHIVE, "ended before the end-of-stream marker"),
+    "cut.txt.zst": (ZST[:-20], bad_records.ARCHIVE, "ended before the end-of-stream marker"),
+    "header.txt.zst": (ZST[:3], bad_records.ARCHIVE, "ended before the end-of-stream marker"),
+    "flipped.txt.gz": (GZ[:-6] + b"\0\0" + GZ[-4:], bad_records.ARCHIVE, "CRC check failed"),
+    "flipped.txt.zst": (ZST[:-2] + b"\0\0", bad_records.ARCHIVE, "checksum"),
+    "no-gzip.txt.gz": (b"plain text", bad_records.ARCHIVE, "Not a gzipped file"),
+    "no-zstd.txt.zst": (b"plain text", bad_records.ARCHIVE, "frame descriptor"),
     "broken.jsonl": (
         b'{"text": "a" "b"}',
-        "broken JSON",
+        bad_records.JSON,
         "broken.jsonl:1 (column 14: Expecting ',' delimiter)",
     ),
-    "halved.jsonl": (b'{"text": "a', "broken JSON", "column 10: Unterminated string starting at"),
-    "deep.jsonl": (b"[" * 15_000, "broken JSON", "recursion"),
-    "bytes.jsonl": (b'{"text": "\xff"}', "invalid UTF-8", "byte 0xff at 10: invalid start byte"),
+    "halved.jsonl": (
+        b'{"text": "a',
+        bad_records.JSON,
+        "column 10: Unterminated string starting at",
+    ),
+    "deep.jsonl": (b"[" * 15_000, bad_records.JSON, "recursion"),
+    "bytes.jsonl": (
+        b'{"text": "\xff"}',
+        bad_records.ENCODING,
+        "byte 0xff at 10: invalid start byte",
+    ),
     "surrogate.jsonl": (
         b'{"text": "ab\\ud800"}',
-        "invalid UTF-8",
+        bad_records.ENCODING,
         "half a surrogate pair at character 2",
     ),
     "missing.jsonl": (
         lines({"body": "a", "id": 1}),
-        "no text field",
+        bad_records.FIELD,
         "no 'text'; its fields: body, id",
     ),
-    "number.jsonl": (lines({"text": 5}), "no text field", "'text' is a number instead of a string"),
-    "null.jsonl": (lines({"text": None}), "no text field", "'text' is null instead of a string"),
-    "list.jsonl": (lines(["text"]), "no text field", "a list instead of an object"),
-    "nothing.jsonl": (lines({"text": ""}), "empty document", "nothing.jsonl:1"),
+    "number.jsonl": (
+        lines({"text": 5}),
+        bad_records.FIELD,
+        "'text' is a number instead of a string",
+    ),
+    "null.jsonl": (lines({"text": None}), bad_records.FIELD, "'text' is null instead of a string"),
+    "list.jsonl": (lines(["text"]), bad_records.FIELD, "a list instead of an object"),
+    "nothing.jsonl": (lines({"text": ""}), bad_records.EMPTY, "nothing.jsonl:1"),
     "long.jsonl": (
         lines({"text": "x" * 20_000}),
-        "document too large",
+        bad_records.LARGE,
         "long.jsonl:1 (more than data.max_document_bytes, 20,000)",
     ),
 }
@@ -118,9 +133,9 @@ def test_when_bad_records_are_all_there_is_the_error_names_them(tmp_path: Path, 
     with pytest.raises(DataError) as caught:
         prepared(section(tmp_path, max_document_bytes=20_000))
 
-    assert str(caught.value).startswith(
-        f"no usable document in {tmp_path / 'text'}, files read: 1\n  1 x {kind}: "
-    )
+    first, second, *_ = str(caught.value).splitlines()
+    assert str(tmp_path / "text") in first and first.endswith(" 1")
+    assert second.startswith(f"  1 x {kind}: ")
     assert message in str(caught.value)
 
 
@@ -131,9 +146,9 @@ def test_good_records_around_bad_ones_are_used(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + content + b"\n")
     texts, reader = read(tmp_path, max_bytes=20_000)
     assert texts == ["one", "sechs"]
-    assert reader.bad.counts == {"broken JSON": 1, "document too large": 1, "no text field": 1}
+    assert reader.bad.counts == {bad_records.JSON: 1, bad_records.LARGE: 1, bad_records.FIELD: 1}
     # the blank line counts as a line, not as a record
-    assert ":5 (" in reader.bad.named["no text field"][0]
+    assert ":5 (" in reader.bad.named[bad_records.FIELD][0]
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
@@ -145,20 +160,20 @@ def test_records_before_the_end_of_a_truncated_archive_are_used(
     whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     found, reader = read(tmp_path)
     assert 1500 < len(found) < 3000 and found == texts[: len(found)]
-    assert reader.bad.counts == {"damaged archive": 1}
+    assert reader.bad.counts == {bad_records.ARCHIVE: 1}
 
 
 def test_no_more_than_five_of_a_kind_are_named(tmp_path: Path) -> None:
     write(tmp_path / "text" / "a.jsonl", lines(*[b"{"] * 12, {"text": GOOD}))
     report = prepared(section(tmp_path)).report
-    assert report.bad == {"broken JSON": 12} and len(report.named["broken JSON"]) == 5
+    assert report.bad == {bad_records.JSON: 12} and len(report.named[bad_records.JSON]) == 5
     assert report.lines()[-1].endswith("and 7 more")
 
 
 def test_escape_sequences_in_a_file_name_do_not_reach_the_report(tmp_path: Path) -> None:
     write(tmp_path / "text" / "evil\x1b]52;c;aGk=\x07.txt", b"\xff")
     write(tmp_path / "text" / "good.txt", GOOD)
-    (named,) = prepared(section(tmp_path)).report.named["invalid UTF-8"]
+    (named,) = prepared(section(tmp_path)).report.named[bad_records.ENCODING]
     assert named.isprintable()
 
 
@@ -195,7 +210,7 @@ def test_a_document_of_200_mb_is_never_held_whole(tmp_path: Path, name: str) -> 
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert texts == [GOOD] and reader.bad.counts == {"document too large": 1}
+    assert texts == [GOOD] and reader.bad.counts == {bad_records.LARGE: 1}
     assert peak < 80 << 20
 
 
@@ -224,11 +239,9 @@ def test_the_name_below_the_source_is_the_same_wherever_the_source_lies(tmp_path
 def test_a_folder_without_text_says_what_it_holds(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c"):
         write(tmp_path / "text" / name, b"x")
-    with pytest.raises(
-        DataError,
-        match=r"2 x \.png, 1 x no suffix\n  hint: a glob",
-    ):
+    with pytest.raises(DataError, match=r"2 x \.png, 1 x ") as caught:
         prepared(section(tmp_path))
+    assert " glob " in str(caught.value).splitlines()[-1]
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
@@ -236,9 +249,9 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "text" / "dangling.txt").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "text" / "pipe.txt")
     report = prepared(section(tmp_path)).report
-    assert report.bad == {"unreadable file": 2}
-    assert "dangling.txt (No such file or directory)" in report.named["unreadable file"][0]
-    assert "pipe.txt (not a regular file)" in report.named["unreadable file"][1]
+    assert report.bad == {bad_records.UNREADABLE: 2}
+    assert f"dangling.txt ({os.strerror(errno.ENOENT)})" in report.named[bad_records.UNREADABLE][0]
+    assert "pipe.txt (" in report.named[bad_records.UNREADABLE][1]
 
 
 def test_a_file_that_becomes_a_pipe_after_it_was_found_does_not_hang(tmp_path: Path) -> None:
@@ -252,7 +265,7 @@ def test_a_file_that_becomes_a_pipe_after_it_was_found_does_not_hang(tmp_path: P
         max_bytes=1000,
         pulse=Progress(lambda t, s: None, lambda: False),
     )
-    assert list(reader) == [] and reader.bad.counts == {"unreadable file": 1}
+    assert list(reader) == [] and reader.bad.counts == {bad_records.UNREADABLE: 1}
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -280,10 +293,9 @@ def test_zstd_frames_one_after_another_are_one_text(tmp_path: Path) -> None:
 def test_text_shorter_than_a_sample_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "text" / "a.txt", "12345678")
     assert len(prepared(section(tmp_path)).train) == 1  # nine tokens with the EOS
-    with pytest.raises(
-        DataError, match=r"has 9 tokens: not one training sample of data.sequence_length \+ 1 = 10"
-    ):
+    with pytest.raises(DataError, match=r"data\.sequence_length") as caught:
         prepared(section(tmp_path, sequence_length=9))
+    assert numbers_in(str(caught.value)) == [9, 1, 10], "tokens, and tokens of one sample"
 
 
 def test_byte_level_data_loads_neither_torch_nor_tokenizers_nor_zstandard() -> None:
@@ -309,13 +321,13 @@ def test_an_empty_source_is_named_and_refused_only_where_all_are(tmp_path: Path)
     assert first.report.bad == {}
     everything = (str(tmp_path / "text"), *(str(tmp_path / name) for name in names))
     told = "\n".join(prepared(section(tmp_path, sources=everything)).report.lines())
-    assert "3 x source without a file" in told and "1 x source without usable text" in told
+    assert f"3 x {bad_records.NO_FILE}" in told and f"1 x {bad_records.NO_TEXT}" in told
     for name in names:
         assert str(tmp_path / name) in told
-    assert f"{tmp_path}/binary (1 files, none of them text by its suffix)" in told
+    assert f"{tmp_path}/binary (1 files" in told
     # Its files are those of the first: a corpus in the cache must not hide that a source is empty.
     told = "\n".join(prepared(section(tmp_path, sources=everything[:2])).report.lines())
-    assert f"1 x source without a file: {tmp_path}/bare" in told
-    with pytest.raises(DataError, match="no usable document") as caught:
+    assert f"1 x {bad_records.NO_FILE}: {tmp_path}/bare" in told
+    with pytest.raises(DataError, match=f"3 x {bad_records.NO_FILE}") as caught:
         prepared(section(tmp_path, sources=everything[1:]))
     assert all(str(tmp_path / name) in str(caught.value) for name in names)
