@@ -388,27 +388,27 @@ def cut_off(path: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "flipped bit in the tensors": (
         lambda p: flip(p / "rank-00000.safetensors"),
-        "its content is not what was written",
+        "SHA-256",
     ),
     "flipped bit in the header": (
         lambda p: flip(p / "rank-00000.safetensors", 20),
-        "its content is not what was",
+        "SHA-256",
     ),
-    "flipped bit in the manifest": (lambda p: flip(p / MANIFEST, 300), "cut off or changed"),
-    "truncated": (lambda p: cut_off(p / "rank-00000.safetensors"), "is cut off"),
-    "empty": (lambda p: (p / "rank-00000.safetensors").write_bytes(b""), "is cut off: 0 bytes"),
+    "flipped bit in the manifest": (lambda p: flip(p / MANIFEST, 300), f"{MANIFEST} "),
+    "truncated": (lambda p: cut_off(p / "rank-00000.safetensors"), "rank-00000.safetensors "),
+    "empty": (lambda p: (p / "rank-00000.safetensors").write_bytes(b""), " 0 bytes"),
     "missing shard": (
         lambda p: (p / "rank-00000.safetensors").unlink(),
         "rank-00000.safetensors is missing",
     ),
-    "no manifest": (lambda p: (p / MANIFEST).unlink(), "was never finished"),
+    "no manifest": (lambda p: (p / MANIFEST).unlink(), f"{MANIFEST} "),
     "unknown format": (
         lambda p: (p / MANIFEST).write_bytes(
             sealed(msgspec.structs.replace(read_manifest(p), format=7))
         ),
-        "written in format 7",
+        " format 7",
     ),
-    "old format": (lambda p: (p / MANIFEST).write_text('{"version": 0}'), "of an unknown format"),
+    "old format": (lambda p: (p / MANIFEST).write_text('{"version": 0}'), " format"),
 }
 
 

@@ -371,51 +371,61 @@ def test_an_optimizer_that_raises_leaves_the_learning_rate_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "place", "named"),
     [
         (
             lambda loss: {"loss": loss.item()},
-            "step.finish(loss): expected a tensor, got float: give the tensor itself",
+            "step.finish(loss): ",
+            " float",
         ),
-        (lambda loss: {"loss": None}, "step.finish(loss): expected a tensor, got NoneType"),
+        (lambda loss: {"loss": None}, "step.finish(loss): ", " NoneType"),
         (
             lambda loss: {"loss": loss.repeat(3)},
-            "step.finish(loss): expected one number, 0-d, got shape (3,): give its",
+            "step.finish(loss): ",
+            " (3,)",
         ),
         (
             lambda loss: {"loss": loss + 0j},
-            "step.finish(loss): expected a real number, got torch.complex64",
+            "step.finish(loss): ",
+            " torch.complex64",
         ),
         (
             lambda loss: {"loss": loss, "tokens": "8"},
-            "step.finish(tokens): expected a number or a 0-d tensor, got str",
+            "step.finish(tokens): ",
+            " str",
         ),
         (
             lambda loss: {"loss": loss, "nominal_tokens": True},
-            "step.finish(nominal_tokens): expected a number",
+            "step.finish(nominal_tokens): ",
+            " number",
         ),
         (
             lambda loss: {"loss": loss, "signals": ["x"]},
-            "step.finish(signals): expected a dict of names and numbers",
+            "step.finish(signals): ",
+            " dict ",
         ),
         (
             lambda loss: {"loss": loss, "signals": {"x": "a"}},
-            "step.finish(signals['x']): expected a number or a 0-d",
+            "step.finish(signals['x']): ",
+            " str",
         ),
         (
             lambda loss: {"loss": loss, "signals": {"x": loss.repeat(2)}},
-            "step.finish(signals['x']): expected one real",
+            "step.finish(signals['x']): ",
+            " real ",
         ),
     ],
 )
-def test_what_finish_cannot_use_is_refused_in_one_sentence(given: Any, message: str) -> None:
+def test_what_finish_cannot_use_is_refused_in_one_sentence(
+    given: Any, place: str, named: str
+) -> None:
     loop = Loop()
     with pytest.raises(UsageError) as error:
         for step in loop.guard:
             loss = loop.loss(step)
             loss.backward()
             step.finish(**given(loss))
-    assert str(error.value).startswith(message)
+    assert str(error.value).startswith(place) and named in str(error.value)
 
 
 @pytest.mark.parametrize("samples", [0, -1, 1.5, "8", None, True, float("nan")])

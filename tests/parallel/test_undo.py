@@ -147,32 +147,35 @@ def test_a_rollback_that_skipped_nothing_is_not_undone_once_its_batch_was_applie
 
 
 @pytest.mark.parametrize(
-    ("events", "seq", "why"),
+    ("events", "seq", "named"),
     [
-        ([], None, "there is no decision of the guard that is not undone"),
+        ([], None, []),
         (
             [line(3, "skipped", 80, 88, "user")],
             None,
-            "there is no decision of the guard that is not undone",
+            [],
         ),
-        (ROLLED_BACK, 5, "line 5 of the journal is not a decision"),
-        (ROLLED_BACK, 4, "line 8 has skipped the same samples since"),
-        ([line(2, "skipped"), line(3, "undo", lines=[2])], 2, "line 2 is undone already"),
+        (ROLLED_BACK, 5, [5]),
+        (ROLLED_BACK, 4, [8]),
+        ([line(2, "skipped"), line(3, "undo", lines=[2])], 2, [2]),
         (
             [line(2, "skipped"), line(3, "undo", lines=[2])],
             3,
-            "line 3 of the journal is not a decision",
+            [3],
         ),
         (
             [line(2, "skipped"), line(3, "undo", lines=[2])],
             None,
-            "no decision of the guard that is not undone",
+            [],
         ),
     ],
 )
-def test_what_cannot_be_undone_is_said(events: list[Event], seq: int | None, why: str) -> None:
+def test_what_cannot_be_undone_is_said(
+    events: list[Event], seq: int | None, named: list[int]
+) -> None:
+    """`named`: the journal lines in the reason."""
     found = find_undo_plan(events, seq)
-    assert isinstance(found, str) and why in found
+    assert isinstance(found, str) and numbers_in(found) == named
 
 
 # -- the quarantine

@@ -201,28 +201,33 @@ def test_old_arguments_work_without_a_warning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "key", "named"),
     [
-        ({"optimiser": 1}, "did you mean optimizer?"),
-        ({"describe_sample": describe}, "did you mean hooks=LoopHooks(describe_samples=...)?"),
-        ({"counts_loss": True}, "did you mean ranks=RankLayout(counts_loss=...)?"),
-        ({"zzzzzz": 1}, "arguments: model, optimizer, data, batch_size"),
-        ({"order": SampleOrder(64)}, "order is data now"),
+        ({"optimiser": 1}, "optimiser", " optimizer?"),
+        (
+            {"describe_sample": describe},
+            "describe_sample",
+            " hooks=LoopHooks(describe_samples=...)?",
+        ),
+        ({"counts_loss": True}, "counts_loss", " ranks=RankLayout(counts_loss=...)?"),
+        ({"zzzzzz": 1}, "zzzzzz", " model, optimizer, data, batch_size, "),
+        ({"order": SampleOrder(64)}, "order", " data "),
         (
             {"hooks": LoopHooks(describe_samples=describe), "describe": describe},
-            "describe is hooks.describe_samples now",
+            "describe",
+            " hooks.describe_samples ",
         ),
-        ({"hooks": {"replay": describe}}, "expected a guardrail.LoopHooks, or None"),
-        ({"hooks": LoopHooks(replay=3)}, "hooks.replay = 3: expected a function, or None"),  # type: ignore[arg-type]
-        ({"ranks": 3, "device": "cpu"}, "ranks = 3: expected a guardrail.RankLayout, or None"),
-        ({"config": 3}, "expected"),
+        ({"hooks": {"replay": describe}}, "hooks", " guardrail.LoopHooks, "),
+        ({"hooks": LoopHooks(replay=3)}, "hooks.replay", ""),  # type: ignore[arg-type]
+        ({"ranks": 3, "device": "cpu"}, "ranks", " guardrail.RankLayout, "),
+        ({"config": 3}, "settings", "GuardConfig(...), "),
     ],
 )
-def test_a_wrong_argument_is_refused_with_the_right_one(given: Any, message: str) -> None:
+def test_a_wrong_argument_is_refused_with_the_right_one(given: Any, key: str, named: str) -> None:
     for make in (Guard, Guard.from_config):
         with pytest.raises(ConfigError) as caught:
             make(**parts(), data=SampleOrder(64), **given)  # type: ignore[operator]
-        assert message in str(caught.value)
+        assert caught.value.key == key and named in str(caught.value)
 
 
 def test_a_missing_argument_is_named() -> None:

@@ -129,9 +129,9 @@ def test_an_error_of_the_guard_alone_names_the_override(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No such file or directory"),
+        (None, os.strerror(errno.ENOENT)),
         (b"\xff\xfe", "not UTF-8 text"),
-        ("folder", "Is a directory"),
+        ("folder", os.strerror(errno.EISDIR)),
     ],
 )
 def test_a_file_that_cannot_be_read(tmp_path: Path, content: Any, message: str) -> None:

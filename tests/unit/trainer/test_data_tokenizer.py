@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -173,11 +175,11 @@ def test_ids_beyond_16_bits_are_stored_in_32(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not a tokenizer.json"),
-        ("[1, 2]", "not a tokenizer.json"),
-        (b"\xff", "not a readable tokenizer.json (not UTF-8 text)"),
-        (None, "not a readable tokenizer.json (No such file or directory)"),
-        ("no-eos", "no end-of-text token; expected one of <|eos|>, <|endoftext|>"),
+        ("{", "tokenizer.json"),
+        ("[1, 2]", "tokenizer.json"),
+        (b"\xff", "UTF-8"),
+        (None, os.strerror(errno.ENOENT)),
+        ("no-eos", "<|eos|>, <|endoftext|>"),
     ],
 )
 def test_a_bad_tokenizer_json_is_refused(
@@ -190,7 +192,8 @@ def test_a_bad_tokenizer_json_is_refused(
         write(path, content)
     with pytest.raises(DataError) as caught:
         load_tokenizer(path, name="x")
-    assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
+    place, _, why = str(caught.value).partition(": ")
+    assert place == str(path) and message in why
 
 
 def test_padding_that_is_the_end_of_text_is_not_ignored() -> None:

@@ -89,7 +89,7 @@ def test_another_way_to_say_the_same_takes_the_presets_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("lama-like", "did you mean llama-like?"), ("xyz", "presets: bloom-like")]
+    ("name", "hint"), [("lama-like", " llama-like?"), ("xyz", "presets: bloom-like")]
 )
 def test_an_unknown_preset_names_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
