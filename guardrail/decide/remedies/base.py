@@ -30,6 +30,8 @@ class EscalationRemedy:
         keys: keys of its entry that it reads.
         effect: kind of the effect that it has on later steps; "": none.
         subject: what the effect multiplies, for a sentence.
+        report_name: the same for a row of the report.
+        screen_name: the same for the header of the screen; "": it is not shown there.
         restores_state: it answers a call for a rollback. False for `skip`, which needs none.
         ends_run: the run halts or pauses.
         skips_data: its point is to skip data. It is tried first where the data is the cause.
@@ -47,6 +49,8 @@ class EscalationRemedy:
     keys: ClassVar[tuple[str, ...]] = ("max_uses", "cooldown")
     effect: ClassVar[str] = ""
     subject: ClassVar[str] = ""
+    report_name: ClassVar[str] = ""
+    screen_name: ClassVar[str] = ""
     restores_state: ClassVar[bool] = True
     ends_run: ClassVar[bool] = False
     skips_data: ClassVar[bool] = False
@@ -119,4 +123,13 @@ class EscalationRemedy:
         text = f"{subject} x {effect.value:g} from step {effect.from_step} for {steps}"
         if effect.ramp_steps:
             text += f", back over {effect.ramp_steps}"
+        return text
+
+    @classmethod
+    def report_line(cls, effect: Remedy) -> str:
+        """Return "learning rate x 0.5 from step 120, hold 100 steps, ramp 200 steps"."""
+        name = cls.report_name or effect.kind
+        text = f"{name} x {effect.value:g} from step {effect.from_step:,}"
+        if effect.hold_steps or effect.ramp_steps:
+            text += f", hold {effect.hold_steps:,} steps, ramp {effect.ramp_steps:,} steps"
         return text

@@ -11,6 +11,8 @@ class LowerLr(EscalationRemedy):
     keys = ("factor", "hold_steps", "ramp_steps", "max_uses", "cooldown")
     effect = "lr"
     subject = "the learning rate"
+    report_name = "learning rate"
+    screen_name = "rate"
     # An anomaly that came again from a good state also comes again from an older one. So a lower
     # rate is tried first.
     is_tried_before_older = True

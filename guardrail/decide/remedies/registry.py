@@ -29,6 +29,8 @@ REMEDIES: tuple[type[EscalationRemedy], ...] = (
 
 BY_ACTION = {cls.action: cls for cls in REMEDIES}
 BY_EFFECT = {cls.effect: cls for cls in REMEDIES if cls.effect}
+# kind of an effect -> its name in the header of the screen
+SCREEN_NAMES = {cls.effect: cls.screen_name for cls in REMEDIES if cls.screen_name}
 
 
 def find_effect(kind: str) -> type[EscalationRemedy]:

@@ -30,3 +30,7 @@ class ResetMoments(EscalationRemedy):
     @classmethod
     def sentence(cls, effect: Remedy) -> str:
         return f"the optimizer's moments at zero before step {effect.from_step}"
+
+    @classmethod
+    def report_line(cls, effect: Remedy) -> str:
+        return f"optimizer moments reset before step {effect.from_step:,}"

@@ -23,6 +23,8 @@ class ShrinkEmbeddingGradients(EscalationRemedy):
     keys = ("factor", "hold_steps", "ramp_steps", "max_uses", "cooldown")
     effect = "embed_alpha"
     subject = "the gradients of the embedding"
+    report_name = "embedding gradients"
+    screen_name = "embedding"
 
     @classmethod
     def fits(cls, cause: Cause | None, *, embedding_leads: bool) -> bool:

@@ -11,3 +11,5 @@ class TightenClip(EscalationRemedy):
     keys = ("factor", "hold_steps", "ramp_steps", "max_uses", "cooldown")
     effect = "clip"
     subject = "the clipping norm"
+    report_name = "clipping norm"
+    screen_name = "clip"

@@ -13,12 +13,10 @@ from guardrail.core.events.run_state import CommandAnswered
 from guardrail.core.format import clean_and_shorten, format_count
 from guardrail.core.records.verdicts import Remedy
 from guardrail.decide.control_commands.registry import find_command
-from guardrail.decide.remedies.effects import CLIP, EMBED_ALPHA, LR, compute_factor
+from guardrail.decide.remedies.effects import EMBED_ALPHA, LR, compute_factor
+from guardrail.decide.remedies.registry import SCREEN_NAMES
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.step_setting import StepSetting
-
-# kind of a remedy -> its name on the screen
-NAMES = {LR: "rate", EMBED_ALPHA: "embedding", CLIP: "clip"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class ActiveFactor:
     """One factor.
 
     Attributes:
-        kind: of a remedy: "lr", "embed_alpha" or "clip".
+        kind: of a remedy: a key of `SCREEN_NAMES`.
         since: the first step that it acts on.
         by: who set it.
         remedy: its course over the steps; None: it acts until it is set again.
@@ -79,7 +77,7 @@ class FactorTracker:
             *self._set_by_command(EMBED_ALPHA, self._history.alpha),
         ]
         for _, one in self._history.remedies:
-            if one.kind in NAMES:
+            if one.kind in SCREEN_NAMES:
                 found.append(ActiveFactor(one.kind, one.value, one.from_step, "guard", one))
         return tuple(found)
 
@@ -96,7 +94,7 @@ def format_factors(factors: Sequence[ActiveFactor], step: int) -> list[str]:
     For example "embedding ×0.1 since 1,201 by guard until 1,400".
     """
     texts = []
-    for kind, name in NAMES.items():
+    for kind, name in SCREEN_NAMES.items():
         acting = [one for one in factors if one.kind == kind and one.at(step) != 1.0]
         if acting:
             texts.append(f"{name} {_describe_factors(acting, step)}")

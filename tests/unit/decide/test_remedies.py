@@ -16,7 +16,7 @@ from guardrail.core.guard_options import EFFECTS, ESCALATION, EscalationStep, Gu
 from guardrail.core.records.verdicts import Cause, Remedy
 from guardrail.decide.remedies.base import EscalationRemedy
 from guardrail.decide.remedies.effects import compute_factor, format_effect, resets_moments
-from guardrail.decide.remedies.registry import BY_ACTION, REMEDIES, find_effect
+from guardrail.decide.remedies.registry import BY_ACTION, REMEDIES, SCREEN_NAMES, find_effect
 from tests.support.places import ROOT, TESTS
 from tests.support.texts import numbers_in
 
@@ -63,6 +63,26 @@ def test_effects_are_factors_that_return_to_one(cls: type[EscalationRemedy], use
     assert bool(effects) == bool(cls.effect)
 
 
+def test_an_effect_has_its_names_in_the_report_and_on_the_screen(
+    cls: type[EscalationRemedy],
+) -> None:
+    effect = Remedy(kind=cls.effect, value=0.5, from_step=1234, hold_steps=2000, ramp_steps=3)
+    if cls.effect and cls is not BY_ACTION["reset_moments"]:
+        assert cls.report_line(effect) == (
+            f"{cls.report_name} x 0.5 from step 1,234, hold 2,000 steps, ramp 3 steps"
+        )
+        assert cls.report_name and SCREEN_NAMES[cls.effect] == cls.screen_name != ""
+    else:
+        assert cls.effect not in SCREEN_NAMES and cls.report_name == ""
+
+
+def test_the_reset_of_moments_has_its_own_line_in_the_report() -> None:
+    effect = Remedy(kind="moments", value=1.0, from_step=1234)
+    assert find_effect("moments").report_line(effect) == (
+        "optimizer moments reset before step 1,234"
+    )
+
+
 def test_effects_of_a_kind_multiply_down_to_a_floor() -> None:
     lower = BY_ACTION["lower_lr"](EscalationStep(action="lower_lr", factor=0.5))
     effects = [*lower.effects(3), *lower.effects(3)]
@@ -90,6 +110,8 @@ def test_it_fits_some_cause(cls: type[EscalationRemedy]) -> None:
 def test_an_effect_of_another_version_has_a_sentence_and_no_factor_of_its_kind() -> None:
     effect = Remedy(kind="of_another_version", value=0.5, from_step=7, hold_steps=3)
     assert format_effect(effect).startswith("of_another_version x 0.5 from step 7")
+    line = find_effect(effect.kind).report_line(effect)
+    assert line == "of_another_version x 0.5 from step 7, hold 3 steps, ramp 0 steps"
     assert compute_factor([effect], "lr", 7) == 1.0
 
 
