@@ -13,7 +13,14 @@ from typing import Any
 import msgspec
 
 from guardrail.core.events.event import Event
-from guardrail.core.files import as_float, as_int
+from guardrail.core.events.faults import DiskChanged, RankFault
+from guardrail.core.events.run_state import (
+    CheckpointChanged,
+    CommandAnswered,
+    Ended,
+    Note,
+    Started,
+)
 from guardrail.core.records.status import Phase, Status
 from guardrail.core.text import clean_text
 from guardrail.report.costs import add_costs
@@ -27,7 +34,7 @@ from guardrail.rundir.journal import last_turn, outcome_of
 from guardrail.rundir.liveness import is_alive
 from guardrail.rundir.run_directory import RunDirectory
 
-_PROBLEMS = ("rank_hung", "rank_failed", "disk", "note")
+_PROBLEMS = (RankFault, DiskChanged, Note)
 
 
 def build_report(run: RunDirectory) -> Report:
@@ -69,12 +76,12 @@ def build_report(run: RunDirectory) -> Report:
         seconds_lost=_seconds_lost(incidents, restarts, faults),
         incidents=incidents,
         by_person=tuple(list_user_actions(events)),
-        commands=tuple(_read_command(e) for e in events if e.kind == "command"),
+        commands=tuple(_read_command(e) for e in events if isinstance(e, CommandAnswered)),
         checkpoints=tuple(_list_checkpoints(events)),
         restarts=restarts,
         troubles=_list_messages(events, _PROBLEMS),
         faults=faults,
-        notes=_list_messages(events, ("note",)),
+        notes=_list_messages(events, (Note,)),
         data_folder=folder,
         question=clean_text(known.question, 400),
         **_find_machine(known, events),
@@ -88,11 +95,10 @@ def build_report(run: RunDirectory) -> Report:
 
 def _find_machine(status: Status, events: list[Event]) -> dict[str, Any]:
     """Return host and number of ranks, from the first line of the run or from its status."""
-    first = next((event for event in events if event.kind == "started"), None)
+    first = next((event for event in events if isinstance(event, Started)), None)
     if first is None:
         return {"world": status.world}
-    host = clean_text(str(first.data.get("host") or status.host), 80)
-    return {"host": host, "world": as_int(first.data.get("world"))}
+    return {"host": clean_text(first.host or status.host, 80), "world": first.world}
 
 
 def _measure_time(status: Status | None, events: list[Event]) -> dict[str, Any]:
@@ -110,14 +116,14 @@ def _measure_time(status: Status | None, events: list[Event]) -> dict[str, Any]:
 
 def _find_state(
     run: RunDirectory, status: Status | None, events: list[Event]
-) -> tuple[str, Event | None]:
+) -> tuple[str, Ended | None]:
     """Return the state, and the event of the final message if there is one."""
     turn = last_turn(events)
-    if turn is not None and turn.kind == "ended":
-        phase = turn.data.get("phase")
+    if isinstance(turn, Ended):
+        phase = turn.phase
         if not phase and status is not None:
             phase = status.phase.value
-        return clean_text(str(phase or "ended"), 40), turn
+        return clean_text(phase or "ended", 40), turn
     if status is None and turn is None:
         return "new", None
     if status is not None and status.phase.ended:
@@ -131,18 +137,16 @@ def _find_state(
     return "lost", None
 
 
-def _final_reason(last: Event | None) -> str:
+def _final_reason(last: Ended | None) -> str:
     """Return the reason of the final message, or ""."""
     if last is None:
         return ""
-    return clean_text(str(last.data.get("reason") or last.message), 600)
+    return clean_text(last.reason or last.message, 600)
 
 
-def _exit_code(status: Status | None, last: Event | None) -> int | None:
-    if last is not None:
-        code = last.data.get("exit_code")
-        if isinstance(code, int):
-            return code
+def _exit_code(status: Status | None, last: Ended | None) -> int | None:
+    if last is not None and last.exit_code is not None:
+        return last.exit_code
     if status is not None:
         return status.exit_code
     if last is not None:
@@ -176,28 +180,35 @@ def _read_metrics(run: RunDirectory) -> dict[str, Any]:
 # -- the rest
 
 
-def _read_command(event: Event) -> CommandRecord:
-    data = event.data
+def _read_command(event: CommandAnswered) -> CommandRecord:
     return CommandRecord(
-        id=clean_text(str(data.get("id", "")), 128),
-        command=clean_text(str(data.get("command", "")), 40),
-        value=as_float(data.get("value", 0.0)),
-        who=clean_text(str(data.get("who") or ""), 120),
+        id=clean_text(event.id, 128),
+        command=clean_text(event.command, 40),
+        value=_find_value(event),
+        who=clean_text(event.who or "", 120),
         step=event.step,
         time=event.time,
-        effect=clean_text(str(data.get("effect", "")), 40),
-        reason=clean_text(str(data.get("reason") or ""), 400),
+        effect=clean_text(event.effect, 40),
+        reason=clean_text(event.reason, 400),
     )
+
+
+def _find_value(event: CommandAnswered) -> float:
+    """Return the number of a command: 0 if the line has none, NaN if it cannot be read."""
+    if event.value is not None:
+        return event.value
+    if "value" in event.data:
+        return math.nan
+    return 0.0
 
 
 def _list_checkpoints(events: Iterable[Event]) -> list[CheckpointLine]:
     """Return each checkpoint with its last state. A failed save has no name, so each one is listed."""
     found: dict[str, CheckpointLine] = {}
     for event in events:
-        if event.kind != "checkpoint":
+        if not isinstance(event, CheckpointChanged):
             continue
-        data = event.data
-        name = clean_text(str(data.get("path") or "").rstrip("/").rsplit("/", 1)[-1], 120)
+        name = clean_text(event.name, 120)
         before = found.get(name)
         known = None
         if before is not None and name:
@@ -205,27 +216,26 @@ def _list_checkpoints(events: Iterable[Event]) -> list[CheckpointLine]:
         found[name or f"seq {event.seq}"] = CheckpointLine(
             name=name,
             step=_checkpoint_step(event, known),
-            state=clean_text(str(data.get("state", "")), 40),
+            state=clean_text(event.state, 40),
             bytes=_checkpoint_bytes(event, known),
-            reason=clean_text(str(data.get("reason") or ""), 400),
+            reason=clean_text(event.reason, 400),
             time=event.time,
         )
     return list(found.values())
 
 
-def _checkpoint_step(event: Event, known: CheckpointLine | None) -> int:
-    if "cp_step" in event.data:
-        return as_int(event.data["cp_step"])
+def _checkpoint_step(event: CheckpointChanged, known: CheckpointLine | None) -> int:
+    if event.cp_step is not None:
+        return event.cp_step
     if known is not None:
         return known.step
     return event.step
 
 
-def _checkpoint_bytes(event: Event, known: CheckpointLine | None) -> int:
-    size = as_int(event.data.get("bytes"))
-    if known is not None and not size:
+def _checkpoint_bytes(event: CheckpointChanged, known: CheckpointLine | None) -> int:
+    if known is not None and not event.bytes:
         return known.bytes
-    return size
+    return event.bytes
 
 
 def _gather_incidents(run: RunDirectory, events: list[Event], folder: str) -> tuple[Incident, ...]:
@@ -249,7 +259,9 @@ def _seconds_lost(
     return math.nan
 
 
-def _list_messages(events: Iterable[Event], kinds: tuple[str, ...]) -> tuple[str, ...]:
+def _list_messages(events: Iterable[Event], classes: tuple[type[Event], ...]) -> tuple[str, ...]:
     return tuple(
-        clean_text(event.message, 400) for event in events if event.kind in kinds and event.message
+        clean_text(event.message, 400)
+        for event in events
+        if isinstance(event, classes) and event.message
     )

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from guardrail.core.events.decisions import RolledBack, Undone
 from guardrail.core.events.event import Event
-from guardrail.core.files import as_int
+from guardrail.core.events.run_state import Ended, Paused, Restarted, Resumed
 from guardrail.core.records.signals import LOSS
 from guardrail.core.records.verdicts import Action
 from guardrail.decide.recovery import expected_loss
@@ -68,9 +69,9 @@ def _measure_cost(
         if action.new_timeline >= 0 and action.to_step is not None:
             before = TimelineIndex()
             before.add_events(
-                e
-                for e in events
-                if e.time <= action.time and e.data.get("new_timeline") != action.new_timeline
+                event
+                for event in events
+                if event.time <= action.time and not _begins(event, action.new_timeline)
             )
             present = before.current(steps, timelines) & (timelines < action.new_timeline)
             discarded |= present & (steps > action.to_step) & (verdicts == 0)
@@ -104,6 +105,11 @@ def _measure_cost(
     )
 
 
+def _begins(event: Event, timeline: int) -> bool:
+    """Return whether the line says that it began this timeline."""
+    return isinstance(event, RolledBack | Undone | Restarted) and event.new_timeline == timeline
+
+
 def _applied_after_all(retried: np.ndarray, view: MetricsView) -> np.ndarray:
     """Return the mask of retries whose batch was then applied with the same loss."""
     import numpy as np
@@ -124,12 +130,12 @@ def _applied_after_all(retried: np.ndarray, view: MetricsView) -> np.ndarray:
 def _measure_waiting(events: Iterable[Event]) -> dict[int, float]:
     """Return number of an incident -> seconds for which its question waited for an answer."""
     found: dict[int, float] = {}
-    since: Event | None = None
+    since: Paused | None = None
     for event in events:
-        if since is not None and event.kind in ("resumed", "ended", "rollback", "restarted"):
-            number = as_int(since.data.get("incident"))
+        if since is not None and isinstance(event, Resumed | Ended | RolledBack | Restarted):
+            number = since.incident or 0
             found[number] = found.get(number, 0.0) + max(0.0, event.time - since.time)
             since = None
-        elif event.kind == "paused":
+        elif isinstance(event, Paused):
             since = event
     return found

@@ -18,7 +18,7 @@ from guardrail.core.events.decisions import (
     Undone,
 )
 from guardrail.core.events.event import Event
-from guardrail.core.files import as_float, as_int
+from guardrail.core.files import as_float
 from guardrail.core.records.findings import Finding
 from guardrail.core.records.spans import Span
 from guardrail.core.text import clean_text
@@ -34,7 +34,10 @@ from guardrail.report.journal_entries import (
     read_trend,
 )
 
-NOT_MEASURED = ("number", "onset", "at_step")
+# Lines that belong to an incident.
+IncidentLine = StepJudged | SamplesTaken | IncidentChanged | Diagnosed | RemedyUsed
+# Numbers of a line that ends an incident that were not measured.
+_NOT_MEASURED = ("number", "onset", "at_step")
 # states of an incident that is over
 ENDS = (
     "recovered",
@@ -102,7 +105,7 @@ class IncidentBuilder:
                 clean_text(str(rank), 20): clean_text(str(name), 200)
                 for rank, name in event.modules.items()
             }
-        if tokens := read_tokens(event):
+        if tokens := read_tokens(event.tokens):
             changes["tokens"] = _keep_longest((*incident.tokens, *tokens))
         # A rollback has its own line, with the snapshot that was used.
         if action == "apply" and would and would != "apply":
@@ -148,7 +151,7 @@ class IncidentBuilder:
     def _add_state(self, event: IncidentChanged) -> None:
         state = clean_text(event.state, 40)
         incident = self._incident_of(event)
-        curve = read_trend(event.data.get("curve"))
+        curve = read_trend(event.curve)
         trend: dict[str, Any] = {}
         if curve is not None:
             trend["curve"] = curve
@@ -158,7 +161,7 @@ class IncidentBuilder:
         numbers = {
             clean_text(name, 40): as_float(value)
             for name, value in event.data.items()
-            if name not in ("number", "onset", "at_step")
+            if name not in _NOT_MEASURED
             and isinstance(value, int | float)
             and not isinstance(value, bool)
         }
@@ -210,17 +213,17 @@ class IncidentBuilder:
                 incident, {"spans": spans, "samples": _count_samples(spans), "actions": actions}
             )
 
-    def _incident_of(self, event: Event, findings: Iterable[Finding] = ()) -> Incident:
+    def _incident_of(self, event: IncidentLine, findings: Iterable[Finding] = ()) -> Incident:
         """Return the incident of an event. Its onset is the earliest that any of its events names."""
-        number = as_int(event.data.get("incident", event.data.get("number")))
+        number = _find_number(event)
         if number <= 0:
             number = self._number_near(event)
-        named = [event.data.get("onset"), *(finding.onset for finding in findings)]
-        onsets = [onset for onset in named if isinstance(onset, int) and onset > 0]
+        named = [_find_onset(event), *(finding.onset for finding in findings)]
+        onsets = [onset for onset in named if onset > 0]
         incident = self._found.get(number) or self._adopt_unnumbered(number, event)
         if incident is None:
             # The line with the diagnosis may come before the verdict.
-            onset = min(onsets, default=as_int(event.data.get("at_step")) or event.step)
+            onset = min(onsets, default=_find_tried_step(event))
             return Incident(number=number, state="open", onset=onset, opened=event.time)
         return msgspec.structs.replace(incident, onset=min([incident.onset, *onsets]))
 
@@ -267,6 +270,29 @@ def list_user_actions(events: Iterable[Event]) -> Iterator[IncidentAction]:
             yield read_action(event, action)
 
 
+def _find_number(event: IncidentLine) -> int:
+    """Return the number of the incident of a line; 0: it names none."""
+    if isinstance(event, IncidentChanged):
+        return event.number
+    return event.incident or 0
+
+
+def _find_onset(event: IncidentLine) -> int:
+    """Return the first step of the anomaly; 0: the line does not name it."""
+    match event:
+        case StepJudged() | RolledBack() | IncidentChanged() | Diagnosed():
+            return event.onset or 0
+    return 0
+
+
+def _find_tried_step(event: IncidentLine) -> int:
+    """Return the number of the update that was tried, or the step of the line."""
+    match event:
+        case StepJudged() | IncidentChanged() | Diagnosed():
+            return event.at_step or event.step
+    return event.step
+
+
 def _clean_parameters(parameters: dict[Any, Any]) -> dict[str, list[str]]:
     """Return rank -> names of its parameters with non-finite gradients, as a journal line has it."""
     found = {}
@@ -290,14 +316,14 @@ def _join_findings(known: tuple[Finding, ...], new: Iterable[Finding]) -> tuple[
     )
 
 
-def _add_span(incident: Incident, span: Span, event: Event) -> dict[str, Any]:
+def _add_span(incident: Incident, span: Span, event: SamplesTaken) -> dict[str, Any]:
     """Return the changes that a span brings.
 
     The window of a rollback usually covers the batches that were rejected before it. They are not
     counted twice.
     """
-    documents = read_documents(event.data)
-    total = max(as_int(event.data.get("documents_total")), len(documents))
+    documents = read_documents(event.documents)
+    total = max(event.documents_total, len(documents))
     spans = (*incident.spans, span)
     if not all(span.first <= known.first and known.last <= span.last for known in incident.spans):
         documents = tuple(dict.fromkeys((*incident.documents, *documents)))
@@ -308,7 +334,7 @@ def _add_span(incident: Incident, span: Span, event: Event) -> dict[str, Any]:
         "documents": documents,
         "documents_total": total,
     }
-    return found | {"named": (*incident.named, *read_samples(event))}
+    return found | {"named": (*incident.named, *read_samples(event.samples))}
 
 
 def _add_sample_count(

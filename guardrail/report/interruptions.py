@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from guardrail.core.events.event import Event
+from guardrail.core.events.faults import DiskChanged, RankFailed, RankFault, RankHung
+from guardrail.core.events.run_state import (
+    CheckpointChanged,
+    Ended,
+    Restarted,
+    ResumeChecked,
+    Started,
+)
 from guardrail.core.files import as_int
 from guardrail.core.text import clean_text
 from guardrail.report.model import Fault, Restart
@@ -18,13 +26,7 @@ from guardrail.rundir.run_directory import RunDirectory
 if TYPE_CHECKING:
     import numpy as np
 
-# kind of a journal line -> kind of the fault
-_RANK_FAULTS = {
-    "rank_failed": "rank failed",
-    "rank_hung": "rank hung",
-}
-_DISK = ("disk",)
-_TURNS = ("started", "restarted", "ended")
+_DISK_FAILING, _CHECKPOINT_FAILED = "disk failing", "checkpoint failed"  # kinds of faults
 
 
 def find_faults(events: Sequence[Event]) -> tuple[Fault, ...]:
@@ -36,7 +38,7 @@ def find_faults(events: Sequence[Event]) -> tuple[Fault, ...]:
     step = 0
     for event in events:
         fault = _read_fault(event, step)
-        if event.kind in _DISK:
+        if isinstance(event, DiskChanged):
             step = max(step, event.step)
         else:
             step = event.step
@@ -54,37 +56,41 @@ def _is_same(before: Fault, now: Fault) -> bool:
 
 
 def _read_fault(event: Event, step: int) -> Fault | None:
-    data = event.data
-    if event.kind in _RANK_FAULTS:
-        return Fault(
-            kind=_RANK_FAULTS[event.kind],
-            step=event.step,
-            time=event.time,
-            message=clean_text(event.message, 400),
-            rank=as_int(data.get("rank", -1)),
-            host=clean_text(str(data.get("host") or ""), 80),
-            log=clean_text(str(data.get("log") or ""), 200),
-        )
-    if event.kind in _DISK and data.get("state") != "ok":
-        # The recorder has no step while it cannot write.
-        message = clean_text(str(data.get("reason") or event.message), 400)
-        return Fault(kind="disk failing", step=event.step or step, time=event.time, message=message)
-    if event.kind == "checkpoint" and data.get("state") == "failed":
-        message = clean_text(str(data.get("reason") or event.message), 400)
-        return Fault(kind="checkpoint failed", step=event.step, time=event.time, message=message)
+    """Return the fault of a line; None: it is about none. `step`: of the line before it."""
+    match event:
+        case RankFailed() | RankHung():
+            return Fault(
+                kind=event.fault,
+                step=event.step,
+                time=event.time,
+                message=clean_text(event.message, 400),
+                rank=as_int(event.rank, -1),
+                host=clean_text(event.host, 80),
+                log=clean_text(event.log, 200),
+            )
+        case DiskChanged(is_ok=False):
+            # The recorder has no step while it cannot write.
+            return _make_write_fault(_DISK_FAILING, event, event.step or step)
+        case CheckpointChanged(state="failed"):
+            return _make_write_fault(_CHECKPOINT_FAILED, event, event.step)
     return None
+
+
+def _make_write_fault(kind: str, event: DiskChanged | CheckpointChanged, step: int) -> Fault:
+    message = clean_text(event.reason or event.message, 400)
+    return Fault(kind=kind, step=step, time=event.time, message=message)
 
 
 def _resolve_faults(faults: list[Fault], event: Event, step: int) -> None:
     """Mark the open faults that this event resolves."""
-    if event.kind == "restarted":
-        kinds: tuple[str, ...] = ("rank failed", "rank hung")
-    elif event.kind in _DISK:
-        kinds = ("disk failing",)
-    elif event.kind == "checkpoint" and event.data.get("state") in ("candidate", "good"):
-        kinds = ("checkpoint failed",)
-    else:
-        return
+    kinds: tuple[str, ...] = ()
+    match event:
+        case Restarted():
+            kinds = (RankFailed.fault, RankHung.fault)
+        case DiskChanged():
+            kinds = (_DISK_FAILING,)
+        case CheckpointChanged(state="candidate" | "good"):
+            kinds = (_CHECKPOINT_FAILED,)
     for at, fault in enumerate(faults):
         if fault.resolved_step is None and fault.kind in kinds:
             faults[at] = msgspec.structs.replace(
@@ -94,7 +100,7 @@ def _resolve_faults(faults: list[Fault], event: Event, step: int) -> None:
 
 def find_restarts(run: RunDirectory, events: Sequence[Event]) -> Iterator[Restart]:
     """Give each restart with the applied rows that it discarded."""
-    restarts = [event for event in events if event.kind == "restarted"]
+    restarts = [event for event in events if isinstance(event, Restarted)]
     if not restarts:
         return
     view = run.metrics().sensible()
@@ -109,9 +115,9 @@ def find_restarts(run: RunDirectory, events: Sequence[Event]) -> Iterator[Restar
             step=event.step,
             timeline=event.timeline,
             time=event.time,
-            checkpoint=clean_text(str(event.data.get("checkpoint") or ""), 120),
+            checkpoint=clean_text(event.checkpoint, 120),
             steps_lost=max(0, lost),
-            sentence=clean_text(event.message or str(event.data.get("reason") or ""), 400),
+            sentence=clean_text(event.message or event.reason, 400),
             differs=_list_differences(events, event),
             seconds=float(measured.sum()) if len(measured) else math.nan,
             after=_find_ending(events, event),
@@ -134,25 +140,24 @@ def _list_differences(events: Sequence[Event], restart: Event) -> tuple[str, ...
     """Return the parts of the state that differ from the saved ones, by the check after the
     restart.
     """
-    after = (e for e in events if e.seq > restart.seq and e.kind in ("resume_check", "restarted"))
-    check = next(after, None)
-    if check is None or check.kind != "resume_check":
+    after = (event for event in events if event.seq > restart.seq)
+    check = next((event for event in after if isinstance(event, ResumeChecked | Restarted)), None)
+    if not isinstance(check, ResumeChecked):
         return ()
-    return tuple(
-        clean_text(f"{part}: {outcome}", 200)
-        for part, outcome in check.data.items()
-        if outcome != "ok"
-    )
+    differences = check.differences.items()
+    return tuple(clean_text(f"{part}: {outcome}", 200) for part, outcome in differences)
 
 
 def _find_ending(events: Sequence[Event], restart: Event) -> str:
     """Return how the run had ended before this restart."""
-    before = [e for e in events if e.seq < restart.seq and e.kind in (*_TURNS, *_RANK_FAULTS)]
-    if not before:
-        return ""
-    last = before[-1]
-    if last.kind in _RANK_FAULTS:
-        return "failure"
-    if last.kind == "ended":
-        return clean_text(str(last.data.get("phase") or "ended"), 40)
+    for event in reversed(events):
+        if event.seq >= restart.seq:
+            continue
+        match event:
+            case RankFault():
+                return "failure"
+            case Ended():
+                return clean_text(event.phase or "ended", 40)
+            case Started() | Restarted():
+                return ""
     return ""

@@ -7,60 +7,90 @@ Lines of other versions, and broken ones, are read as far as they make sense.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from guardrail.core.events.event import Event
+import msgspec
+
+from guardrail.core.events.decisions import (
+    RemedyUsed,
+    RolledBack,
+    SamplesTaken,
+    StepJudged,
+    Undone,
+)
 from guardrail.core.files import as_float, as_int
+from guardrail.core.records.findings import Finding
 from guardrail.core.records.spans import Span
-from guardrail.core.records.verdicts import LossTrend
+from guardrail.core.records.verdicts import LossTrend, Remedy
 from guardrail.core.text import clean_text
+from guardrail.decide.remedies.registry import find_effect
 from guardrail.report.incident import Document, IncidentAction, Sample, Token
-from guardrail.rundir.journal import findings_of, span_of
 
-SKIPPED = ("skipped",)
+ActionLine = StepJudged | SamplesTaken | RemedyUsed | Undone
 
 
-def read_action(event: Event, action: str) -> IncidentAction:
+def read_action(event: ActionLine, action: str) -> IncidentAction:
     """Return the action of a line, under the name `action`."""
-    data = event.data
-    return IncidentAction(
+    known = IncidentAction(
         action=action,
         step=event.step,
         timeline=event.timeline,
         time=event.time,
         sentence=clean_text(event.message, 600),
-        tier=clean_text(str(data.get("tier", "")), 40),
-        new_timeline=as_int(data.get("new_timeline", -1)),
-        remedies=tuple(_list_remedies(data)),
-        batch=_as_pair(data.get("batch")),
-        **_find_target(data),
-        **_find_window(event),
-        **_find_worst(event),
     )
+    return msgspec.structs.replace(known, **_find_details(event))
 
 
-def _find_target(data: Mapping[str, Any]) -> dict[str, Any]:
+def _find_details(event: ActionLine) -> dict[str, Any]:
+    """Return what a line of this kind says besides its sentence."""
+    match event:
+        case StepJudged():
+            return {
+                "batch": event.batch,
+                "window": event.window,
+                **_find_worst(event.findings),
+            }
+        case RolledBack():
+            return {**_find_restored(event), **_find_skipped(event, event.window)}
+        case SamplesTaken():
+            return _find_skipped(event, None)
+        case RemedyUsed():
+            return {"remedies": tuple(_describe_remedies(_read_remedies(event.remedies)))}
+        case Undone():
+            return _find_restored(event)
+
+
+def _find_restored(event: RolledBack | Undone) -> dict[str, Any]:
     """Return the state that the line restored, and the number of steps that this discarded."""
-    to_step = data.get("to_step")
-    if not isinstance(to_step, int):
-        return {}
-    return {"to_step": to_step, "steps_lost": max(0, as_int(data.get("from_step")) - to_step)}
+    found: dict[str, Any] = {
+        "tier": clean_text(event.tier, 40),
+        "new_timeline": as_int(event.new_timeline, -1),
+    }
+    if event.to_step is not None:
+        lost = (event.from_step or 0) - event.to_step
+        found |= {"to_step": event.to_step, "steps_lost": max(0, lost)}
+    return found
 
 
-def _find_window(event: Event) -> dict[str, Any]:
-    """Return the positions that the line skipped."""
-    window, span = _as_pair(event.data.get("window")), span_of(event)
+def _find_skipped(event: SamplesTaken, window: tuple[int, int] | None) -> dict[str, Any]:
+    """Return the positions that the line skipped, and its remedies."""
+    remedies = tuple(_describe_remedies(event.remedies))
+    span = event.span
     if span is None:
-        return {"window": window}
-    return {"window": window or (span.first, span.last), "samples_skipped": count_positions(span)}
+        return {"remedies": remedies, "window": window}
+    return {
+        "remedies": remedies,
+        "window": window or (span.first, span.last),
+        "samples_skipped": count_positions(span),
+    }
 
 
-def _find_worst(event: Event) -> dict[str, Any]:
-    """Return the most severe finding of the line."""
-    worst = next(iter(findings_of(event)), None)
-    if worst is None:
+def _find_worst(findings: tuple[Finding, ...]) -> dict[str, Any]:
+    """Return the most severe finding of a line."""
+    if not findings:
         return {}
+    worst = findings[0]
     return {
         "signal": clean_text(worst.signal, 60),
         "value": worst.value,
@@ -73,32 +103,29 @@ def count_positions(span: Span) -> int:
     return len(span.positions) or max(0, span.last - span.first)
 
 
-def _list_remedies(data: Mapping[str, Any]) -> Iterator[str]:
+def _describe_remedies(remedies: Iterable[Remedy]) -> Iterator[str]:
     """Give one sentence per remedy that belongs to a decision."""
-    for item in _as_list(data.get("remedies", [data.get("remedy")])):
-        if not isinstance(item, dict) or not item.get("kind"):
-            continue
-        kind, value = clean_text(str(item["kind"]), 40), as_float(item.get("value"))
-        if kind == "moments":
-            yield f"optimizer moments reset before step {as_int(item.get('from_step')):,}"
-            continue
-        what = {
-            "lr": "learning rate",
-            "embed_alpha": "embedding gradients",
-            "shrink_embedding": "embedding gradients",
-            "clip": "clipping norm",
-        }.get(kind, kind)
-        hold = as_int(item.get("hold", item.get("hold_steps")))
-        back = as_int(item.get("back", item.get("ramp_steps")))
-        until = ""
-        if hold or back:
-            until = f", hold {hold:,} steps, ramp {back:,} steps"
-        yield f"{what} x {value:g} from step {as_int(item.get('from_step')):,}{until}"
+    for remedy in remedies:
+        kind = clean_text(remedy.kind, 40)
+        if remedy.kind:
+            yield find_effect(kind).report_line(msgspec.structs.replace(remedy, kind=kind))
 
 
-def read_samples(event: Event) -> tuple[Sample, ...]:
+def _read_remedies(items: Iterable[Any]) -> Iterator[Remedy]:
+    """Give the remedies of an old line. It may lack some of their fields."""
+    for item in items:
+        if isinstance(item, dict):
+            yield Remedy(
+                kind=str(item.get("kind") or ""),
+                value=as_float(item.get("value")),
+                from_step=as_int(item.get("from_step")),
+                hold_steps=as_int(item.get("hold_steps")),
+                ramp_steps=as_int(item.get("ramp_steps")),
+            )
+
+
+def read_samples(items: Iterable[Any]) -> tuple[Sample, ...]:
     """Return the single samples that a `skipped` line names, with loss and share of the gradient."""
-    items = _as_list(event.data.get("samples"))
     return tuple(_as_sample(item) for item in items if isinstance(item, dict))
 
 
@@ -107,15 +134,14 @@ def _as_sample(item: Mapping[str, Any]) -> Sample:
         position=as_int(item.get("position")),
         loss=as_float(item.get("loss")),
         share=as_float(item.get("share")),
-        documents=read_documents(item),
+        documents=read_documents(_as_list(item.get("documents"))),
         excerpt=clean_text(str(item.get("excerpt") or ""), 200),
         odd=tuple(clean_text(str(word), 120) for word in _as_list(item.get("odd"))),
     )
 
 
-def read_tokens(event: Event) -> tuple[Token, ...]:
+def read_tokens(items: Iterable[Any]) -> tuple[Token, ...]:
     """Return the tokens that a verdict names if the gradient of the embedding was too large."""
-    items = _as_list(event.data.get("tokens"))
     return tuple(
         Token(
             id=as_int(item.get("id")),
@@ -129,10 +155,10 @@ def read_tokens(event: Event) -> tuple[Token, ...]:
     )
 
 
-def read_documents(data: Mapping[str, Any]) -> tuple[Document, ...]:
+def read_documents(items: Iterable[Any]) -> tuple[Document, ...]:
     """Return the documents that a line, or one of its samples, names."""
     found = []
-    for item in _as_list(data.get("documents")):
+    for item in items:
         if isinstance(item, str):
             found.append(Document(path=clean_text(item, 400)))
         elif isinstance(item, dict):
@@ -148,24 +174,18 @@ def read_documents(data: Mapping[str, Any]) -> tuple[Document, ...]:
     return tuple(found)
 
 
-def read_trend(raw: Any) -> LossTrend | None:
+def read_trend(trend: LossTrend | None) -> LossTrend | None:
     """Return a trend that gives a finite loss at every step, else None. A journal may hold
     anything.
     """
-    if not isinstance(raw, dict):
+    if trend is None:
         return None
-    numbers = {
-        name: as_float(raw.get(name)) for name in ("middle", "level", "slope", "noise", "spread")
-    }
-    if not all(math.isfinite(number) and abs(number) < 1e6 for number in numbers.values()):
+    numbers = (trend.middle, trend.level, trend.slope, trend.noise, trend.spread)
+    if not all(math.isfinite(number) and abs(number) < 1e6 for number in numbers):
         return None
-    if not (
-        -5.0 <= numbers["slope"] <= 0.0
-        and abs(numbers["level"]) < 100
-        and abs(numbers["middle"]) < 100
-    ):
+    if not (-5.0 <= trend.slope <= 0.0 and abs(trend.level) < 100 and abs(trend.middle) < 100):
         return None
-    return LossTrend(**numbers, count=max(0, as_int(raw.get("count"))))
+    return msgspec.structs.replace(trend, count=max(0, as_int(trend.count)))
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -173,9 +193,3 @@ def _as_list(value: Any) -> list[Any]:
     if isinstance(value, list):
         return value
     return []
-
-
-def _as_pair(value: Any) -> tuple[int, int] | None:
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(item, int) for item in value):
-        return value[0], value[1]
-    return None

@@ -86,11 +86,9 @@ def _list_spans(events: Iterable[Event]) -> Iterator[Span]:
 def _find_order(events: Iterable[Event]) -> SampleOrder | None:
     for event in events:
         if isinstance(event, Started) and event.samples is not None and event.samples > 0:
-            seed = event.order_seed
-            if seed is None:
-                seed = as_int(event.data.get("seed"))  # its name in older versions
+            seed = as_int(event.sample_seed)
             shuffled = True if event.shuffled is None else event.shuffled
-            return SampleOrder(samples=event.samples, seed=as_int(seed), shuffled=shuffled)
+            return SampleOrder(samples=event.samples, seed=seed, shuffled=shuffled)
     return None
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from guardrail.core.events.decisions import RolledBack, Undone
 from guardrail.core.events.event import Event
 from guardrail.core.records.signals import EMBED_GRAD_NORM, GRAD_NORM, LOSS
 from guardrail.core.records.verdicts import Action
@@ -88,9 +89,9 @@ def draw_curves(
     steps = np.asarray(view.column("step"))
     present = view.current()
     marks = [
-        (float(event.data["to_step"]), event.kind)
+        (float(event.to_step), event.kind)
         for event in events
-        if event.kind in ("rollback", "undo") and isinstance(event.data.get("to_step"), int)
+        if isinstance(event, RolledBack | Undone) and event.to_step is not None
     ]
     low, high = float(np.nanmin(steps)), float(np.nanmax(steps))
     across = Axis(low, max(high, low + 1), LEFT, WIDTH - RIGHT)

@@ -224,7 +224,11 @@ class Undone(Event, frozen=True, kw_only=True):
 
 
 class RemedyUsed(Event, frozen=True, kw_only=True):
-    """A remedy without skipped data. Only older versions wrote such lines."""
+    """A remedy without skipped data. Only older versions wrote such lines.
+
+    Attributes:
+        remedies: fields of `Remedy`, of which the line may lack some.
+    """
 
     printed: ClassVar[bool] = True
     topic: ClassVar[str] = INCIDENT
@@ -232,7 +236,7 @@ class RemedyUsed(Event, frozen=True, kw_only=True):
     kind: str = "remedy"
     who: str | None = None
     incident: Int64 | None = None
-    remedies: tuple[Remedy, ...] = ()
+    remedies: tuple[Any, ...] = ()
 
 
 class IncidentChanged(Event, frozen=True, kw_only=True):

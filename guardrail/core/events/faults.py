@@ -9,11 +9,19 @@ from guardrail.core.events.event import INCIDENT, Event, Int64
 
 
 class RankFault(Event, frozen=True, kw_only=True):
-    """Base of the lines about a rank that no longer trains."""
+    """Base of the lines about a rank that no longer trains.
+
+    Attributes:
+        rank: its number; None: the process had none yet.
+
+    Class attributes:
+        fault: its name in the report.
+    """
 
     symbol: ClassVar[str] = "✗"
     printed: ClassVar[bool] = True
     topic: ClassVar[str] = INCIDENT
+    fault: ClassVar[str] = ""
 
     rank: Int64 | None = None
 
@@ -34,6 +42,8 @@ class RankFailed(RankFault, frozen=True, kw_only=True):
         error: the exception that ended it, one line; "" if it wrote none.
         log: path of its output in the run directory.
     """
+
+    fault: ClassVar[str] = "rank failed"
 
     kind: str = "rank_failed"
     exit: Int64 | None = None
@@ -59,13 +69,18 @@ class RankHung(RankFault, frozen=True, kw_only=True):
         phase: in which it stood.
         seconds: without progress.
         stacks: files with the stacks of the ranks.
+        log: path of the rank's output in the run directory, of a journal that says so.
     """
+
+    fault: ClassVar[str] = "rank hung"
+    optional: ClassVar[frozenset[str]] = frozenset(("log",))
 
     kind: str = "rank_hung"
     phase: str = ""
     seconds: float = 0.0
     host: str = ""
     stacks: tuple[str, ...] = ()
+    log: str = ""
 
 
 class DiskChanged(Event, frozen=True, kw_only=True):

@@ -122,14 +122,15 @@ class ResumeChecked(Event, frozen=True, kw_only=True):
 
     kind: str = "resume_check"
 
-    def list_differences(self) -> list[str]:
-        """Return the parts of the state that are not what was saved."""
-        return [name for name, outcome in self.data.items() if outcome != "ok"]
+    @property
+    def differences(self) -> dict[str, Any]:
+        """Return the parts of the state that are not what was saved: part -> outcome."""
+        return {part: outcome for part, outcome in self.data.items() if outcome != "ok"}
 
     def sentence(self) -> str:
         if self.message:
             return self.message
-        if wrong := self.list_differences():
+        if wrong := self.differences:
             return f"resumed state differs in {', '.join(wrong)}"
         return "resumed state is what was saved"
 

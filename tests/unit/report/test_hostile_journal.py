@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
 import pytest
 
 from guardrail.core.records.spans import Span
+from guardrail.report.build import build_report
 from guardrail.report.output import (
     commands_text,
     incident_text,
@@ -75,6 +77,26 @@ def test_journals_full_of_nonsense_do_not_break_the_report(run: RunDirectory) ->
         if n % 100 == 99:
             report_as_dict(run)
             assert_harmless(summary_text(run))
+
+
+def test_a_field_that_cannot_be_read_is_empty_and_the_rest_of_its_line_is_shown(
+    run: RunDirectory,
+) -> None:
+    start(run, host=[1, 2])
+    run.append("command", id=7, command="lr", value=[1], who={"a": 1}, effect="applied", reason=[])
+    run.append("checkpoint", path="step-3", state=[1], cp_step=2.5, bytes="x", step=4)
+    run.append("rank_failed", "gone", rank=2.5, host=3, log="logs/rank-1.log", step=5)
+    run.append("restarted", checkpoint=[1], reason=7, step=3, timeline=1)
+    run.append("ended", "all over", phase=[1], reason={}, exit_code="x", step=6, timeline=1)
+    report = build_report(run)
+    (command,), (checkpoint,), (fault,) = report.commands, report.checkpoints, report.faults
+    assert (command.id, command.command, command.who, command.effect) == ("", "lr", "", "applied")
+    assert math.isnan(command.value)
+    assert (checkpoint.name, checkpoint.state, checkpoint.step) == ("step-3", "", 4)
+    assert (fault.rank, fault.host, fault.log) == (-1, "", "logs/rank-1.log")
+    assert (report.restarts[0].checkpoint, report.restarts[0].sentence) == ("", "")
+    assert (report.host, report.state, report.reason) == ("", "ended", "all over")
+    assert report.exit_code is None and report.world == 2
 
 
 def test_no_control_character_of_a_document_reaches_the_terminal(run: RunDirectory) -> None:

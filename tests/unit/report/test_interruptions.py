@@ -32,6 +32,12 @@ def test_a_failed_rank_is_a_row_with_its_restart(run: RunDirectory, kind: str) -
     assert report.troubles == ("rank 1 is gone on vm",)
 
 
+def test_a_process_that_hung_before_it_had_a_rank_is_not_rank_0(run: RunDirectory) -> None:
+    run.append("rank_hung", "process 41 has made no progress for 9 s", step=9, rank=None)
+    (fault,) = build_report(run).faults
+    assert (fault.kind, fault.rank) == ("rank hung", -1)
+
+
 def test_a_rank_that_fails_again_after_a_restart_is_another_row(run: RunDirectory) -> None:
     for timeline in (1, 2):
         run.append("rank_failed", "rank 1 is gone", step=9, rank=1)

@@ -30,9 +30,10 @@ def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory.create(tmp_path, "demo", "[data]\nquarantine = ''\n")
 
 
+@pytest.mark.parametrize("seed_name", ["order_seed", "seed"])  # the second: older versions
 @pytest.mark.parametrize("shuffled", [True, False])
 def test_the_quarantine_is_what_the_ledger_held(
-    run: RunDirectory, tmp_path: Path, shuffled: bool
+    run: RunDirectory, tmp_path: Path, shuffled: bool, seed_name: str
 ) -> None:
     file = tmp_path / "known.txt"
     file.write_text("# found before\n3\n\n17@1\n")
@@ -40,7 +41,7 @@ def test_the_quarantine_is_what_the_ledger_held(
     order = SampleOrder(samples=23, seed=5, shuffled=shuffled)
     ledger = SampleCursor(order, batch_size=4)
     ledger.quarantine.read(file.read_text().splitlines())
-    run.append("started", samples=23, order_seed=5, shuffled=shuffled)
+    run.append("started", samples=23, shuffled=shuffled, **{seed_name: 5})
     spans = [
         Span(first=8, last=12, origin="rejected", step=2),
         Span(first=21, last=27, origin="rollback", step=4),  # across the end of an epoch
