@@ -26,14 +26,16 @@ import torch.distributed.fsdp  # noqa: F401
 import trainer.__main__
 import trainer.train
 from guardrail.core.config import build_config
+from guardrail.core.events.decisions import SamplesTaken
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import Ended
 from guardrail.core.records.spans import Span
 from guardrail.core.records.verdicts import Mode, Remedy
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.run_history import RunHistory
 from guardrail.report.quarantine import quarantine_lines
 from guardrail.rundir.checkpoint_folders import checkpoint_dirs
-from guardrail.rundir.journal import span_of
+from guardrail.rundir.journal import last_turn
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.verification import fingerprint, verify
 from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
@@ -181,10 +183,8 @@ def trained(config: Config, **options: Any) -> RunDirectory:
 
 def outcome(run: RunDirectory) -> str:
     """How the run has ended, by its journal; "" while it has not, or was killed."""
-    last = next(
-        (e for e in reversed(run.events()) if e.kind in ("started", "restarted", "ended")), None
-    )
-    return str(last.data["phase"]) if last is not None and last.kind == "ended" else ""
+    last = last_turn(run.events())
+    return last.phase if isinstance(last, Ended) else ""
 
 
 # -- what a run has left
@@ -196,7 +196,7 @@ def of_kind(run: RunDirectory, kind: str) -> list[Event]:
 
 def spans(run: RunDirectory) -> list[Span]:
     """What was left out, in the order of the journal."""
-    found = [span_of(event) for event in run.events() if event.kind in ("skipped", "rollback")]
+    found = [event.span for event in run.events() if isinstance(event, SamplesTaken)]
     return [span for span in found if span is not None]
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from guardrail.core.events.decisions import IncidentChanged, RolledBack, Skipped
 from guardrail.core.events.event import Event
-from guardrail.core.events.run_state import CommandAnswered
+from guardrail.core.events.run_state import CheckpointChanged, CommandAnswered
 from guardrail.core.format import clean_and_shorten
 
 # The same letters mark the event on a chart.
-SKIP, ROLLBACK, COMMAND, CHECKPOINT, INCIDENT = "S", "R", "!", "C", "#"
+SKIP, ROLLBACK, COMMAND = Skipped.symbol, RolledBack.symbol, CommandAnswered.symbol
+CHECKPOINT, INCIDENT = CheckpointChanged.symbol, IncidentChanged.symbol
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from guardrail.core.events.decisions import FindingNoted
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records.findings import FindingKind
 from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.controller import Controller
 from guardrail.detectors.resume_jump import ROWS
-from guardrail.rundir.journal import findings_of
 from tests.support.feed import noisy, obs, through_json, warmed
 from tests.support.running import new_run, of_kind, tiny, train
 from tests.support.texts import numbers_in
@@ -107,7 +107,12 @@ def test_the_guard_watches_the_first_steps_of_a_resumed_run(tmp_path: Path) -> N
     longer = tiny(tmp_path, train={"steps": 44}, faults=[fault])
     run.write_config(dump_toml(msgspec.structs.replace(longer, run=config.run)))
     assert train(run, 1) == "finished"
-    told = [(e.data["at_step"], f) for e in of_kind(run, "finding") for f in findings_of(e)]
+    told = [
+        (event.at_step, found)
+        for event in run.events()
+        if isinstance(event, FindingNoted)
+        for found in event.findings
+    ]
     assert [(step, f.signal) for step, f in told if f.kind is FindingKind.RESUME_JUMP] == [
         (41, "loss"),
         (41, "grad_norm"),

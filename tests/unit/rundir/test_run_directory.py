@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 
 from guardrail.core.errors import ConfigError, RunDirectoryError
+from guardrail.core.events.decisions import Skipped, VerdictGiven
 from guardrail.core.records.findings import Finding, FindingKind, Severity
 from guardrail.core.records.signals import METRIC_COLUMNS
 from guardrail.core.records.spans import Span
@@ -36,7 +37,6 @@ from guardrail.operate.run_summary import read_losses
 from guardrail.rundir import journal
 from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 from guardrail.rundir.follow import Follower
-from guardrail.rundir.journal import findings_of, span_of
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.run_search import find_run, list_runs
 from tests.support.lab import without_waiting
@@ -179,16 +179,16 @@ def test_events_come_back_as_they_were_written(run: RunDirectory) -> None:
     )
     events = run.events()
     assert [e.seq for e in events] == [1, 2]
-    assert (
-        events[0].kind == "verdict" and events[0].message == "loss nan" and events[0].timeline == 2
-    )
-    assert events[0].time == first.time
-    back = findings_of(events[0])[0]
+    verdict, skipped = events
+    assert isinstance(verdict, VerdictGiven) and isinstance(skipped, Skipped)
+    assert (verdict.kind, verdict.message, verdict.timeline) == ("verdict", "loss nan", 2)
+    assert verdict.time == first.time
+    (back,) = verdict.findings
     assert math.isnan(back.value) and back.score == math.inf and back.ranks == (1,)
     assert msgspec.structs.replace(back, value=0.0) == msgspec.structs.replace(finding, value=0.0)
-    assert events[0].data["value"] == "-inf" and events[0].data["n"] == 1.5
-    assert span_of(events[1]) == span
-    assert events[1].data["path"] == "/x" and events[1].data["name"] == "\\udcff.txt"
+    assert verdict.data["value"] == "-inf" and verdict.data["n"] == 1.5
+    assert skipped.span == span
+    assert skipped.data["path"] == "/x" and skipped.data["name"] == "\\udcff.txt"
     assert run.events(after=1) == events[1:]
     for line in run.journal_path.read_text().splitlines():
         assert {"seq", "time", "step", "timeline", "kind"} <= json.loads(line).keys()
