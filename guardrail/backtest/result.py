@@ -10,14 +10,16 @@ from guardrail.core.records.verdicts import Action
 from guardrail.detectors.signed_loss import LossKind
 
 NOTE = "note"
-ACTS = (Action.SKIP, Action.ROLLBACK, Action.PAUSE, Action.HALT)  # the least severe first
+GOES_BACK = (Action.ROLLBACK, Action.PAUSE, Action.HALT)
+# All but "apply", which is a note. The least severe first.
+ACTS = (Action.FP16_OVERFLOW, Action.RETRY, Action.SKIP, *GOES_BACK)
 
 
 class Alarm(NamedTuple):
     """The verdict on one row, if it is not to apply the update without a finding.
 
     Attributes:
-        verdict: "note", "skip", "rollback", "pause" or "halt".
+        verdict: "note", "overflow", "retry", "skip", "rollback", "pause" or "halt".
         before_step: of a rollback: the state that it would restore is older than this step.
         evidence: the findings, as the beginning of a sentence.
     """
@@ -99,7 +101,9 @@ class BacktestIncident:
         if alarm.verdict == Action.SKIP:
             self.skips += 1
             self.steps_discarded += 1
-        elif alarm.verdict != NOTE:
+        elif alarm.verdict == Action.RETRY:
+            self.steps_discarded += 1
+        elif alarm.verdict in GOES_BACK:
             self.rollbacks = 1
             target = alarm.before_step
             if target is None:
