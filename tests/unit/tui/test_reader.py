@@ -253,6 +253,7 @@ def test_threads_of_the_screen_outlive_whatever_happens(
 
     monkeypatch.setattr(RunDirectory, what, sometimes)
     monkeypatch.setattr(worker_thread, "RESTART_SECONDS", 0.01)
+    monkeypatch.setattr(worker_thread, "LONGEST_RESTART_SECONDS", 0.05)
     monkeypatch.setattr(run_reader, "PRESENCE_SECONDS", 0.0)
     reader = RunReader(run)
     reader.start(lambda: None)
