@@ -104,6 +104,7 @@ class IncidentAction(Record, frozen=True, kw_only=True):
         window: skipped positions [first, last) of the sample order.
         new_timeline: number of the timeline that it began; -1 if it began none.
         remedies: one sentence per remedy that belongs to it.
+        short_remedies: the same in two or three words each, for the table of the summary.
         batch: positions [first, last) of the rejected batch.
         signal, value, baseline: of the most severe finding about that batch.
         samples_skipped: samples of the batch or the window; -1: the journal does not say.
@@ -120,6 +121,7 @@ class IncidentAction(Record, frozen=True, kw_only=True):
     window: tuple[int, int] | None = None
     new_timeline: int = -1
     remedies: tuple[str, ...] = ()
+    short_remedies: tuple[str, ...] = ()
     batch: tuple[int, int] | None = None
     signal: str = ""
     value: float = math.nan

@@ -56,7 +56,7 @@ def _find_details(event: ActionLine) -> dict[str, Any]:
         case SamplesTaken():
             return _find_skipped(event, None)
         case RemedyUsed():
-            return {"remedies": tuple(_describe_remedies(_read_remedies(event.remedies)))}
+            return _name_remedies(_read_remedies(event.remedies))
         case Undone():
             return _find_restored(event)
 
@@ -75,12 +75,12 @@ def _find_restored(event: RolledBack | Undone) -> dict[str, Any]:
 
 def _find_skipped(event: SamplesTaken, window: tuple[int, int] | None) -> dict[str, Any]:
     """Return the positions that the line skipped, and its remedies."""
-    remedies = tuple(_describe_remedies(event.remedies))
+    remedies = _name_remedies(event.remedies)
     span = event.span
     if span is None:
-        return {"remedies": remedies, "window": window}
+        return {**remedies, "window": window}
     return {
-        "remedies": remedies,
+        **remedies,
         "window": window or (span.first, span.last),
         "samples_skipped": count_positions(span),
     }
@@ -103,12 +103,16 @@ def count_positions(span: Span) -> int:
     return len(span.positions) or max(0, span.last - span.first)
 
 
-def _describe_remedies(remedies: Iterable[Remedy]) -> Iterator[str]:
-    """Give one sentence per remedy that belongs to a decision."""
+def _name_remedies(remedies: Iterable[Remedy]) -> dict[str, Any]:
+    """Return the remedies that belong to a decision, in full and in two or three words."""
+    full, short = [], []
     for remedy in remedies:
         kind = clean_text(remedy.kind, 40)
         if remedy.kind:
-            yield find_effect(kind).report_line(msgspec.structs.replace(remedy, kind=kind))
+            shown = msgspec.structs.replace(remedy, kind=kind)
+            full.append(find_effect(kind).report_line(shown))
+            short.append(find_effect(kind).short_line(shown))
+    return {"remedies": tuple(full), "short_remedies": tuple(short)}
 
 
 def _read_remedies(items: Iterable[Any]) -> Iterator[Remedy]:

@@ -20,6 +20,10 @@ class CommandRecord(Record, frozen=True, kw_only=True):
     effect: str
     reason: str = ""
 
+    @property
+    def is_applied(self) -> bool:
+        return self.effect == "applied"
+
 
 class CheckpointLine(Record, frozen=True, kw_only=True):
     """A checkpoint and its last known state."""

@@ -136,7 +136,7 @@ def _count_samples(report: Report) -> str:
 
 def describe_commands(report: Report) -> str:
     """Return how many commands and notes there are; "" if there are none."""
-    undone = sum(command.command == "undo" for command in report.commands)
+    undone = sum(one.command == "undo" and one.is_applied for one in report.commands)
     asked = Counter(action.action for action in report.by_person)
     parts = []
     if report.commands:

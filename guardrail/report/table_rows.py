@@ -179,7 +179,7 @@ def _name_ranks(ranks: Sequence[int]) -> str:
 
 
 def describe_actions(incident: Incident) -> str:
-    """Return "restored 220, 208 skipped", "119 samples skipped"."""
+    """Return "restored 220, 208 skipped, rate x0.2", "119 samples skipped"."""
     said = list(dict.fromkeys(_describe_each(incident.actions)))
     undone = any(action.action == "undo" for action in incident.actions)
     if incident.samples:
@@ -189,6 +189,7 @@ def describe_actions(incident: Incident) -> str:
         else:
             skipped = f"{incident.samples:,}"
         said.append(f"{skipped} skipped")
+    said += dict.fromkeys(name for action in incident.actions for name in action.short_remedies)
     if undone:
         said.append("undone" if not incident.samples else "others undone")
     return ", ".join(said) or "none"

@@ -31,7 +31,8 @@ class EscalationRemedy:
         effect: kind of the effect that it has on later steps; "": none.
         subject: what the effect multiplies, for a sentence.
         report_name: the same for a row of the report.
-        screen_name: the same for the header of the screen; "": it is not shown there.
+        screen_name: the same for the header of the screen and the table of the report; "": it is
+            not shown in the header.
         restores_state: it answers a call for a rollback. False for `skip`, which needs none.
         ends_run: the run halts or pauses.
         skips_data: its point is to skip data. It is tried first where the data is the cause.
@@ -133,3 +134,8 @@ class EscalationRemedy:
         if effect.hold_steps or effect.ramp_steps:
             text += f", hold {effect.hold_steps:,} steps, ramp {effect.ramp_steps:,} steps"
         return text
+
+    @classmethod
+    def short_line(cls, effect: Remedy) -> str:
+        """Return "rate x0.5", for the table of the report."""
+        return f"{cls.screen_name or effect.kind} x{effect.value:g}"

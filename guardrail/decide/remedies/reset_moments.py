@@ -34,3 +34,7 @@ class ResetMoments(EscalationRemedy):
     @classmethod
     def report_line(cls, effect: Remedy) -> str:
         return f"optimizer moments reset before step {effect.from_step:,}"
+
+    @classmethod
+    def short_line(cls, effect: Remedy) -> str:
+        return "moments reset"

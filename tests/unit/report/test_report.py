@@ -24,6 +24,8 @@ from guardrail.report.output import (
     summary_text,
 )
 from guardrail.report.quarantine import quarantine_lines
+from guardrail.report.summary import describe_commands
+from guardrail.report.table_rows import describe_actions
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.report_runs import (
     finding,
@@ -326,6 +328,7 @@ def test_cause_remedies_samples_and_outcome_are_shown(run: RunDirectory) -> None
     assert (incident.cause, incident.cause_rank) == ("not reproducible", 1)
     assert incident.actions[-1].action == "remedy" and len(incident.actions[-1].remedies) == 2
     assert (incident.named[0].position, incident.named[0].odd) == (41, ("62 % symbols",))
+    assert describe_actions(incident).endswith("13 skipped, rate x0.5, moments reset")
     said = " ".join(incident_text(run, 1).split())
     for part in ("on rank 1", "learning rate x 0.5", "10 steps", "20 steps", "62 % symbols"):
         assert part in said, f"{part!r} is not in\n{said}"
@@ -347,3 +350,19 @@ def test_what_was_undone_is_no_longer_left_out(run: RunDirectory) -> None:
     assert report.samples_skipped == 0 and quarantine_lines(run) == []
     assert report.incidents[0].samples == 0 and report.incidents[0].actions[-1].action == "undo"
     assert "undo" in summary_text(run) and "step 6: undo, restored step 2" in commands_text(run)
+
+
+@pytest.mark.parametrize(
+    ("effects", "said"),
+    [
+        (["refused", "refused"], "Also: 2 commands (list them with --commands)."),
+        (["refused", "applied"], "Also: 2 commands, 1 undo (list them with --commands)."),
+    ],
+)
+def test_only_an_undo_that_took_effect_is_counted(
+    run: RunDirectory, effects: list[str], said: str
+) -> None:
+    start(run)
+    for number, effect in enumerate(effects):
+        run.append("command", id=str(number), command="undo", effect=effect)
+    assert describe_commands(build_report(run)) == said
