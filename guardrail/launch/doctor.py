@@ -89,6 +89,9 @@ def _check_configuration(
     """Yield what keeps the configuration from running here, then what makes it slow."""
     problems = preflight.find_problems(settings, file=path, overrides=overrides)
     found = [_problem(str(error)) for error in problems]
+    name_problem = preflight.find_name_problem(settings, file=path, overrides=overrides)
+    if name_problem is not None:
+        found.append(_problem(str(name_problem)))
     if "error" in torch:
         found.append(_problem("torch cannot be imported"))
     else:
@@ -121,6 +124,10 @@ def _check_for_other_machines(
     if nodes > 1:
         text = f"not checked: the network between {nodes} nodes, and the rendezvous"
         yield Check(name=ELSEWHERE, level="note", text=text)
+    name_problem = preflight.find_name_problem(settings, file=path, overrides=overrides)
+    if name_problem is not None:
+        yield _problem(str(name_problem))
+        return
     ranks = format_plural(settings.launch.processes * nodes, "rank")
     text = f"{path} has no error, for {ranks}; nothing was started"
     yield Check(name=CONFIGURATION, level="ok", text=text)

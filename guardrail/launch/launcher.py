@@ -22,14 +22,13 @@ from guardrail.core.errors import (
 )
 from guardrail.core.events.run_state import Ended
 from guardrail.core.format import format_plural
-from guardrail.core.overrides import find_source, mask_override
+from guardrail.core.overrides import mask_override
 from guardrail.core.packages import install_hint, is_installed
 from guardrail.core.records.status import Phase, Status
 from guardrail.core.text import clean_text
 from guardrail.core.toml_file import dump_toml, read_toml
 from guardrail.rundir import processes
 from guardrail.rundir.liveness import is_alive
-from guardrail.rundir.run_creation import NAME, is_run_name
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.run_lock import RunLock, holder_of
 from guardrail.rundir.run_search import find_run
@@ -90,11 +89,11 @@ def prepare_run(
         return Prepared(run, node_rank, written_out)
     if node_rank:
         raise UsageError("a further node joins the run of the first node: give its --run-dir DIR")
-    name = settings.run.name
-    if not is_run_name(name):  # with --run-dir the name is no folder
-        source = find_source("run.name", file=path, overrides=overrides)
-        raise ConfigError(NAME, file=source, key="run.name", value=name)
-    return Prepared(RunDirectory.create(settings.run.root, name, text), node_rank, written_out)
+    problem = preflight.find_name_problem(settings, file=path, overrides=overrides)
+    if problem is not None:
+        raise problem
+    run = RunDirectory.create(settings.run.root, settings.run.name, text)
+    return Prepared(run, node_rank, written_out)
 
 
 def _warn_before_launch(settings: GuardConfig) -> dict[str, Any]:

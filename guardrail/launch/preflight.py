@@ -15,6 +15,7 @@ from guardrail.core.overrides import find_source
 from guardrail.core.packages import install_hint, is_installed
 from guardrail.core.secret import SecretRef
 from guardrail.core.sections import check_webhook
+from guardrail.rundir.run_creation import NAME, is_run_name
 
 LEAST_FREE_BYTES = 32 * 1024 * 1024  # journal, logs, status, and the first refused checkpoint
 _NVIDIA = re.compile(r"nvidia\d+")
@@ -91,6 +92,20 @@ def find_problems(
             if given and given.get(error.key):
                 source = given[error.key]
             yield error.at(source)
+
+
+def find_name_problem(
+    settings: GuardConfig, *, file: str, overrides: Sequence[str] = ()
+) -> ConfigError | None:
+    """Return why no folder of runs can have this run's name; None if it can.
+
+    With --run-dir the name is no folder, so this is not one of `find_problems`.
+    """
+    name = settings.run.name
+    if is_run_name(name):
+        return None
+    source = find_source("run.name", file=file, overrides=overrides)
+    return ConfigError(NAME, file=source, key="run.name", value=name)
 
 
 def _check_memory(settings: GuardConfig) -> Iterator[ConfigError]:

@@ -113,6 +113,23 @@ def test_a_configuration_that_cannot_run_ends_with_2(
     assert said in output and "problem" in output
 
 
+@pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["here", "elsewhere"])
+def test_a_run_name_that_launch_refuses_is_a_problem(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_torch(monkeypatch, CPU)
+    name = ["--set", "run.name=../../evil"]
+    assert main(["doctor", str(config), *name, *options]) == 2
+    said = capsys.readouterr().out
+    assert "problem: --set: run.name = '../../evil': " in said
+    assert "can run here" not in said and "has no error" not in said
+    assert main(["launch", str(config), *name]) == 2
+    assert "run.name = '../../evil': " in capsys.readouterr().err
+
+
 def test_more_processes_than_cores_is_a_note(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_torch(monkeypatch, CPU)
     monkeypatch.setattr("guardrail.rundir.processes.cores", lambda: 1)
