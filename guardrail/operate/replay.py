@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 from guardrail.core.errors import (
     ExitCode,
-    Interrupted,
     RunDirectoryError,
     UsageError,
     WorkersFailed,
@@ -38,6 +37,7 @@ from guardrail.decide.control_commands.stop import Stop
 from guardrail.launch import supervisor_process
 from guardrail.operate.replay_comparison import Comparison, Difference, compare_weights
 from guardrail.operate.replay_plan import ReplayPlan, machine_remarks, plan_replay
+from guardrail.operate.replay_signals import ReplaySignals
 from guardrail.rundir import processes
 from guardrail.rundir.run_directory import RunDirectory
 
@@ -108,17 +108,20 @@ def replay_run(
     Raises:
         UsageError: it cannot be replayed here.
         WorkersFailed: the ranks failed.
-        Interrupted: Ctrl-C; no process is left.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; no process is left.
     """
     plan = plan_replay(run, incident)
-    scratch = make_scratch_run(run, plan)
-    try:
-        comparison = Comparison(run, scratch, plan)
-        _follow(scratch, supervisor_process.start_supervisor(scratch), comparison, plan, report)
-        return make_outcome(run, scratch, plan, comparison, keep=keep)
-    finally:
-        if not keep:
-            shutil.rmtree(scratch.path, ignore_errors=True)
+    with ReplaySignals() as signals:
+        with signals.held():
+            scratch = make_scratch_run(run, plan)
+        try:
+            comparison = Comparison(run, scratch, plan)
+            _follow(scratch, comparison, plan, report, signals)
+            return make_outcome(run, scratch, plan, comparison, keep=keep)
+        finally:
+            with signals.held():
+                if not keep:
+                    shutil.rmtree(scratch.path, ignore_errors=True)
 
 
 def make_outcome(
@@ -222,13 +225,13 @@ def _link_files(source: Path, target: Path) -> None:
 
 def _follow(
     scratch: RunDirectory,
-    supervisor: subprocess.Popen[bytes],
     comparison: Comparison,
     plan: ReplayPlan,
     report: ReportProgress,
+    signals: ReplaySignals,
 ) -> None:
     """Compare until the replay has ended, or until the first difference."""
-    with _ended_with_us(scratch, supervisor):
+    with _started_supervisor(scratch, signals) as supervisor:
         while (code := supervisor_process.find_exit_code(supervisor)) is None:
             comparison.compare_new_rows()
             report(comparison.steps, plan.to_step - plan.from_step)
@@ -248,17 +251,27 @@ def _follow(
 
 
 @contextlib.contextmanager
-def _ended_with_us(scratch: RunDirectory, supervisor: subprocess.Popen[bytes]) -> Iterator[None]:
-    """End all processes of the replay, however the block is left."""
+def _started_supervisor(
+    scratch: RunDirectory, signals: ReplaySignals
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the replay, and end all its processes, however the block is left."""
+    supervisor = None
     try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted("the replay was interrupted; the run is unchanged") from None
+        with signals.held():
+            supervisor = supervisor_process.start_supervisor(scratch)
+        yield supervisor
     finally:
-        if supervisor.poll() is None:
-            supervisor.send_signal(signal.SIGQUIT)
-            with contextlib.suppress(Exception):
-                supervisor.wait(timeout=END_SECONDS)
-            supervisor.kill()
-            supervisor.wait()
-        processes.kill(processes.processes_of(scratch.path))
+        with signals.held():
+            if supervisor is not None:
+                _end_supervisor(supervisor)
+            processes.kill(processes.processes_of(scratch.path))
+
+
+def _end_supervisor(supervisor: subprocess.Popen[bytes]) -> None:
+    if supervisor.poll() is not None:
+        return
+    supervisor.send_signal(signal.SIGQUIT)
+    with contextlib.suppress(Exception):
+        supervisor.wait(timeout=END_SECONDS)
+    supervisor.kill()
+    supervisor.wait()
