@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from guardrail.cli.common import FirstNameOption, json_option, parse_columns, print_json
+from guardrail.cli.common import (
+    column_option,
+    config_option,
+    json_option,
+    parse_columns,
+    print_json,
+    set_guard_option,
+)
 from guardrail.core.text import escape_text
 
 if TYPE_CHECKING:
@@ -24,14 +31,8 @@ MAX_LABEL_CHARACTERS = 16 << 20  # of a file of labels; one of 37 runs has 30,00
 
 def log_options(function: Any) -> Any:
     """Add the arguments that `backtest` and `tune` share."""
-    function = click.option(
-        "--column",
-        "columns",
-        multiple=True,
-        metavar="SIGNAL=NAME",
-        help="Name of the column that holds a signal; repeatable.",
-    )(function)
-    return click.argument("logs", nargs=-1, required=True, metavar="LOG...")(function)
+    logs = click.argument("logs", nargs=-1, required=True, metavar="LOG...")
+    return logs(column_option(function))
 
 
 class BacktestCommand(click.Command):
@@ -46,21 +47,8 @@ class BacktestCommand(click.Command):
 
 @click.command(cls=BacktestCommand)
 @log_options
-@click.option(
-    "--config",
-    "--policy",
-    "policy",
-    cls=FirstNameOption,
-    metavar="FILE",
-    help="Take [guard] from this TOML file.",
-)
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="guard.KEY=VALUE",
-    help="Set a key; repeatable.",
-)
+@config_option("Take [guard] from this TOML file.")
+@set_guard_option
 @click.option(
     "--labels", metavar="FILE", help="Score the verdicts against the labels of this JSON file."
 )

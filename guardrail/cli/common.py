@@ -27,6 +27,41 @@ root_option = click.option(
     help="Folder of all runs ($GUARDRAIL_ROOT).",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for a script.")
+column_option = click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="SIGNAL=NAME",
+    help="Name of the column that holds a signal; repeatable.",
+)
+
+
+def _make_set_option(metavar: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--set", "overrides", multiple=True, metavar=metavar, help="Set a key; repeatable."
+    )
+
+
+set_option = _make_set_option("SECTION.KEY=VALUE")
+set_guard_option = _make_set_option("guard.KEY=VALUE")
+
+
+class FirstNameOption(click.Option):
+    """An option whose help shows only its first name; the others are its old names."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        names, self.opts = self.opts, self.opts[:1]
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.opts = names
+
+
+def config_option(help: str) -> Callable[[Any], Any]:
+    """Return the option `policy`: a TOML file with [guard]."""
+    return click.option(
+        "--config", "--policy", "policy", cls=FirstNameOption, metavar="FILE", help=help
+    )
 
 
 def screen_options(command: Callable[..., int]) -> Callable[..., int]:
@@ -117,17 +152,6 @@ def complete_configuration(
     from click.shell_completion import CompletionItem
 
     return [CompletionItem(incomplete, type="file")]
-
-
-class FirstNameOption(click.Option):
-    """An option whose help shows only its first name; the others are its old names."""
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        names, self.opts = self.opts, self.opts[:1]
-        try:
-            return super().get_help_record(ctx)
-        finally:
-            self.opts = names
 
 
 class FiniteFloat(click.FloatRange):

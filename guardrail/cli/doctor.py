@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import click
 
-from guardrail.cli.common import json_option, print_json
+from guardrail.cli.common import json_option, print_json, set_option
 
 
 @click.command()
 @click.argument("config", required=False, metavar="[CONFIG.toml]")
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    help="Set a key; repeatable.",
-)
+@set_option
 @click.option(
     "--dry-run",
     is_flag=True,

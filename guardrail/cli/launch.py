@@ -15,6 +15,7 @@ from guardrail.cli.common import (
     no_garbage_collection,
     root_option,
     screen_options,
+    set_option,
     show_screen,
 )
 
@@ -39,13 +40,7 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Use this folder as the run directory, not ROOT/NAME/DATE-NN.",
 )
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    help="Set a key; repeatable.",
-)
+@set_option
 @click.option(
     "--resume",
     metavar="RUN",

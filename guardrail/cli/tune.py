@@ -5,26 +5,13 @@ from __future__ import annotations
 import click
 
 from guardrail.cli.backtest import log_options, read_logs
-from guardrail.cli.common import FiniteFloat, FirstNameOption
+from guardrail.cli.common import FiniteFloat, config_option, set_guard_option
 
 
 @click.command()
 @log_options
-@click.option(
-    "--config",
-    "--policy",
-    "policy",
-    cls=FirstNameOption,
-    metavar="FILE",
-    help="Start from [guard] of this TOML file.",
-)
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="guard.KEY=VALUE",
-    help="Set a key; repeatable.",
-)
+@config_option("Start from [guard] of this TOML file.")
+@set_guard_option
 @click.option(
     "--budget",
     default=1.0,

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from guardrail.cli.common import (
-    FirstNameOption,
     can_draw,
+    column_option,
+    config_option,
     has_terminal,
     parse_columns,
     screen_options,
+    set_guard_option,
     show_screen,
 )
 from guardrail.core.text import clean_text
@@ -24,28 +26,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("log")
-@click.option(
-    "--column",
-    "columns",
-    multiple=True,
-    metavar="SIGNAL=NAME",
-    help="Name of the column that holds a signal; repeatable.",
-)
-@click.option(
-    "--config",
-    "--policy",
-    "policy",
-    cls=FirstNameOption,
-    metavar="FILE",
-    help="Judge with [guard] of this TOML file.",
-)
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="guard.KEY=VALUE",
-    help="Set a key; repeatable.",
-)
+@column_option
+@config_option("Judge with [guard] of this TOML file.")
+@set_guard_option
 @screen_options
 def command(
     log: str,
