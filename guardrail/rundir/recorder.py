@@ -6,9 +6,10 @@ can be written. They keep the time at which they happened.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -95,16 +96,11 @@ class Recorder:
         """
         if self._run is None:
             return
-        try:
+        with self._note_result("journal"):
             while self._waiting:
                 written = self._run.write_event(self._waiting[0])
                 self.written[written.kind] = written.seq
                 self._waiting.popleft()
-        except OSError as error:
-            self._retry = time.monotonic() + RETRY_SECONDS
-            self.note_failing("journal", f"journal: {error.strerror or error}")
-        else:
-            self.note_working("journal")
 
     def row(self, values: dict[str, float]) -> None:
         """Append a metrics row. It is flushed to the kernel and not synced.
@@ -128,17 +124,23 @@ class Recorder:
             self.note_failing("metrics", f"metrics: {error.strerror or error}")
 
     def _write_rows(self, run: RunDirectory) -> None:
-        try:
+        with self._note_result("metrics"):
             if self._metrics is None:
                 self._metrics = run.metrics_writer(self._columns)
             while self._rows:
                 self._metrics.append(self._rows[0])
                 self._rows.popleft()
+
+    @contextlib.contextmanager
+    def _note_result(self, what: str) -> Iterator[None]:
+        """Note whether this block could write `what`. After a failure, wait before the next try."""
+        try:
+            yield
         except OSError as error:
             self._retry = time.monotonic() + RETRY_SECONDS
-            self.note_failing("metrics", f"metrics: {error.strerror or error}")
+            self.note_failing(what, f"{what}: {error.strerror or error}")
         else:
-            self.note_working("metrics")
+            self.note_working(what)
 
     def note_failing(self, what: str, reason: str) -> None:
         """Record that `what` cannot be written. It is journaled when the reason changes."""
