@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from guardrail.core.errors import CheckpointInvalid
@@ -21,6 +20,7 @@ from guardrail.rundir.verification import Progress, verify
 from guardrail.torch.checkpoint.safetensors_file import DTYPES, read_parts
 from guardrail.torch.checkpoint.save_job import reason_of
 from guardrail.torch.state import json_codec
+from guardrail.torch.state.collectives import gather_objects
 from guardrail.torch.state.slow_work import T, run_together
 from guardrail.torch.state.training_state import TrainingState, refuse_problems
 
@@ -262,11 +262,7 @@ class CheckpointLoader:
 
     def gather(self, value: Any) -> Sequence[Any]:
         """Return every rank's value, by rank."""
-        if self.world == 1:
-            return [value]
-        by_rank: list[Any] = [None] * self.world
-        dist.all_gather_object(by_rank, value)
-        return by_rank
+        return gather_objects(value, self.world)
 
 
 def _first_problem(problems: Iterable[str]) -> str:

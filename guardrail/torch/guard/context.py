@@ -25,6 +25,7 @@ from guardrail.rundir.recorder import Recorder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.arguments import check_mode
 from guardrail.torch.state import slow_work
+from guardrail.torch.state.collectives import gather_objects
 
 T = TypeVar("T")
 
@@ -56,11 +57,7 @@ class RankInfo:
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, by rank. A collective."""
-        if self.world == 1:
-            return [value]
-        everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, value)
-        return everyone
+        return gather_objects(value, self.world)
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
         """Return each number summed over the ranks. A collective."""

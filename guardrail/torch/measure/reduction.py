@@ -34,6 +34,7 @@ from guardrail.torch.measure.packed_vector import (
 from guardrail.torch.measure.reduced_step import ReducedStep
 from guardrail.torch.measure.vector_reader import VectorReader
 from guardrail.torch.state import foreach
+from guardrail.torch.state.collectives import gather_objects
 
 
 class StepReduction:
@@ -334,11 +335,7 @@ def _true_indices(flags: Sequence[bool]) -> Tensor:
 
 def _agree_on_blocks(own_blocks: Sequence[str], world: int) -> list[str]:
     """Return the blocks of all ranks in natural order: stages of a pipeline hold different ones."""
-    blocks = set(own_blocks)
-    if world > 1:
-        by_rank: list[Any] = [None] * world
-        dist.all_gather_object(by_rank, blocks)
-        blocks = set().union(*by_rank)
+    blocks: set[str] = set().union(*gather_objects(set(own_blocks), world))
     return sorted(blocks, key=_natural_key)
 
 
