@@ -89,7 +89,7 @@ class RankPasses(ABC):
     def rerun_forward(self) -> None:
         """Repeat the forward passes of `micro_batches`, with the same RNG state."""
 
-    @abstractmethod
+    @torch.no_grad()
     def measure_losses(
         self, tokens: Any, label_orders: Sequence[Any], extra: dict[str, Any]
     ) -> Tensor:
@@ -103,6 +103,25 @@ class RankPasses(ABC):
         Returns:
             float64 [len(label_orders) + 1]: the loss sum for each of `label_orders`, then the
             label tokens.
+        """
+        labels = [self.to_device(order) for order in label_orders]
+        self.model.eval()
+        try:
+            return self.sum_losses_of_batch(
+                self.to_device(tokens), labels, self.model_arguments(extra)
+            )
+        finally:
+            self.model.train()
+            self.settle()
+
+    @abstractmethod
+    def sum_losses_of_batch(
+        self, tokens: Tensor, label_orders: Sequence[Tensor], extra: dict[str, Tensor]
+    ) -> Tensor:
+        """Run the model on a batch; return what `measure_losses` returns.
+
+        Args:
+            tokens, label_orders, extra: as `measure_losses` takes them, on the device.
         """
 
     def seed_dropout(self, index: int, chunk: int = 0) -> None:
@@ -225,16 +244,8 @@ class AccumulatedPasses(RankPasses):
             self.seed_dropout(index)
             self.model(self.to_device(micro.tokens), **self.model_arguments(micro.extra))
 
-    @torch.no_grad()
-    def measure_losses(
-        self, tokens: Any, label_orders: Sequence[Any], extra: dict[str, Any]
+    def sum_losses_of_batch(
+        self, tokens: Tensor, label_orders: Sequence[Tensor], extra: dict[str, Tensor]
     ) -> Tensor:
-        """See `RankPasses.measure_losses`."""
-        labels = [self.to_device(order) for order in label_orders]
-        self.model.eval()
-        try:
-            logits = self.model(self.to_device(tokens), **self.model_arguments(extra))
-            return self.sum_losses(logits, labels)
-        finally:
-            self.model.train()
-            self.settle()
+        """See `RankPasses.sum_losses_of_batch`."""
+        return self.sum_losses(self.model(tokens, **extra), label_orders)

@@ -87,19 +87,12 @@ class PipelinePasses(RankPasses):
         for index, micro in enumerate(self.micro_batches):
             self._pipeline.forward(self.to_device(micro.tokens), again=index)
 
-    @torch.no_grad()
-    def measure_losses(
-        self, tokens: Any, label_orders: Sequence[Any], extra: dict[str, Any]
+    def sum_losses_of_batch(
+        self, tokens: Tensor, label_orders: Sequence[Tensor], extra: dict[str, Tensor]
     ) -> Tensor:
-        """See `RankPasses.measure_losses`; the values of the last stage on every stage."""
-        labels = [self.to_device(order) for order in label_orders]
-        self.model.eval()
-        try:
-            logits = self._pipeline.forward(self.to_device(tokens))
-            sums = torch.zeros(len(labels) + 1, device=self.device, dtype=torch.float64)
-            if logits is not None:
-                sums = self.sum_losses(logits, labels)
-            return self._pipeline.from_last(sums)
-        finally:
-            self.model.train()
-            self.settle()
+        """See `RankPasses.sum_losses_of_batch`; the values of the last stage on every stage."""
+        logits = self._pipeline.forward(tokens)
+        sums = torch.zeros(len(label_orders) + 1, device=self.device, dtype=torch.float64)
+        if logits is not None:
+            sums = self.sum_losses(logits, label_orders)
+        return self._pipeline.from_last(sums)
