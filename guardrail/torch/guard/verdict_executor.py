@@ -137,7 +137,11 @@ class VerdictExecutor:
             case Action.ROLLBACK:
                 self._roll_back(step, verdict)
             case Action.PAUSE:
-                self._ask(step, verdict, reduced, observation, bad_samples)
+                answer = self._ask(step, verdict, reduced)
+                if answer is ParkResult.GO_ON:
+                    self._go_on(step, verdict, reduced, observation, bad_samples)
+                else:
+                    self._follow_answer(step, verdict, answer)
             case Action.RETRY:  # the cursor has not advanced: the same batch comes again
                 self._applier.skip()
             case Action.HALT:
@@ -319,14 +323,7 @@ class VerdictExecutor:
         if not done:
             self.halt(verdict)
 
-    def _ask(
-        self,
-        step: Step,
-        verdict: Verdict,
-        reduced: ReducedStep,
-        observation: Observation,
-        bad_samples: Attribution | None,
-    ) -> None:
+    def _ask(self, step: Step, verdict: Verdict, reduced: ReducedStep) -> ParkResult:
         """Pause with the gradients kept, until a user or the deadline decides."""
         would = verdict.would or Action.ROLLBACK
         asked = time.perf_counter()
@@ -337,15 +334,17 @@ class VerdictExecutor:
             command=(reduced.command_kind, reduced.command_value),
         )
         step.began += time.perf_counter() - asked  # the time of the user does not count
-        if answer is ParkResult.GO_ON:
-            self._go_on(step, verdict, reduced, observation, bad_samples)
-        elif answer is ParkResult.AS_PROPOSED and would is Action.ROLLBACK:
+        return answer
+
+    def _follow_answer(self, step: Step, verdict: Verdict, answer: ParkResult) -> None:
+        """Do what was decided in place of the update."""
+        if answer is not ParkResult.AS_PROPOSED:
+            self._applier.skip()  # stopped, rolled back or skipped by command: it is done
+        elif (verdict.would or Action.ROLLBACK) is Action.ROLLBACK:
             self._roll_back(step, verdict)
-        elif answer is ParkResult.AS_PROPOSED:
+        else:
             self._applier.skip()
             self.halt(verdict)
-        else:  # stopped, rolled back or skipped by command: it is done
-            self._applier.skip()
 
     def _go_on(
         self,
