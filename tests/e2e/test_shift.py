@@ -16,7 +16,7 @@ import guardrail.torch.diagnose.cause_test
 from guardrail.core.events.decisions import HIGHER_LOSS
 from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.findings import FindingKind, Observation, Severity
 from guardrail.core.records.signals import LOSS
 from guardrail.core.records.verdicts import Action, Cause, Diagnosis, Mode
 from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
@@ -26,6 +26,7 @@ from guardrail.report.build import build_report
 from tests.parallel.test_law import killed_behind
 from tests.support.events import make_line
 from tests.support.feed import healthy_loss, noisy, obs, warmed
+from tests.support.findings import make_finding, make_nan_finding
 from tests.support.running import (
     BATCH,
     SHAPES,
@@ -39,17 +40,7 @@ from tests.support.running import (
 )
 from trainer.objectives.loss import IGNORED, shuffle_labels
 
-SPIKE = Finding(
-    signal=LOSS,
-    step=31,
-    kind=FindingKind.LOSS_SPIKE,
-    severity=Severity.REJECT,
-    value=6.0,
-    baseline=2.0,
-    score=110.0,
-    threshold=8.0,
-    onset=31,
-)
+SPIKE = make_finding(31, value=6.0, baseline=2.0, score=110.0)
 
 
 def far(*losses: float) -> list[tuple[int, ReplayPass]]:
@@ -88,17 +79,7 @@ def test_all_that_is_looked_at_ahead_must_be_in_the_same_trouble(
 
 
 def test_what_is_not_a_number_is_never_the_level() -> None:
-    nan = Finding(
-        signal=LOSS,
-        step=31,
-        kind=FindingKind.NONFINITE,
-        severity=Severity.REJECT,
-        value=math.nan,
-        baseline=2.0,
-        score=math.inf,
-        threshold=0.0,
-        onset=31,
-    )
+    nan = make_nan_finding(31, baseline=2.0)
     before = Diagnosis(cause=Cause.DATA, reason="it comes again", passes=6)
     assert not add_batches_ahead(
         before, AnomalySignature.from_findings([nan]), far(*[math.nan] * 5), passes=11

@@ -31,7 +31,6 @@ from guardrail.rundir.mailbox import CommandPoller
 from guardrail.rundir.recorder import Recorder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.measure.gradient_norms import embedding_parameters
-from guardrail.torch.measure.reduced_step import ReducedStep
 from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.update_gate import Gate
 from guardrail.torch.state import rng_state as rng
@@ -40,6 +39,7 @@ from guardrail.torch.state.training_state import TrainingState
 from tests.support.events import make_line
 from tests.support.lab import wait_for
 from tests.support.ranks import run_ranks
+from tests.support.reduced import make_reduced
 from tests.support.tiny import VOCABULARY, Setup, Tiny
 
 # -- the past
@@ -298,27 +298,6 @@ def test_commands_come_in_order_and_not_before_their_step(tmp_path: Path) -> Non
 # -- what is measured
 
 
-def reduced(**values: Any) -> ReducedStep:
-    known: dict[str, Any] = {
-        "loss": 2.0,
-        "tokens": 10,
-        "grad_norm": 5.0,
-        "embed_grad_norm": 3.0,
-        "embed_share": 0.36,
-        "scale": 1.0,
-        "nonfinite_loss": (),
-        "nonfinite_grad": (),
-        "step_times": (0.1,),
-        "command_kind": 0,
-        "command_value": 0.0,
-        "stop": 0,
-        "incomplete": 0,
-        "loss_scale": 1.0,
-        "overflow": False,
-    }
-    return ReducedStep(**{**known, **values})
-
-
 def whole(gradient: Tensor | None) -> Tensor:
     assert gradient is not None
     return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).detach()
@@ -461,7 +440,7 @@ def test_clipping_is_torchs(size: float) -> None:
     model, other = with_gradients(size=size), with_gradients(size=size)
     gate = gate_of(model)
     norm = torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0).item()
-    gate.apply(gate.factor(reduced(grad_norm=norm)))
+    gate.apply(gate.factor(make_reduced(grad_norm=norm)))
     torch.optim.SGD(other.parameters(), lr=0.1).step()
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -470,13 +449,15 @@ def test_clipping_is_torchs(size: float) -> None:
 
 def test_the_factor_weighs_tokens_and_shrinks_the_embedding_before_it_clips() -> None:
     gate = gate_of(Tiny())
-    assert gate.factor(reduced(grad_norm=0.5, scale=2.0)) == 2.0
-    assert gate.factor(reduced(grad_norm=5.0, scale=2.0)) == pytest.approx(2.0 / 5.0)
+    assert gate.factor(make_reduced(grad_norm=0.5, scale=2.0)) == 2.0
+    assert gate.factor(make_reduced(grad_norm=5.0, scale=2.0)) == pytest.approx(2.0 / 5.0)
     shrunk = math.sqrt(16.0 + (0.1 * 3.0) ** 2)
-    assert gate.factor(reduced(), embed_alpha=0.1) == pytest.approx(1.0 / shrunk)
-    assert gate_of(Tiny(), clip=0.0).factor(reduced(grad_norm=5.0)) == 1.0
-    assert math.isnan(gate.factor(reduced(grad_norm=math.nan)))
-    assert gate.factor(reduced(grad_norm=math.inf)) == 0.0
+    assert gate.factor(
+        make_reduced(grad_norm=5.0, embed_grad_norm=3.0), embed_alpha=0.1
+    ) == pytest.approx(1.0 / shrunk)
+    assert gate_of(Tiny(), clip=0.0).factor(make_reduced(grad_norm=5.0)) == 1.0
+    assert math.isnan(gate.factor(make_reduced(grad_norm=math.nan)))
+    assert gate.factor(make_reduced(grad_norm=math.inf)) == 0.0
 
 
 def test_rates_hold_for_one_update_and_the_embedding_alone_is_shrunk() -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from guardrail.core.events.event import Event
-from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.findings import FindingKind
 from guardrail.core.records.signals import EMBED_GRAD_NORM, EMBED_SHARE
 from guardrail.core.records.verdicts import Action, Verdict
 from guardrail.core.text import escape_text
@@ -33,6 +33,7 @@ from guardrail.tui.model.run_story import Story, StoryBuilder
 from guardrail.tui.model.view import View
 from guardrail.tui.panes import incidents
 from tests.support.fake_run import example, snapshot_of
+from tests.support.findings import make_finding
 from tests.support.ranks import run_ranks
 from tests.support.running import (
     BATCH,
@@ -188,16 +189,8 @@ def test_tied_weights_name_what_was_shown_and_what_was_expected(tmp_path: Path) 
 
 
 def verdict(action: Action, signal: str, value: float = 5.0, **more: Any) -> Verdict:
-    found = Finding(
-        signal=signal,
-        step=3,
-        kind=FindingKind.EMBED_SPIKE,
-        severity=Severity.REJECT,
-        value=value,
-        baseline=1.0,
-        score=9.0,
-        threshold=8.0,
-        onset=3,
+    found = make_finding(
+        3, signal=signal, kind=FindingKind.EMBED_SPIKE, value=value, baseline=1.0, score=9.0
     )
     return Verdict(action=action, step=3, findings=(found,), **more)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from guardrail.core.records.findings import Finding, FindingKind, Severity
 from guardrail.core.records.spans import Span
 from guardrail.core.records.status import Phase, Status
 from guardrail.core.records.verdicts import Action, Mode
 from guardrail.rundir.run_directory import RunDirectory
+from tests.support.findings import make_finding
 
 DOCUMENT = {
     "path": "/data/0037.txt",
@@ -18,19 +18,6 @@ DOCUMENT = {
     "last_byte": 90,
     "excerpt": "Ã‚Â Ã‚Â",
 }
-
-
-def finding(step: int, **changes: Any) -> Finding:
-    values = {
-        "signal": "loss",
-        "kind": FindingKind.LOSS_SPIKE,
-        "severity": Severity.REJECT,
-        "value": 11.5,
-        "baseline": 2.31,
-    }
-    return Finding(
-        **{**values, "step": step, "score": 41.2, "threshold": 8.0, "onset": step, **changes}
-    )
 
 
 def rows(
@@ -78,8 +65,8 @@ def spike(run: RunDirectory, *, number: int = 1, step: int = 5, first: int = 40)
             step=step - 1,
             action="skip",
             findings=[
-                finding(step, value=11.5 + n, score=41.2 + n),
-                finding(step, signal="grad_norm", score=20.0),
+                make_finding(step, value=11.5 + n, score=41.2 + n),
+                make_finding(step, signal="grad_norm", score=20.0),
             ],
             incident=number,
         )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from guardrail.core.events.event import Event
 from guardrail.core.files import encode_json
 from guardrail.core.guard_options import EscalationStep, GuardOptions
-from guardrail.core.records.findings import Finding, FindingKind, Observation, Severity
+from guardrail.core.records.findings import FindingKind, Observation, Severity
 from guardrail.core.records.signals import (
     EMBED_GRAD_NORM,
     EMBED_SHARE,
@@ -27,6 +27,7 @@ from guardrail.decide.rollback import Rollback
 from guardrail.decide.run_history import RunHistory
 from tests.support.events import make_line
 from tests.support.feed import BATCH, Trainer, healthy_loss, noisy, obs, plain, through_json, warmed
+from tests.support.findings import make_finding
 from tests.support.texts import numbers_in
 
 DEFAULT = GuardOptions()
@@ -773,17 +774,7 @@ def test_a_state_is_a_copy() -> None:
 
 
 def test_sentences_say_what_happened() -> None:
-    spike = Finding(
-        signal="loss",
-        step=7,
-        kind=FindingKind.LOSS_SPIKE,
-        severity=Severity.REJECT,
-        value=11.5,
-        baseline=2.31,
-        score=41.2,
-        threshold=8.0,
-        onset=7,
-    )
+    spike = make_finding(7, value=11.5, baseline=2.31, score=41.2, threshold=8.0)
     assert spike.sentence() == "loss 11.5 (normal 2.31), score 41.2 (limit 8)"
     unusable = msgspec.structs.replace(
         spike, kind=FindingKind.NONFINITE, value=math.nan, ranks=(2,)

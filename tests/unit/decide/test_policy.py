@@ -16,6 +16,7 @@ from guardrail.decide.policy import (
     sort_by_severity,
 )
 from guardrail.decide.rollback import Rollback
+from tests.support.findings import make_finding
 
 SETTINGS = GuardOptions(rollback_after_rejections=3, max_rollbacks=2, reset_budget_after=100)
 
@@ -26,17 +27,7 @@ def finding(
     score: float = 10.0,
     threshold: float = 8.0,
 ) -> Finding:
-    return Finding(
-        signal="loss",
-        step=9,
-        kind=kind,
-        severity=severity,
-        value=9.0,
-        baseline=2.0,
-        score=score,
-        threshold=threshold,
-        onset=9,
-    )
+    return make_finding(9, kind=kind, severity=severity, score=score, threshold=threshold)
 
 
 NOTE, REJECT = finding(Severity.NOTE), finding(Severity.REJECT)

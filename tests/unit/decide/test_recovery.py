@@ -20,6 +20,7 @@ from guardrail.decide.remedies.effects import compute_factor, format_effect, res
 from guardrail.decide.remedies.registry import BY_ACTION
 from guardrail.decide.rollback import Rollback
 from tests.support.feed import BATCH, noisy, obs, warmed
+from tests.support.findings import make_finding
 from tests.support.texts import numbers_in
 
 
@@ -270,16 +271,8 @@ def test_a_remedy_is_a_function_of_the_step_that_returns_to_one() -> None:
 def claim(
     signal: str, kind: FindingKind, *, onset: int = 9, severity: Severity = Severity.REJECT
 ) -> Finding:
-    return Finding(
-        signal=signal,
-        step=9,
-        kind=kind,
-        severity=severity,
-        value=9,
-        baseline=1,
-        score=9,
-        threshold=8,
-        onset=onset,
+    return make_finding(
+        9, signal=signal, kind=kind, severity=severity, score=9.0, threshold=8.0, onset=onset
     )
 
 

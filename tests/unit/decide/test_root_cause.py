@@ -11,6 +11,7 @@ from guardrail.core.records.verdicts import Cause, Diagnosis
 from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
 from guardrail.decide.hardware_fault import RankNumbers, diagnose_hardware
 from guardrail.decide.root_cause import diagnose_passes
+from tests.support.findings import make_finding
 
 
 def finding(
@@ -21,16 +22,8 @@ def finding(
 ) -> Finding:
     """A loss of `value` against 2.3; a log jump of 0.08 would be rejected."""
     score = math.log(value / 2.3) / 0.01
-    return Finding(
-        signal=LOSS,
-        step=31,
-        kind=kind,
-        severity=severity,
-        value=value,
-        baseline=2.3,
-        score=score,
-        threshold=8.0,
-        onset=31,
+    return make_finding(
+        31, kind=kind, severity=severity, value=value, baseline=2.3, score=score, threshold=8.0
     )
 
 

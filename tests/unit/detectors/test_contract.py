@@ -28,6 +28,7 @@ from guardrail.detectors.spike_settings import SpikeSettings
 from guardrail.detectors.spikes import NamedSpike
 from tests.support.class_docs import comments_of
 from tests.support.feed import BATCH, plain, through_json
+from tests.support.findings import make_finding
 from tests.support.golden import assert_golden
 
 ALL = [*DETECTORS, *ON_DEMAND]
@@ -155,10 +156,9 @@ def test_detectors_that_share_a_kind_agree_about_it(kind: FindingKind) -> None:
 @pytest.mark.parametrize("kind", [*FindingKind, FindingKind("of_another_version")])
 @pytest.mark.parametrize("value", [0.0, 2.5, math.nan, math.inf, 1e30])
 def test_each_finding_has_a_sentence(kind: FindingKind, value: float) -> None:
-    finding = Finding(
-        signal="a_signal", step=5, kind=kind, severity=Severity.REJECT, value=value, baseline=1.0,
-        score=9.0, threshold=8.0, onset=3, ranks=(1,),
-    )  # fmt: skip
+    finding = make_finding(
+        5, signal="a_signal", kind=kind, value=value, baseline=1.0, onset=3, ranks=(1,)
+    )
     sentence = finding.sentence()
     assert sentence and "\n" not in sentence and len(sentence) < 200
     assert sentence == find_detector(kind).sentence(finding)

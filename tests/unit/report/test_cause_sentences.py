@@ -13,7 +13,7 @@ from guardrail.core.cause_evidence import (
     OtherBatches,
     SameBatch,
 )
-from guardrail.core.records.findings import Finding, FindingKind, Severity
+from guardrail.core.records.findings import FindingKind
 from guardrail.core.records.verdicts import Cause
 from guardrail.report.cause_sentences import (
     NEW_DATA,
@@ -26,6 +26,7 @@ from guardrail.report.cause_sentences import (
 )
 from guardrail.report.incident import Incident, SkippedFile
 from guardrail.report.table_rows import describe_finding, describe_findings
+from tests.support.findings import make_finding
 
 
 def incident(**changes: Any) -> Incident:
@@ -95,10 +96,7 @@ def test_files_are_named_in_few_words(sizes: dict[str, int], said: str) -> None:
 
 @pytest.mark.parametrize("kind", FindingKind)
 def test_each_kind_of_finding_has_its_words(kind: FindingKind) -> None:
-    found = Finding(
-        signal="embed_grad_norm", step=9, kind=kind, severity=Severity.REJECT, value=1640.4,
-        baseline=1.1, score=21.9, threshold=10.0, onset=9, ranks=(2,),
-    )  # fmt: skip
+    found = make_finding(9, signal="embed_grad_norm", kind=kind, value=1640.4, ranks=(2,))
     said = describe_finding(found)
     assert 0 < len(said) <= 60 and "embed_grad_norm" not in said
     assert describe_findings([found])

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from pathlib import Path
-
-import pytest
 
 from guardrail.core.records.spans import Span
 from guardrail.report.build import build_report
@@ -18,17 +15,11 @@ from guardrail.report.output import (
     summary_text,
 )
 from guardrail.rundir.run_directory import RunDirectory
+from tests.support.findings import make_finding
 from tests.support.report_runs import (
     assert_harmless,
-    finding,
     start,
 )
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.create(tmp_path, "demo", "[data]\nquarantine = ''\n")
-
 
 # -- what comes from outside
 
@@ -104,7 +95,7 @@ def test_no_control_character_of_a_document_reaches_the_terminal(run: RunDirecto
     start(run, host=evil)
     document = {"path": evil, "excerpt": evil}
     span = Span(first=0, last=4, origin="rejected", step=1, reason=evil)
-    bad = finding(2, signal=evil)
+    bad = make_finding(2, signal=evil)
     run.append(
         "verdict",
         evil,

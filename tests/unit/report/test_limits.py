@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.core.records.findings import Finding, FindingKind, Severity
 from guardrail.core.records.spans import Span
 from guardrail.core.records.status import Phase, Status
 from guardrail.core.records.verdicts import Mode
@@ -20,6 +19,7 @@ from guardrail.report.render_text import LINES, render_summary
 from guardrail.report.summary import describe_checkpoints, list_next_commands
 from guardrail.report.table_rows import choose_costliest, make_rows
 from guardrail.rundir.run_directory import RunDirectory
+from tests.support.findings import make_finding
 from tests.support.places import TESTS
 
 COUNTS = (0, 1, 8, 9, 40)
@@ -35,10 +35,7 @@ REASONS = (
 def add_incident(run: RunDirectory, number: int, *, words: str = "") -> None:
     """Two rejected batches, and a rollback for every third; the higher the number, the costlier."""
     step = 10 * number
-    found = Finding(
-        signal=words or "loss", step=step, kind=FindingKind.LOSS_SPIKE, severity=Severity.REJECT,
-        value=11.5, baseline=2.31, score=41.2, threshold=8.0, onset=step, ranks=(0, 1, 2, 3, 4),
-    )  # fmt: skip
+    found = make_finding(step, signal=words or "loss", ranks=(0, 1, 2, 3, 4))
     data: dict[str, Any] = {"step": step - 1, "incident": number}
     for batch in range(2):
         first = 100 * number + 8 * batch

@@ -22,19 +22,14 @@ from guardrail.report.output import (
 from guardrail.report.quarantine import quarantine_lines
 from guardrail.report.text_chart import draw_chart
 from guardrail.rundir.run_directory import RunDirectory
+from tests.support.findings import make_finding
 from tests.support.lab import without_waiting
 from tests.support.report_runs import (
     assert_harmless,
-    finding,
     finished,
     rows,
     start,
 )
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.create(tmp_path, "demo", "[data]\nquarantine = ''\n")
 
 
 class Tags(HTMLParser):
@@ -119,7 +114,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     document = {"path": evil, "excerpt": evil}
     span = Span(first=0, last=4, origin="rejected", step=1, reason=evil)
     run.append(
-        "verdict", evil, step=1, action="skip", findings=[finding(2, signal=evil)], incident=1
+        "verdict", evil, step=1, action="skip", findings=[make_finding(2, signal=evil)], incident=1
     )
     sample = {"position": 1, "loss": 9.0, "excerpt": evil, "odd": [evil], "documents": [document]}
     run.append(

@@ -25,11 +25,6 @@ from tests.support.report_runs import (
 )
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.create(tmp_path, "demo", "[data]\nquarantine = ''\n")
-
-
 @pytest.mark.parametrize("seed_name", ["order_seed", "seed"])  # the second: older versions
 @pytest.mark.parametrize("shuffled", [True, False])
 def test_the_quarantine_is_what_the_ledger_held(

@@ -27,18 +27,13 @@ from guardrail.report.quarantine import quarantine_lines
 from guardrail.report.summary import describe_commands
 from guardrail.report.table_rows import describe_actions
 from guardrail.rundir.run_directory import RunDirectory
+from tests.support.findings import make_finding
 from tests.support.report_runs import (
-    finding,
     finished,
     rows,
     spike,
     start,
 )
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.create(tmp_path, "demo", "[data]\nquarantine = ''\n")
 
 
 def test_a_finished_run_with_an_incident(run: RunDirectory) -> None:
@@ -123,7 +118,7 @@ def test_json_is_the_whole_report_and_strict(run: RunDirectory) -> None:
         "verdict",
         step=9,
         action="skip",
-        findings=[finding(9, value=math.nan, score=math.inf)],
+        findings=[make_finding(9, value=math.nan, score=math.inf)],
         incident=2,
     )
     told = json.loads(json.dumps(report_as_dict(run), allow_nan=False))
@@ -192,7 +187,12 @@ def test_restarts_say_what_was_made_again(run: RunDirectory) -> None:
 def test_an_open_incident_and_one_that_is_only_advised(run: RunDirectory) -> None:
     start(run)
     run.append(
-        "verdict", "step 4: would skip", step=3, action="apply", would="skip", findings=[finding(4)]
+        "verdict",
+        "step 4: would skip",
+        step=3,
+        action="apply",
+        would="skip",
+        findings=[make_finding(4)],
     )
     run.append(
         "verdict",
@@ -200,9 +200,9 @@ def test_an_open_incident_and_one_that_is_only_advised(run: RunDirectory) -> Non
         step=4,
         action="apply",
         would="rollback",
-        findings=[finding(5)],
+        findings=[make_finding(5)],
     )
-    run.append("verdict", "step 90: skip", step=89, action="skip", findings=[finding(90)])
+    run.append("verdict", "step 90: skip", step=89, action="skip", findings=[make_finding(90)])
     close, far = build_report(run).incidents
     assert close.number == far.number == 0 and close.state == "open"
     assert [action.action for action in close.actions] == ["would skip", "would rollback"]
@@ -213,7 +213,7 @@ def test_an_open_incident_and_one_that_is_only_advised(run: RunDirectory) -> Non
 
 def test_an_incident_may_get_its_number_after_its_first_verdict(run: RunDirectory) -> None:
     start(run)
-    run.append("verdict", "step 4: skip", step=3, action="skip", findings=[finding(4)])
+    run.append("verdict", "step 4: skip", step=3, action="skip", findings=[make_finding(4)])
     run.append("incident", "incident 1: open", step=3, number=1, state="open", onset=4)
     run.append("incident", "incident 1: recovered", step=20, number=1, state="recovered")
     (incident,) = build_report(run).incidents
@@ -222,7 +222,9 @@ def test_an_incident_may_get_its_number_after_its_first_verdict(run: RunDirector
 
 def test_the_ranks_and_parameters_of_a_bad_gradient_are_named(run: RunDirectory) -> None:
     start(run)
-    bad = finding(4, signal="grad_norm", kind=FindingKind.NONFINITE, value=math.inf, ranks=(1,))
+    bad = make_finding(
+        4, signal="grad_norm", kind=FindingKind.NONFINITE, value=math.inf, ranks=(1,)
+    )
     parameters = {"1": ["blocks.3.mlp.weight"]}
     run.append(
         "verdict", "s", step=3, action="skip", findings=[bad], incident=1, parameters=parameters
@@ -236,7 +238,9 @@ def test_the_ranks_and_parameters_of_a_bad_gradient_are_named(run: RunDirectory)
 def test_only_the_ranks_that_a_finding_names_are_shown(run: RunDirectory) -> None:
     """The reduction hands the NaN of one rank to all."""
     start(run)
-    bad = finding(4, signal="grad_norm", kind=FindingKind.NONFINITE, value=math.nan, ranks=(1,))
+    bad = make_finding(
+        4, signal="grad_norm", kind=FindingKind.NONFINITE, value=math.nan, ranks=(1,)
+    )
     parameters = {"0": ["norm.weight"], "1": ["norm.weight"]}
     run.append(
         "verdict", "s", step=3, action="skip", findings=[bad], incident=1, parameters=parameters

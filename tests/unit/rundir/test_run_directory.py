@@ -25,7 +25,6 @@ import pytest
 
 from guardrail.core.errors import ConfigError, RunDirectoryError
 from guardrail.core.events.decisions import Skipped, VerdictGiven
-from guardrail.core.records.findings import Finding, FindingKind, Severity
 from guardrail.core.records.signals import METRIC_COLUMNS
 from guardrail.core.records.spans import Span
 from guardrail.core.records.status import NodeStatus, Phase, RankStatus, Status
@@ -39,6 +38,7 @@ from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 from guardrail.rundir.follow import Follower
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.run_search import find_run, list_runs
+from tests.support.findings import make_nan_finding
 from tests.support.lab import without_waiting
 
 
@@ -152,18 +152,7 @@ def test_a_run_is_found_by_every_name_a_person_uses(
 
 
 def test_events_come_back_as_they_were_written(run: RunDirectory) -> None:
-    finding = Finding(
-        signal="loss",
-        step=7,
-        kind=FindingKind.NONFINITE,
-        severity=Severity.REJECT,
-        value=math.nan,
-        baseline=2.5,
-        score=math.inf,
-        threshold=8.0,
-        onset=7,
-        ranks=(1,),
-    )
+    finding = make_nan_finding(7, threshold=8.0, ranks=(1,))
     span = Span(first=10, last=20, origin="rejected", step=7, reason="because")
     first = run.append(
         "verdict",

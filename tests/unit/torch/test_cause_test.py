@@ -6,26 +6,16 @@ from typing import Any, cast
 
 import pytest
 
-from guardrail.core.records.findings import Finding, FindingKind, Severity
 from guardrail.core.records.signals import LOSS
 from guardrail.core.records.spans import Span
 from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
 from guardrail.decide.sample_cursor import Batch, SampleCursor
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.torch.diagnose.cause_test import PLACES, CauseTest
+from tests.support.findings import make_finding
 
 SIZE = 8  # samples of a batch
-SPIKE = Finding(
-    signal=LOSS,
-    step=31,
-    kind=FindingKind.LOSS_SPIKE,
-    severity=Severity.REJECT,
-    value=6.0,
-    baseline=2.0,
-    score=110.0,
-    threshold=8.0,
-    onset=31,
-)
+SPIKE = make_finding(31, value=6.0, baseline=2.0, score=110.0)
 
 
 class RecordedReplays:

@@ -18,7 +18,6 @@ from guardrail.core.events.event import Event
 from guardrail.core.events.run_state import Note
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records.commands import Command, Shown
-from guardrail.core.records.findings import Finding, FindingKind, Severity
 from guardrail.core.records.spans import Span
 from guardrail.core.records.status import Phase, Status
 from guardrail.core.records.verdicts import Action, Mode, Verdict
@@ -53,11 +52,12 @@ from guardrail.torch.guard.step_metrics import StepMetrics
 from guardrail.torch.guard.timeline_switch import TimelineSwitch
 from guardrail.torch.guard.update_applier import UpdateApplier
 from guardrail.torch.guard.verdict_executor import VerdictExecutor
-from guardrail.torch.measure.reduced_step import ReducedStep
 from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.update_gate import Gate
 from guardrail.torch.state.training_state import TrainingState
 from tests.support.events import make_line
+from tests.support.findings import make_nan_finding
+from tests.support.reduced import make_reduced
 from tests.support.texts import numbers_in
 
 
@@ -137,27 +137,6 @@ def never(*given: Any) -> None:
 
 def span_of(*, window: tuple[int, int], onset: int, **given: Any) -> Span:
     return Span(first=window[0], last=window[1], origin="rollback", step=onset)
-
-
-def reduced(loss: float = 2.0, **values: Any) -> ReducedStep:
-    known: dict[str, Any] = {
-        "loss": loss,
-        "tokens": 8,
-        "grad_norm": 1.0,
-        "embed_grad_norm": 0.0,
-        "embed_share": 0.0,
-        "scale": 1.0,
-        "loss_scale": None,
-        "overflow": False,
-        "nonfinite_loss": (),
-        "nonfinite_grad": (),
-        "step_times": (0.1,),
-        "command_kind": 0,
-        "command_value": 0.0,
-        "stop": 0,
-        "incomplete": 0,
-    }
-    return ReducedStep(**{**known, **values})
 
 
 def verdict(action: Action, **values: Any) -> Verdict:
@@ -266,11 +245,11 @@ def test_the_row_of_a_step_is_written_once_and_can_be_corrected() -> None:
     rows: list[dict[str, float]] = []
     rig.ctx.recorder.row = rows.append  # type: ignore[method-assign]
     step = rig.step()
-    rig.metrics.begin(step, reduced(), verdict(Action.SKIP), {"loss": (1.5, 4.0)}, 0.1)
+    rig.metrics.begin(step, make_reduced(), verdict(Action.SKIP), {"loss": (1.5, 4.0)}, 0.1)
     rig.metrics.set_action(Action.APPLY)
     rig.metrics.set_learning_rate(0.2)
     step.applied = True
-    rig.metrics.add(step, reduced(), seconds=2.0, guarding=0.5)
+    rig.metrics.add(step, make_reduced(), seconds=2.0, guarding=0.5)
     rig.metrics.write_now()
     rig.metrics.flush()
     rig.metrics.flush()
@@ -287,7 +266,7 @@ def test_an_applied_update_moves_weights_step_tokens_and_cursor() -> None:
     before = rig.layer.bias.detach().clone()
     rig.layer.bias.grad = torch.ones(1)
     assert rig.applier.learning_rate(1) == 0.5
-    rig.applier.apply(step, reduced(scale=0.5))
+    rig.applier.apply(step, make_reduced(scale=0.5))
     assert torch.equal(rig.layer.bias, before - 0.25) and rig.layer.bias.grad is None
     progress = rig.ctx.progress
     assert step.applied and (progress.step, progress.tokens) == (1, 8)
@@ -315,11 +294,11 @@ def test_a_step_without_gradients_is_refused_once() -> None:
     rig = Rig()
     checks = LoopChecks(rig.ctx, reduction=rig.reduction, learning_rate=lambda step: 0.1)
     with pytest.raises(UsageError) as caught:
-        checks.refuse_without_gradients(rig.step(), reduced(graded=0))
+        checks.refuse_without_gradients(rig.step(), make_reduced(graded=0))
     assert caught.value.kind == "no_gradients" and numbers_in(str(caught.value)) == [1]
-    checks.refuse_without_gradients(rig.step(), reduced(graded=0))
+    checks.refuse_without_gradients(rig.step(), make_reduced(graded=0))
     checks = LoopChecks(rig.ctx, reduction=rig.reduction, learning_rate=lambda step: 0.1)
-    checks.refuse_without_gradients(rig.step(), reduced(grad_norm=0.0))
+    checks.refuse_without_gradients(rig.step(), make_reduced(grad_norm=0.0))
     assert rig.kinds() == ["note"]
 
 
@@ -327,7 +306,7 @@ def test_a_judged_step_has_a_verdict_and_a_row() -> None:
     rig = Rig()
     judge = StepJudge(rig.ctx, checks=SimpleNamespace(), metrics=rig.metrics)  # type: ignore[arg-type]
     step = rig.step()
-    observation, found = judge.judge(step, reduced(math.nan, nonfinite_loss=(0,)), lr=0.1)
+    observation, found = judge.judge(step, make_reduced(math.nan, nonfinite_loss=(0,)), lr=0.1)
     assert found.action is Action.SKIP and step.verdict is found
     assert observation.first == 0 and rig.metrics.row is not None and rig.metrics.row["lr"] == 0.1
 
@@ -341,26 +320,13 @@ def test_evidence_names_the_parameters_and_the_module() -> None:
         state=rig.state,
         rerun_forward=lambda: rig.model(torch.full((1, 2), math.inf)),
     )
-    findings = [
-        Finding(
-            signal=signal,
-            step=1,
-            kind=FindingKind.NONFINITE,
-            severity=Severity.REJECT,
-            value=math.nan,
-            baseline=1.0,
-            score=math.inf,
-            threshold=0.0,
-            onset=1,
-        )
-        for signal in ("loss", "grad_norm")
-    ]
+    findings = (make_nan_finding(1), make_nan_finding(1, signal="grad_norm"))
     found = evidence.collect(
-        rig.step(), verdict(Action.SKIP, findings=tuple(findings)), reduced(math.nan)
+        rig.step(), verdict(Action.SKIP, findings=findings), make_reduced(math.nan)
     )
     assert found["parameters"] == {"0": ["0.weight"]}
     assert found["modules"] == {"0": "0"}
-    assert evidence.collect(rig.step(), verdict(Action.APPLY), reduced()) == {}
+    assert evidence.collect(rig.step(), verdict(Action.APPLY), make_reduced()) == {}
 
 
 def test_no_samples_are_named_where_the_cause_is_not_known() -> None:
@@ -379,7 +345,7 @@ def test_a_skipped_batch_is_quarantined_and_the_weights_stay() -> None:
     rig = Rig(max_skipped_share=1.0)
     step, weights = rig.step(), rig.layer.weight.detach().clone()
     rig.layer.weight.grad = torch.ones(1, 2)
-    done = rig.executor().carry_out(step, verdict(Action.SKIP), reduced(), None)  # type: ignore[arg-type]
+    done = rig.executor().carry_out(step, verdict(Action.SKIP), make_reduced(), None)  # type: ignore[arg-type]
     assert done.action is Action.SKIP and rig.done == [("undo",)]
     assert torch.equal(rig.layer.weight, weights) and rig.layer.weight.grad is None
     assert len(rig.ctx.order.quarantine) == 4 == rig.ctx.order.cursor
@@ -388,12 +354,12 @@ def test_a_skipped_batch_is_quarantined_and_the_weights_stay() -> None:
 
 def test_more_than_the_share_is_a_halt_or_with_a_user_a_question() -> None:
     rig = Rig(max_skipped_share=0.01)
-    halted = rig.executor().carry_out(rig.step(), verdict(Action.SKIP), reduced(), None)  # type: ignore[arg-type]
+    halted = rig.executor().carry_out(rig.step(), verdict(Action.SKIP), make_reduced(), None)  # type: ignore[arg-type]
     assert (halted.action, halted.beyond) == (Action.HALT, Action.SKIP)
     assert rig.done[-1][0] is Phase.HALTED and not len(rig.ctx.order.quarantine)
     rig = Rig(max_skipped_share=0.01, mode=Mode.ASK)
     executor = rig.executor(ask=lambda *given, **more: ParkResult.GO_ON)
-    asked = executor.carry_out(rig.step(), verdict(Action.SKIP), reduced(), None)  # type: ignore[arg-type]
+    asked = executor.carry_out(rig.step(), verdict(Action.SKIP), make_reduced(), None)  # type: ignore[arg-type]
     assert asked.action is Action.PAUSE and len(rig.ctx.order.quarantine) == 4
 
 
@@ -413,7 +379,7 @@ def test_the_deferred_gate_refuses_what_it_cannot_skip_on_the_device() -> None:
     gate = deferred_gate(rig)
     assert gate.read_result() and gate.first_command() is None and not gate.begin()
     assert gate.safe_limits(rig.step(), wait=True) is None and gate.waited_steps == 1
-    again = reduced()
+    again = make_reduced()
     assert gate.first_numbers(again) is again
 
 
@@ -579,7 +545,7 @@ def test_a_copy_and_a_command_wait_until_the_loop_has_done_with_the_step() -> No
         end=rig.note,
     )
     between.set_applied(True)
-    between.handle_requests(reduced(command_kind=3, command_value=0.5))
+    between.handle_requests(make_reduced(command_kind=3, command_value=0.5))
     assert rig.done == []
     between.finish_previous_step()
     between.finish_previous_step()
@@ -587,7 +553,7 @@ def test_a_copy_and_a_command_wait_until_the_loop_has_done_with_the_step() -> No
     between.carry_out_requests()
     assert rig.done == [("after", 0), ("command", 3, 0.5)]
     handler.is_done_already = True
-    between.handle_requests(reduced(command_kind=3, stop=1))
+    between.handle_requests(make_reduced(command_kind=3, stop=1))
     between.carry_out_requests()
     assert rig.done[2][0] is Phase.STOPPED and len(rig.done) == 3
 
