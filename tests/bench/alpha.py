@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.update_gate import Gate
+from tests.support.bench_options import make_parser
 
 BATCH, LENGTH, WIDTH = 16, 64, 64
 MOMENTS = (1, 5, 20, 25, 40, 60, 200)  # steps after the factor was set
@@ -100,9 +101,7 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--warm", type=int, default=400, help="steps before the factor is set")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()

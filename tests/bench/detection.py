@@ -14,7 +14,6 @@ signals.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -35,6 +34,7 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records.signals import GRAD_NORM, LOSS
 from guardrail.core.section import replace_key
 from tests.bench.rules import RULES, Rule
+from tests.support.bench_options import make_parser
 
 # What `--by-family` chooses among: the defaults, a fifth lower and a quarter higher.
 SCORES = {
@@ -47,9 +47,7 @@ Verdicts = dict[str, tuple[Sequence[int], list[tuple[int, str]]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("traces", type=Path, nargs="?")
     parser.add_argument("--million", action="store_true", help="time a million records")
     parser.add_argument(
@@ -163,10 +161,9 @@ def time_a_million(settings: GuardOptions, records: int = 1_000_000) -> None:
 def by_guardrail(logs: dict[str, Log], settings: GuardOptions) -> tuple[float, Verdicts]:
     """(seconds, run -> steps and verdicts)."""
     results = {run: run_backtest(log, settings) for run, log in logs.items()}
-    verdicts: Verdicts = {
-        run: (result.steps, [(alarm.row, alarm.verdict) for alarm in result.alarms])
-        for run, result in results.items()
-    }
+    verdicts: Verdicts = {}
+    for run, result in results.items():
+        verdicts[run] = result.steps, [(alarm.row, alarm.verdict) for alarm in result.alarms]
     return sum(result.seconds for result in results.values()), verdicts
 
 
@@ -174,17 +171,13 @@ def by_rule(logs: dict[str, Log], make: Any) -> Verdicts:
     verdicts: Verdicts = {}
     for run, log in logs.items():
         rule: Rule = make(len(log))
-        empty = [None] * len(log)
-        losses, norms = (
-            [log.columns[name].get(row) for row in range(len(log))]
-            if name in log.columns
-            else empty
-            for name in (LOSS, GRAD_NORM)
-        )
-        said = (
-            (row, rule.observe(*pair)) for row, pair in enumerate(zip(losses, norms, strict=True))
-        )
-        verdicts[run] = log.steps, [(row, verdict) for row, verdict in said if verdict is not None]
+        losses, norms = log.columns.get(LOSS, {}), log.columns.get(GRAD_NORM, {})
+        found = []
+        for row in range(len(log)):
+            verdict = rule.observe(losses.get(row), norms.get(row))
+            if verdict is not None:
+                found.append((row, verdict))
+        verdicts[run] = log.steps, found
     return verdicts
 
 

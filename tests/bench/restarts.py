@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -301,12 +302,13 @@ def table(outcomes: Sequence[Outcome]) -> str:
         seconds = sorted(
             outcome.seconds for outcome in of_kind if outcome.seconds == outcome.seconds
         )
-        counted = ", ".join(
-            f"{number} ({sum(1 for one in of_kind if one.failures == number)} runs)"
-            for number in sorted({outcome.failures for outcome in of_kind})
-        )
-        median = f"{statistics.median(seconds):.1f}" if seconds else "-"
-        worst = f"{seconds[-1]:.1f}" if len(seconds) == len(of_kind) else "-"
+        failures = Counter(outcome.failures for outcome in of_kind)
+        counted = ", ".join(f"{number} ({runs} runs)" for number, runs in sorted(failures.items()))
+        median, worst = "-", "-"
+        if seconds:
+            median = f"{statistics.median(seconds):.1f}"
+        if len(seconds) == len(of_kind):
+            worst = f"{seconds[-1]:.1f}"
         recovered = f"{sum(outcome.recovered for outcome in of_kind)} of {len(of_kind)}"
         lines.append(f"| {kind} | {recovered} | {counted} | {median} | {worst} |")
     return "\n".join(lines)
@@ -343,7 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(table(outcomes))
-    return 0 if all(outcome.recovered for outcome in outcomes) else 1
+    is_good = all(outcome.recovered for outcome in outcomes)
+    return int(not is_good)
 
 
 if __name__ == "__main__":

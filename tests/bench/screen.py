@@ -12,7 +12,6 @@ wandb.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 import os
@@ -30,7 +29,9 @@ import numpy as np
 
 from guardrail.core.records.signals import METRIC_COLUMNS
 from guardrail.rundir.run_directory import RunDirectory
+from tests.support.bench_options import make_parser
 from tests.support.fake_run import FakeRun
+from tests.support.process_tree import cpu_of_tree, list_tree, memory_of_tree
 from tests.support.terminal import FRAME_END, Terminal, blank
 
 COLUMNS, ROWS = 120, 32
@@ -214,8 +215,10 @@ def quiet(table: Table, run: RunDirectory, steps: int) -> int:
         began = time.monotonic()
         terminal.read(SPAN)
         spent, took, seen = terminal.cpu() - cpu, time.monotonic() - began, terminal.chunks[first:]
-        rate = [sum(len(data) for at, _, data in seen if second <= at - began < second + 1)
-                for second in range(int(SPAN))]  # fmt: skip
+        rate = [0] * int(SPAN)  # bytes in each second
+        for at, _, data in seen:
+            if began <= at < began + len(rate):
+                rate[int(at - began)] += len(data)
         frames = b"".join(data for _, _, data in seen).count(FRAME_END)
         grown = terminal.memory("VmRSS") - before
         leave(terminal)
@@ -343,14 +346,14 @@ def leet(table: Table, environment: Path, log: Path) -> None:
         still, before, until = time.monotonic(), -1.0, time.monotonic() + 180
         while time.monotonic() < until and time.monotonic() - still < 8.0:
             terminal.read(0.5)
-            if (cpu := tree_cpu(terminal.process.pid)) - before > 0.1:
+            if (cpu := cpu_of_tree(terminal.process.pid)) - before > 0.1:
                 still, before = time.monotonic(), cpu
-        peak = tree_memory(terminal.process.pid)
+        peak = memory_of_tree(terminal.process.pid)
         took = [key_latency(terminal, key) for key in ("\t", "\t", "\t", "\t")]
         last = max(at for at, _, _ in terminal.chunks) - terminal.began
     finally:
         # what wandb starts outlives a launcher that is killed
-        for one in reversed(tree(terminal.process.pid)[1:]):
+        for one in reversed(list_tree(terminal.process.pid)[1:]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(one, signal.SIGTERM)
         terminal.end()
@@ -364,36 +367,8 @@ def leet(table: Table, environment: Path, log: Path) -> None:
     )
 
 
-def tree(pid: int) -> list[int]:
-    """A process and what it has started."""
-    found = [pid]
-    for one in found:
-        for task in Path(f"/proc/{one}/task").glob("*/children"):
-            found += [int(child) for child in task.read_text().split()]
-    return found
-
-
-def tree_cpu(pid: int) -> float:
-    ticks = 0
-    for one in tree(pid):
-        fields = Path(f"/proc/{one}/stat").read_text().rsplit(")", 1)[1].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def tree_memory(pid: int) -> float:
-    total = 0.0
-    for one in tree(pid):
-        for line in Path(f"/proc/{one}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                total += int(line.split()[1]) * 1024 / 1e6
-    return total
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(

@@ -9,7 +9,6 @@ middle was not. TRACES as for detection.py. Whole numbers move by at least one.
 
 from __future__ import annotations
 
-import argparse
 import math
 from operator import attrgetter
 from pathlib import Path
@@ -32,6 +31,7 @@ from guardrail.detectors import (
     stuck,
 )
 from tests.bench.detection import by_guardrail, read_traces
+from tests.support.bench_options import make_parser
 
 MODULES = (
     baseline,
@@ -76,9 +76,7 @@ FIGURES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("traces", type=Path, nargs="?")
     parser.add_argument("--by", type=float, default=0.2)
     parser.add_argument("--only", help="of this constant alone")

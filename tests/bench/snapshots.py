@@ -16,7 +16,6 @@ some are deleted. No step waits if the longest snapshot takes about as long as t
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import tempfile
@@ -31,6 +30,7 @@ from accelerate import Accelerator
 from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
 from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
 from guardrail.torch.state.training_state import TrainingState
+from tests.support.bench_options import make_parser
 from trainer.config.config import ModelSection, OptimSection
 from trainer.model import Decoder
 from trainer.optim.registry import build_optimizers
@@ -172,9 +172,7 @@ def print_beside(lines: dict[str, list[float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument(
         "--threads", type=int, default=1, help="intra-op threads, for all lines alike"

@@ -31,29 +31,30 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from guardrail.core.config import build_config
-from guardrail.core.toml_file import dump_toml
-from guardrail.rundir.run_directory import RunDirectory
+from guardrail.core.format import format_plural
+from tests.bench.speed_contenders import (
+    BATCH,
+    LENGTH,
+    VOCABULARY,
+    Contender,
+    Ours,
+    bare,
+    configuration,
+    hugging_face,
+    ranks_and_own,
+)
+from tests.support.bench_options import make_parser
 from tests.support.ports import free_port
 from trainer.config.config import Config
 from trainer.config.sizes import parameter_count
-from trainer.model import Decoder
 from trainer.parallel.data_parallel import make_accelerator
-from trainer.train import Trainer
 
-BATCH, LENGTH, VOCABULARY, STEPS = 8, 128, 259, 10_000
-RATE, WARMUP = 3e-4, 10
 # not counted: lazy initialisation, DDP's buckets, the first allocation of a snapshot
 WARM_UP_ROUNDS = 4
 # of a contender whose memory is measured: snapshots every 3 steps, so the ring of 4 is full by then
@@ -61,183 +62,6 @@ ALONE_STEPS = 15
 OURS, OFF, HF = "guardrail", "guardrail, guard off", "Hugging Face Trainer"
 NO_RING = "guardrail, no ring"
 BARE = {"bare loop, fused AdamW": {"fused": True}, "bare loop, foreach AdamW": {"foreach": True}}
-Contender = Callable[[], object]  # takes one whole training step over BATCH x LENGTH tokens
-
-
-def configuration(
-    folder: Path,
-    *,
-    mode: str,
-    ranks: int,
-    threads: int,
-    compiled: bool,
-    every: int = 10,
-    keep: int = 4,
-) -> Config:
-    """About 10 M parameters on the built-in text; `every` and `keep`: of the ring of snapshots."""
-    tree: dict[str, Any] = {
-        "run": {"root": str(folder / "runs")},
-        "launch": {"device": "cpu", "processes": ranks, "threads": threads},
-        "data": {"sequence_length": LENGTH, "cache": str(folder / "cache")},
-        "model": {"layers": 8, "width": 320, "heads": 5},
-        "optim": {"lr": RATE, "warmup_steps": WARMUP},
-        "train": {"batch_size": BATCH, "steps": STEPS},
-        "guard": {"mode": mode},
-        "snapshots": {"every": every, "keep": keep},
-        "checkpoint": {"every": 200},
-    }
-    if compiled:
-        tree["train"]["compile"] = True
-    config = build_config(tree, file="bench", base=folder)
-    assert isinstance(config, Config)
-    return config
-
-
-def ranks_and_own() -> tuple[int, int]:
-    return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-
-
-def rows(rank: int, share: int) -> list[Tensor]:
-    """Return some batches of one rank, in memory: [share, LENGTH + 1] each."""
-    generator = torch.Generator().manual_seed(rank)
-    return [
-        torch.randint(0, VOCABULARY, (share, LENGTH + 1), generator=generator) for _ in range(8)
-    ]
-
-
-def decoder(config: Config) -> Decoder:
-    return Decoder(config.model, vocabulary=VOCABULARY, sequence_length=LENGTH, seed=0)
-
-
-# -- contenders
-
-
-def bare(config: Config, **adamw: bool) -> Contender:
-    """A loop written by hand: mean loss, clip_grad_norm_, AdamW, LambdaLR; DDP as in torch's guide."""
-    world, rank = ranks_and_own()
-    model: nn.Module = decoder(config)
-    if config.train.compile:
-        model.compile()
-    if world > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, **adamw)
-    schedule = config.schedule(steps=STEPS)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step + 1) / RATE)
-    data = rows(rank, BATCH // world)
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        batch = data[done % len(data)]
-        logits = model(batch[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        loss.item()
-        done += 1
-
-    return step
-
-
-class Ours:
-    """guardrail's trainer, one step per call.
-
-    Attributes:
-        waited: seconds that each step waited for its data.
-    """
-
-    def __init__(self, config: Config, *, recorded: bool) -> None:
-        run = None
-        if recorded:
-            world, rank = ranks_and_own()
-            if rank == 0:
-                run = RunDirectory.create(config.run.root, "bench", dump_toml(config))
-            box = [str(run.path) if run is not None else ""]
-            if world > 1:
-                dist.broadcast_object_list(box, src=0)
-            run = run or RunDirectory(Path(box[0]))
-        self.trainer = Trainer(config, run=run)
-        self._steps = iter(self.trainer.guard)
-        self.waited: list[float] = []
-        self._load, self.trainer.loader.load = self.trainer.loader.load, self._timed_load  # type: ignore[method-assign]
-
-    def _timed_load(self, batch: Any) -> Any:
-        began = time.perf_counter()
-        micro_batches = self._load(batch)
-        self.waited.append(time.perf_counter() - began)
-        return micro_batches
-
-    def __call__(self) -> None:
-        self.trainer.train_step(next(self._steps))
-
-    def close(self) -> None:
-        self.trainer.guard.close()
-        self.trainer.loader.close()
-
-
-class WithLoss(nn.Module):
-    """What the Hugging Face Trainer trains: a module that is given labels and gives {"loss":
-    ...}.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.model(input_ids)
-        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten())}
-
-
-def hugging_face(config: Config, folder: Path, *, between: Callable[[float, float], bool]) -> None:
-    """Train with transformers' Trainer until `between`, called with the seconds and CPU seconds of
-    each step, has had enough."""
-    import transformers
-
-    world, _ = ranks_and_own()
-    samples = [row for batch in rows(0, BATCH) for row in batch] * 200
-    items = [{"input_ids": row[:-1], "labels": row[1:]} for row in samples]
-
-    class Conductor(transformers.TrainerCallback):
-        began = cpu = 0.0
-
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.began, self.cpu = time.perf_counter(), time.process_time()
-
-        def on_step_end(self, _arguments: Any, _state: Any, control: Any, **_named: Any) -> None:
-            now, cpu = time.perf_counter(), time.process_time()
-            control.should_training_stop = not between(now - self.began, cpu - self.cpu)
-            self.began, self.cpu = time.perf_counter(), time.process_time()
-
-    model = decoder(config)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "hf"),
-        use_cpu=True,
-        ddp_backend="gloo" if world > 1 else None,
-        ddp_find_unused_parameters=False if world > 1 else None,
-        per_device_train_batch_size=BATCH // world,
-        max_steps=STEPS,
-        learning_rate=RATE,
-        weight_decay=0.1,
-        adam_beta2=config.optim.beta2,
-        warmup_steps=WARMUP,
-        lr_scheduler_type="cosine",
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        torch_compile=config.train.compile,
-    )
-    transformers.Trainer(
-        model=WithLoss(model), args=arguments, train_dataset=items, callbacks=[Conductor()]
-    ).train()
-
-
-# -- measuring
 
 
 def compare(
@@ -248,11 +72,12 @@ def compare(
     contenders: dict[str, Contender] = {
         name: bare(off, **how) for name, how in BARE.items() if name in names
     }
-    ours = Ours(config, recorded=True) if OURS in names else None
-    unguarded = Ours(off, recorded=False) if OFF in names else None
-    contenders |= {
-        name: each for name, each in ((OURS, ours), (OFF, unguarded)) if each is not None
-    }
+    trainers: dict[str, Ours] = {}
+    if OURS in names:
+        trainers[OURS] = Ours(config, recorded=True)
+    if OFF in names:
+        trainers[OFF] = Ours(off, recorded=False)
+    contenders |= trainers
     order = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     # CPU seconds of all threads of this rank
@@ -286,15 +111,14 @@ def compare(
             one_round()
             turn += 1
     result: dict[str, Any] = {
-        what: {name: times[WARM_UP_ROUNDS:] for name, times in found.items()}
-        for what, found in (("seconds", seconds), ("worked", worked))
+        "seconds": {name: times[WARM_UP_ROUNDS:] for name, times in seconds.items()},
+        "worked": {name: times[WARM_UP_ROUNDS:] for name, times in worked.items()},
     }
-    if ours is not None:
-        result["share"] = ours.trainer.guard.status().guard_share
-        result["waited"] = ours.waited[WARM_UP_ROUNDS:]
-    for each in (ours, unguarded):
-        if each is not None:
-            each.close()
+    if OURS in trainers:
+        result["share"] = trainers[OURS].trainer.guard.status().guard_share
+        result["waited"] = trainers[OURS].waited[WARM_UP_ROUNDS:]
+    for each in trainers.values():
+        each.close()
     return result
 
 
@@ -316,7 +140,9 @@ def alone(config: Config, folder: Path, *, name: str) -> dict[str, Any]:
 
         hugging_face(config, folder, between=count)
     else:
-        one = Ours(config, recorded=name != OFF) if name in (OURS, NO_RING, OFF) else None
+        one: Ours | None = None
+        if name in (OURS, NO_RING, OFF):
+            one = Ours(config, recorded=name != OFF)
         step = one or bare(config, **BARE[name])
         for _ in range(ALONE_STEPS):
             step()
@@ -367,15 +193,16 @@ def start(world: int, folder: Path, threads: int, *options: str) -> list[dict[st
         str(threads),
         *options,
     ]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}),
-            stdout=subprocess.DEVNULL,
-            stderr=None if rank == 0 else subprocess.DEVNULL,
+    ranks = []
+    for rank in range(world):
+        errors = None  # those of rank 0 are shown
+        if rank > 0:
+            errors = subprocess.DEVNULL
+        if world > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
         )
-        for rank in range(world)
-    ]
     codes = [process.wait() for process in ranks]
     if any(codes):
         raise SystemExit(f"the ranks of {options} ended with {codes}")
@@ -384,18 +211,18 @@ def start(world: int, folder: Path, threads: int, *options: str) -> list[dict[st
 
 def ratios(times: dict[str, list[float]], mine: str, rivals: list[str]) -> str:
     """Return the medians of the ratios within a round."""
-    return " ".join(
-        f"{statistics.median(a / b for a, b in zip(times[mine], times[rival], strict=True)):11.3f}"
-        for rival in rivals
-    )
+    medians = []
+    for rival in rivals:
+        pairs = zip(times[mine], times[rival], strict=True)
+        medians.append(statistics.median(own / other for own, other in pairs))
+    return " ".join(f"{median:11.3f}" for median in medians)
 
 
 def report(world: int, found: dict[str, Any], memory: dict[str, float]) -> None:
     seconds, worked = found["seconds"], found["worked"]
     rivals = [name for name in seconds if name not in (OURS, OFF)]
-    print(
-        f"\n{world} rank{'s' if world > 1 else ''}, {len(next(iter(seconds.values())))} rounds in turn"
-    )
+    rounds = len(next(iter(seconds.values())))
+    print(f"\n{format_plural(world, 'rank')}, {rounds} rounds in turn")
     heads = " ".join(f"{'/ ' + name.split(',')[-1].split()[0]:>11}" for name in rivals)
     print(f"{'':26} {'median ms':>9} {'CPU ms':>8} {'MiB':>6} | time {heads} | CPU time {heads}")
     for name in seconds:
@@ -426,9 +253,7 @@ def report(world: int, found: dict[str, Any], memory: dict[str, float]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--ranks", default="1,2", help="numbers of ranks to compare")
     parser.add_argument(
@@ -448,14 +273,23 @@ def main() -> None:
     if arguments.folder:
         child(arguments)
         return
-    names = [*BARE, OURS, OFF] + ([HF] if importlib.util.find_spec("transformers") else [])
-    if HF not in names:
+    names = [*BARE, OURS, OFF]
+    if importlib.util.find_spec("transformers"):
+        names.append(HF)
+    else:
         print(
             "transformers is not installed (pip install 'guardrail[hf]'): without the Hugging Face Trainer"
         )
     if arguments.only:
         names = [name for name in names if name in arguments.only.split(";")]
-    compiled = ["--compile"] if arguments.compile else []
+    names_alone = list(names)  # of the contenders whose memory is measured
+    if OURS in names:
+        names_alone.append(NO_RING)
+    if arguments.no_memory:
+        names_alone = []
+    compiled = []
+    if arguments.compile:
+        compiled = ["--compile"]
     for world in map(int, arguments.ranks.split(",")):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -467,9 +301,8 @@ def main() -> None:
                 print(f"{parameters:.1f} M parameters, global batch {BATCH} x {LENGTH}, fp32")
             options = ["--rounds", str(arguments.rounds), "--only", ";".join(names), *compiled]
             found = start(world, folder, arguments.threads, *options)[0]
-            memory = {}
-            classify_shift = [*names, NO_RING] if OURS in names else names
-            for contender in [] if arguments.no_memory else classify_shift:
+            memory: dict[str, float] = {}
+            for contender in names_alone:
                 ranks = start(world, folder, arguments.threads, "--alone", contender, *compiled)
                 memory[contender] = max(each["mib"] for each in ranks)
             report(world, found, memory)

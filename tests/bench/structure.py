@@ -9,7 +9,6 @@ each kind, fp32 on the CPU.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch
 from guardrail.core.config import build_config
 from guardrail.core.records.status import Phase
 from guardrail.torch.guard.guard import Step
+from tests.support.bench_options import make_parser
 from trainer.config.config import Config
 from trainer.objectives.loss import shuffle_labels
 from trainer.train import Trainer
@@ -101,9 +101,7 @@ def loss(trainer: Trainer, inputs: np.ndarray, labels: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--rounds", type=int, nargs="+", default=[120, 400], help="steps of training"
     )

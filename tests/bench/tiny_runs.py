@@ -11,7 +11,6 @@ history of 32 steps, from 12 on.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import random
@@ -27,6 +26,7 @@ from guardrail.core.records.findings import Observation
 from guardrail.core.records.signals import GRAD_NORM, LOSS
 from guardrail.core.records.verdicts import Action, Mode
 from guardrail.decide.controller import Controller
+from tests.support.bench_options import make_parser
 
 SETTINGS = ("guard.window=32", "guard.warmup=12")
 EMBEDDING, HIDDEN, CONTEXT, VOCABULARY = 8, 16, 2, 256
@@ -124,9 +124,7 @@ def judge(rows: list[tuple[float, float]], settings: GuardOptions) -> Counter[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--first", type=int, default=0, help="seed of the first run")

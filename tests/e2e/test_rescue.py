@@ -6,17 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.rescue import (
-    ARMS,
-    NONE,
-    Bench,
-    Cell,
-    configuration,
-    excess,
-    named,
-    print_table,
-    summary,
-)
+from tests.bench.rescue import NONE, excess, named, print_table, summary
+from tests.bench.rescue_cells import ARMS, Bench, Cell, configuration
 from tests.bench.rescue_faults import DATA, FAULTS, HEALTHY, STATE, healthy
 from tests.support.running import write_corpus
 from tests.support.texts import numbers_in
