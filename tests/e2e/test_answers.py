@@ -417,11 +417,6 @@ def test_two_that_roll_back_from_the_command_line_at_once_go_back_once(tmp_path:
 
 
 LAUNCHED = """
-[run]
-name = "fake"
-[launch]
-trainer = "faketrainer"
-device = "cpu"
 processes = 1
 [tensorboard]
 enabled = false
@@ -434,7 +429,7 @@ def test_of_two_launches_and_of_two_resumes_at_once_one_wins(lab: Lab) -> None:
     """The other one is told, and changes nothing: not the configuration, not a command that
     waits.
     """
-    (lab.folder / "c.toml").write_text(LAUNCHED)
+    lab.write_config(LAUNCHED)
     place = lab.root / "fake" / "one"
 
     def both(*arguments: str, odd: Sequence[str] = ()) -> str:

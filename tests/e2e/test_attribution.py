@@ -15,6 +15,7 @@ from tests.support.running import (
     assert_same,
     corpus_of,
     of_kind,
+    others_slow,
     spans,
     tiny,
     told,
@@ -28,14 +29,18 @@ LENGTH = 64  # of a sample and, with its end, of a document: each document is on
 DOCUMENTS, PLANTED = 420, 10
 
 
+def read_real_text(folder: Path) -> str:
+    """Return 8000 characters of real text."""
+    write_corpus(folder / "whole", documents=8)
+    files = sorted((folder / "whole").iterdir())
+    return "".join(file.read_text(encoding="utf-8") for file in files)
+
+
 def plant(folder: Path) -> set[str]:
     """Real text in eight pieces, over and over, and ten documents of mis-decoded noise; returns the
     names of these.
     """
-    write_corpus(folder / "whole", documents=8)
-    text = "".join(
-        file.read_text(encoding="utf-8") for file in sorted((folder / "whole").iterdir())
-    )
+    text = read_real_text(folder)
     corpus = folder / "corpus"
     corpus.mkdir()
     dice = random.Random(1)
@@ -70,10 +75,7 @@ def plant_kinds(folder: Path, *, before: int) -> dict[str, str]:
     """Eight pieces of real text over and over, until a model knows them by heart, and then one
     document of ten in the midst of each second batch, two of each kind; returns what kind each of
     them is."""
-    write_corpus(folder / "whole", documents=8)
-    text = "".join(
-        file.read_text(encoding="utf-8") for file in sorted((folder / "whole").iterdir())
-    )
+    text = read_real_text(folder)
     corpus = folder / "corpus"
     corpus.mkdir()
     dice = random.Random(1)
@@ -142,10 +144,7 @@ def test_ten_documents_of_noise_on_two_ranks(tmp_path: Path, strategy: str) -> N
     hold(config_of(tmp_path, world=2, strategy=strategy), bad)
 
 
-@pytest.mark.parametrize(
-    ("world", "strategy"),
-    [SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SHAPES[1:])],
-)
+@pytest.mark.parametrize(("world", "strategy"), others_slow(SHAPES[0]))
 def test_documents_of_five_kinds_among_text_that_the_model_knows(
     tmp_path: Path, world: int, strategy: str
 ) -> None:

@@ -33,7 +33,7 @@ from guardrail.core.records.signals import EMBED_GRAD_NORM, GRAD_NORM, LOSS
 from guardrail.core.records.verdicts import Action, Mode
 from guardrail.decide.controller import Controller
 from guardrail.rundir.run_directory import RunDirectory
-from tests.support.running import BLIND, new_run, of_kind, prompt_disk, tiny, train, trained
+from tests.support.running import BLIND, new_run, of_kind, tiny, train, train_with_a_stop, trained
 from tests.support.texts import numbers_in
 
 NAN = float("nan")
@@ -338,10 +338,7 @@ def test_run_on_two_ranks_whose_rollback_came_after_a_restart(tmp_path: Path) ->
         train={"steps": 50},
     )
     run = new_run(config)
-    run.send(Command(id="stop", kind="stop", at_step=38))
-    with prompt_disk():
-        assert train(run, 2) == "stopped"
-    assert train(run, 2) == "finished"
+    train_with_a_stop(run, 2, step=38)
     (done,) = of_kind(run, "rollback")
     assert (done.data["tier"], done.data["to_step"]) == ("disk", 30)
     actions = assert_as_live(run)

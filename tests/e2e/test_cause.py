@@ -16,6 +16,7 @@ from tests.support.running import (
     assert_same,
     new_run,
     of_kind,
+    others_slow,
     spans,
     tiny,
     told,
@@ -64,10 +65,7 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("world", "strategy"),
-    [SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SHAPES[1:])],
-)
+@pytest.mark.parametrize(("world", "strategy"), others_slow(SHAPES[0]))
 def test_bad_data_behind_trouble_with_the_state_is_no_trouble_with_the_state(
     tmp_path: Path, world: int, strategy: str
 ) -> None:

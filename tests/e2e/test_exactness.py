@@ -27,6 +27,7 @@ from tests.support.running import (
     tiny,
     told,
     train,
+    train_with_a_stop,
     trained,
     write_corpus,
 )
@@ -198,10 +199,7 @@ def test_rollback_to_the_disk_after_a_restart_with_an_empty_ring(tmp_path: Path)
         train={"steps": 34},
     )
     a = new_run(config)
-    a.send(Command(id="stop", kind="stop", at_step=26))
-    with prompt_disk():
-        assert train(a, 2) == "stopped"
-    assert train(a, 2) == "finished"
+    train_with_a_stop(a, 2, step=26)
     (done,) = rollbacks(a)
     assert (done["tier"], done["to_step"]) == ("disk", 18)
     assert_exact(config, a)

@@ -65,6 +65,17 @@ def check_settings(tree: dict[str, Any]) -> None:
     )
 
 
+def load_wrong_file(folder: Path, content: bytes) -> str:
+    """Load a file that is refused; returns the message."""
+    file = folder / "c.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_trainer_config(file)
+    message = str(caught.value)
+    check_message(message)
+    return message
+
+
 def load_text(text: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "c.toml"
@@ -146,12 +157,8 @@ def test_any_override(key: str, value: str) -> None:
     ids=lambda value: "" if isinstance(value, bytes) else value[:40],
 )
 def test_files_that_no_one_would_write(tmp_path: Path, content: bytes, message: str) -> None:
-    file = tmp_path / "c.toml"
-    file.write_bytes(content)
-    with pytest.raises(ConfigError) as caught:
-        load_trainer_config(file)
-    check_message(str(caught.value))
-    assert message in str(caught.value) and "c.toml" in str(caught.value)
+    error = load_wrong_file(tmp_path, content)
+    assert message in error and "c.toml" in error
 
 
 @pytest.mark.parametrize(
@@ -164,12 +171,7 @@ def test_files_that_no_one_would_write(tmp_path: Path, content: bytes, message: 
     ids=["nul", "latin", "utf16"],
 )
 def test_files_that_are_no_toml(tmp_path: Path, content: bytes, message: str) -> None:
-    file = tmp_path / "c.toml"
-    file.write_bytes(content)
-    with pytest.raises(ConfigError) as caught:
-        load_trainer_config(file)
-    check_message(str(caught.value))
-    assert message in str(caught.value)
+    assert message in load_wrong_file(tmp_path, content)
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:

@@ -249,13 +249,8 @@ def test_apprise(run: RunDirectory, server: Server) -> None:
 
 def test_the_supervisor_tells_and_a_dying_rank_does_not_take_the_messenger_along(lab: Lab) -> None:
     out = lab.folder / "told"
-    (lab.folder / "c.toml").write_text(
+    lab.write_config(
         f"""
-[run]
-name = "told"
-[launch]
-trainer = "faketrainer"
-device = "cpu"
 processes = 2
 max_restarts = 1
 [tensorboard]
@@ -266,7 +261,8 @@ command = "sleep 1.5; echo $GUARDRAIL_EVENT >> {out}"
 steps = 100
 fault = "exit"
 rank = 0
-"""
+""",
+        name="told",
     )
     done = lab.guardrail("launch", "c.toml", "--headless")
     assert done.returncode == 0, done.stderr

@@ -17,11 +17,6 @@ from tests.bench.restarts import KINDS, Stage, may_mount
 from tests.support.lab import Lab, wait_for
 
 CONFIG = """
-[run]
-name = "gloo"
-[launch]
-trainer = "faketrainer"
-device = "cpu"
 processes = 2
 [tensorboard]
 enabled = false
@@ -44,7 +39,7 @@ def test_killed_ranks_are_started_again_and_each_death_counts_once(lab: Lab) -> 
     """Rank 1, then rank 0. The others wait in an all-reduce; the next start meets at a place of its
     own.
     """
-    (lab.folder / "c.toml").write_text(CONFIG)
+    lab.write_config(CONFIG, name="gloo")
     assert lab.guardrail("launch", "c.toml", "--detach").returncode == 0
     run = lab.newest()
     for number, victim in enumerate((1, 0)):

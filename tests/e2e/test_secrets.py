@@ -367,13 +367,8 @@ def test_no_file_screen_or_command_line_of_a_run_holds_a_secret(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (lab.folder / "sent").mkdir()
-    (lab.folder / "c.toml").write_text(
+    lab.write_config(
         f"""
-[run]
-name = "planted"
-[launch]
-trainer = "faketrainer"
-device = "cpu"
 processes = 2
 max_restarts = 1
 [notify]
@@ -383,7 +378,8 @@ on = ["rank_failed", "finished"]
 steps = 200
 fault = "exit"
 rank = 0
-"""
+""",
+        name="planted",
     )
     launcher = lab.start("launch", "c.toml", "--headless", "--set", f"notify.webhook={ADDRESS}")
     run = lab.newest()
@@ -424,13 +420,8 @@ rank = 0
 def test_a_resume_names_what_must_be_given_again_and_goes_on_without(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (lab.folder / "c.toml").write_text(
+    lab.write_config(
         f"""
-[run]
-name = "again"
-[launch]
-trainer = "faketrainer"
-device = "cpu"
 [tensorboard]
 enabled = false
 [notify]
@@ -438,7 +429,8 @@ webhook = "{ADDRESS}"
 on = ["finished"]
 [fake]
 steps = 10
-"""
+""",
+        name="again",
     )
     assert lab.guardrail("launch", "c.toml", "--headless").returncode == 0
     run = lab.newest()

@@ -385,11 +385,8 @@ def test_ctrl_c_leaves_and_attach_comes_back(lab: Lab) -> None:
     assert back.returncode == 0 and FINISHED in back.stderr
 
 
-def test_a_terminal_that_stops_reading_and_one_that_closes(lab: Lab) -> None:
-    """Nobody reads the megabyte that launch wants to print, then the terminal is gone: the run
-    finishes.
-    """
-    config = configure(lab, "fault = 'chatty'\nrank = 0\nsteps = 60", processes=1)
+def launch_on_terminal(lab: Lab, config: str) -> tuple[subprocess.Popen[bytes], int]:
+    """Launch a run on a terminal of its own; returns the command and that terminal's other end."""
     master, slave = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "guardrail", "launch", config, "--headless"],
@@ -401,13 +398,22 @@ def test_a_terminal_that_stops_reading_and_one_that_closes(lab: Lab) -> None:
         preexec_fn=lambda: _take_terminal(slave),
     )
     os.close(slave)
+    return process, master
+
+
+def test_a_terminal_that_stops_reading_and_one_that_closes(lab: Lab) -> None:
+    """Nobody reads the megabyte that launch wants to print, then the terminal is gone: the run
+    finishes.
+    """
+    config = configure(lab, "fault = 'chatty'\nrank = 0\nsteps = 60", processes=1)
+    process, terminal = launch_on_terminal(lab, config)
     try:
         run = lab.newest()
         wait_for(lambda: ended(run))
         assert process.poll() is None, "it is still waiting for its reader"
         status = run.read_status()
         assert status is not None and (status.phase, status.exit_code) == (Phase.FINISHED, 0)
-        os.close(master)
+        os.close(terminal)
         assert process.wait(30) in (0, 130)
     finally:
         process.kill()
@@ -416,20 +422,10 @@ def test_a_terminal_that_stops_reading_and_one_that_closes(lab: Lab) -> None:
 
 def test_closing_the_terminal_leaves_the_run_alone(lab: Lab) -> None:
     config = configure(lab, "steps = 150", processes=1)
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "guardrail", "launch", config, "--headless"],
-        cwd=lab.folder,
-        env=lab.environment(),
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        preexec_fn=lambda: _take_terminal(slave),
-    )
-    os.close(slave)
+    process, terminal = launch_on_terminal(lab, config)
     run = lab.newest()
     wait_for(lambda: training(run, 3))
-    os.close(master)
+    os.close(terminal)
     assert process.wait(30) == 130
     assert not ended(run)
     wait_for(lambda: ended(run))

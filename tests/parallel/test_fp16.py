@@ -14,7 +14,6 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from guardrail.core.config import build_config
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records.commands import Command
 from guardrail.core.records.findings import FindingKind
@@ -33,6 +32,7 @@ from guardrail.torch.measure.gradient_norms import compute_norms
 from guardrail.torch.measure.loss_scaler import LossScale
 from tests.support.feed import BATCH, obs
 from tests.support.ranks import run_ranks
+from tests.support.running import tiny
 from trainer.config.config import Config
 from trainer.train import Trainer, train
 
@@ -165,46 +165,16 @@ def configure(folder: Path, world: int, strategy: str, **sections: Any) -> Confi
     corpus = folder / "corpus.txt"
     if not corpus.exists():
         corpus.write_text(Path(json.__file__).read_text(encoding="utf-8") * 2, encoding="utf-8")
-    tree: dict[str, Any] = {
-        "run": {"name": "fp16", "root": str(folder / "runs")},
-        "launch": {"processes": world, "device": "cpu", "threads": 1, "collective_seconds": 60.0},
-        "data": {
-            "sources": [str(corpus)],
-            "sequence_length": 32,
-            "order": "stream",
-            "eval_fraction": 0.0,
-            "cache": str(folder / "cache"),
-        },
-        "model": {"layers": 2, "width": 32, "heads": 2, "dropout": 0.1},
-        "optim": {"lr": 3e-3, "warmup_steps": 5},
-        "train": {
-            "steps": 30,
-            "batch_size": 8,
-            "micro_batch_size": 4 // world,
-            "strategy": strategy,
-            "precision": "fp16",
-            "loss_scale_steps": 7,
-        },
-        # In 30 steps one bad batch is already 3 % of the data.
-        "guard": {
-            "window": 32,
-            "warmup": 12,
-            "confirm": 4,
-            "divergence_steps": 10,
-            "max_skipped_share": 1.0,
-        },
-        "snapshots": {"every": 5, "keep": 4},
-        "checkpoint": {"every": 10, "keep": 2},
-        "tensorboard": {"enabled": False},
-    }
-    for name, section in sections.items():
-        if isinstance(section, dict):
-            tree[name] |= section
-        else:
-            tree[name] = section
-    config = build_config(tree, file="test", base=folder)
-    assert isinstance(config, Config)
-    return config
+    training = {"steps": 30, "precision": "fp16", "loss_scale_steps": 7} | sections.pop("train", {})
+    return tiny(
+        folder,
+        world=world,
+        strategy=strategy,
+        data={"sources": [str(corpus)]},
+        train=training,
+        checkpoint={"every": 10},
+        **sections,
+    )
 
 
 def trained(config: Config, folder: Path, run: RunDirectory | None = None) -> RunDirectory:

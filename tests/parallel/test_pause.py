@@ -25,6 +25,7 @@ from tests.support.running import (
     assert_whole,
     new_run,
     of_kind,
+    others_slow,
     outcome,
     spans,
     start_run,
@@ -93,13 +94,7 @@ def ctl(run: RunDirectory, *words: str) -> None:
     assert main(["ctl", str(run.path), *words]) == 0
 
 
-@pytest.mark.parametrize(
-    ("world", "strategy"),
-    [
-        (2, "ddp"),
-        *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((1, "ddp"), (2, "fsdp"))),
-    ],
-)
+@pytest.mark.parametrize(("world", "strategy"), others_slow((2, "ddp")))
 def test_it_waits_for_an_answer_through_a_kill_and_goes_on(
     tmp_path: Path, world: int, strategy: str
 ) -> None:

@@ -22,6 +22,7 @@ from tests.support.running import (
     assert_same,
     new_run,
     of_kind,
+    others_slow,
     remedies_of,
     tiny,
     told,
@@ -80,13 +81,7 @@ def config_of(
     )
 
 
-@pytest.mark.parametrize(
-    ("world", "strategy"),
-    [
-        (2, "ddp"),
-        *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((1, "ddp"), (2, "fsdp"))),
-    ],
-)
+@pytest.mark.parametrize(("world", "strategy"), others_slow((2, "ddp")))
 def test_it_is_exact_through_a_kill_another_rollback_and_a_stop(
     tmp_path: Path, world: int, strategy: str
 ) -> None:

@@ -112,11 +112,16 @@ def test_a_state_from_before_the_first_step_makes_the_optimizer_new_again(optimi
     assert state.digests() == digests
 
 
-def test_load_leaves_gradients_alone_and_copies_in_place() -> None:
+def saved_at_step_3() -> tuple[Setup, TrainingState, tuple[dict[str, torch.Tensor], Any]]:
+    """Return a run after two steps, its state, and a copy of that state."""
     run = Setup()
     run.steps(1, 3)
     state = state_of(run)
-    tensors, scalars = saved(state)
+    return run, state, saved(state)
+
+
+def test_load_leaves_gradients_alone_and_copies_in_place() -> None:
+    run, state, (tensors, scalars) = saved_at_step_3()
     run.step(3)
     before = {name: tensor.data_ptr() for name, tensor in state.tensors().items()}
     gradient = torch.ones_like(run.inner.norm.weight)
@@ -138,10 +143,7 @@ def test_surplus_state_is_deleted() -> None:
 
 
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_touched() -> None:
-    run = Setup()
-    run.steps(1, 3)
-    state = state_of(run)
-    tensors, scalars = saved(state)
+    run, state, (tensors, scalars) = saved_at_step_3()
     run.step(3)
     before = state.digests()
 

@@ -66,6 +66,32 @@ def plain(verdict: Verdict) -> str:
     return repr(verdict)
 
 
+class JudgedSteps:
+    """A run that a controller judges step by step. A rejected batch does not advance the step."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+        self.step, self.cursor, self.streak = 1, 0, 0
+
+    def judge(self, signals: dict[str, float], *, overflow: bool = False) -> Verdict:
+        """Give the controller the signals of the next batch."""
+        seen = Observation(
+            step=self.step,
+            first=self.cursor,
+            last=self.cursor + BATCH,
+            signals=signals,
+            streak=self.streak,
+            overflow=overflow,
+        )
+        verdict = self.controller.observe(seen)
+        self.cursor += BATCH
+        if verdict.action is Action.APPLY:
+            self.step, self.streak = self.step + 1, 0
+        else:
+            self.streak += 1
+        return verdict
+
+
 class Trainer:
     """A whole run around ledger and controller without a tensor: what the guard does, in forty
     lines.

@@ -83,6 +83,17 @@ class Lab:
         paths = os.pathsep.join([str(FAKES), str(ROOT)])
         return {**os.environ, "PYTHONPATH": paths, "GUARDRAIL_ROOT": str(self.root), **variables}
 
+    def write_config(self, more: str, *, name: str = "fake") -> str:
+        """Write a configuration of the fake trainer on CPU; return the name of the file.
+
+        Args:
+            more: further keys of [launch], and then further sections.
+            name: of the run.
+        """
+        head = f'[run]\nname = "{name}"\n[launch]\ntrainer = "faketrainer"\ndevice = "cpu"\n'
+        (self.folder / "c.toml").write_text(head + more)
+        return "c.toml"
+
     def guardrail(
         self, *arguments: str, timeout: float = 120.0
     ) -> subprocess.CompletedProcess[str]:

@@ -29,6 +29,7 @@ from guardrail.core.config import build_config
 from guardrail.core.events.decisions import SamplesTaken
 from guardrail.core.events.event import Event
 from guardrail.core.events.run_state import Ended
+from guardrail.core.records.commands import Command
 from guardrail.core.records.spans import Span
 from guardrail.core.records.verdicts import Mode, Remedy
 from guardrail.core.toml_file import dump_toml
@@ -50,6 +51,14 @@ SHAPES = [(1, "ddp"), (2, "ddp"), (2, "fsdp")]
 # which costs three times as much, after the tests.
 FEW_SHAPES = [*SHAPES[:2], pytest.param(*SHAPES[2], marks=pytest.mark.ci_slow)]
 ONE_SHAPE = [SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.ci_slow) for shape in SHAPES[1:])]
+
+
+def others_slow(fast: tuple[int, str]) -> list[Any]:
+    """Return the shapes for a test that runs with `fast`; those of the others are slow."""
+    others = [shape for shape in SHAPES if shape != fast]
+    return [fast, *(pytest.param(*shape, marks=pytest.mark.slow) for shape in others)]
+
+
 # [guard]: where no replay tells that the data alone is to blame, three rejections in a row call for
 # a rollback.
 BLIND: dict[str, Any] = {"cause_test": False}
@@ -123,6 +132,14 @@ def tiny(folder: Path, *, world: int = 1, strategy: str = "ddp", **sections: Any
     config = build_config(tree, file="tiny.toml", base=folder)
     assert isinstance(config, Config)
     return config
+
+
+def train_with_a_stop(run: RunDirectory, world: int, *, step: int) -> None:
+    """Train a run to a command `stop` after `step`, and resume it to its end."""
+    run.send(Command(id="stop", kind="stop", at_step=step))
+    with prompt_disk():
+        assert train(run, world) == "stopped"
+    assert train(run, world) == "finished"
 
 
 def corpus_of(config: Config) -> Corpus:

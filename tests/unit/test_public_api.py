@@ -108,6 +108,12 @@ def test_the_signatures_are_these(name: str) -> None:
     assert str(inspect.signature(found)) == SIGNATURES[name]
 
 
+def run_code(code: str) -> None:
+    """Run Python code in a fresh interpreter; it must not fail."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_import_loads_nothing_heavy() -> None:
     code = (
         "import sys, guardrail\n"
@@ -118,8 +124,7 @@ def test_the_import_loads_nothing_heavy() -> None:
         "import guardrail.rundir, guardrail.report, guardrail.backtest, guardrail.records\n"
         "assert not {'torch', 'numpy'} & sys.modules.keys()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    run_code(code)
 
 
 @pytest.mark.parametrize("module", OLD)
@@ -154,8 +159,7 @@ def test_the_function_build_is_found_before_and_after_its_module_is_loaded() -> 
         "from guardrail.report.build import build_report\n"
         "assert before is after is build_report\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    run_code(code)
 
 
 # -- arguments -------------------------------------------------------------------------------------

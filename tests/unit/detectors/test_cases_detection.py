@@ -10,21 +10,18 @@ import random
 import pytest
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records.findings import FindingKind, Observation
+from guardrail.core.records.findings import FindingKind
 from guardrail.core.records.signals import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOSS_SCALE
 from guardrail.core.records.verdicts import Action, Verdict
 from guardrail.decide.controller import Controller
-from tests.support.feed import BATCH, noisy
+from tests.support.feed import JudgedSteps, noisy
 
 
-class Run:
-    """A run in `auto`: a rejected batch does not advance the step. A rollback is told and not
-    done.
-    """
+class Run(JudgedSteps):
+    """A run in `auto`. A rollback is told and not done."""
 
     def __init__(self) -> None:
-        self.controller = Controller(GuardOptions())
-        self.step, self.cursor, self.streak = 1, 0, 0
+        super().__init__(Controller(GuardOptions()))
 
     def attempt(self, **changes: float) -> Verdict:
         embed, rest = (
@@ -39,19 +36,7 @@ class Run:
             EMBED_SHARE: embed**2 / (embed**2 + rest**2),
             **changes,
         }
-        seen = Observation(
-            step=self.step,
-            first=self.cursor,
-            last=self.cursor + BATCH,
-            signals=signals,
-            streak=self.streak,
-        )
-        verdict = self.controller.observe(seen)
-        self.cursor += BATCH
-        self.step, self.streak = (
-            (self.step + 1, 0) if verdict.action is Action.APPLY else (self.step, self.streak + 1)
-        )
-        return verdict
+        return self.judge(signals)
 
     def healthy(self, steps: int = 150) -> list[Verdict]:
         verdicts = [self.attempt() for _ in range(steps)]

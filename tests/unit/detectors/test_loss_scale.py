@@ -12,19 +12,19 @@ from guardrail.core.records.signals import GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_N
 from guardrail.core.records.verdicts import Action, Mode, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.detectors.loss_scale import AT_START, FALL, ScaleCollapse
-from tests.support.feed import BATCH, noisy, plain, through_json
+from tests.support.feed import BATCH, JudgedSteps, noisy, plain, through_json
 from tests.support.places import TESTS
 from tests.support.texts import numbers_in
 
 IN_A_ROW = GuardOptions().overflows
 
 
-class Scaled:
+class Scaled(JudgedSteps):
     """A run under a dynamic loss scale: an overflow halves it, as torch's scaler does."""
 
     def __init__(self, mode: Mode = Mode.AUTO) -> None:
-        self.controller = Controller(GuardOptions(), mode=mode)
-        self.step, self.cursor, self.streak, self.scale = 1, 0, 0, 65536.0
+        super().__init__(Controller(GuardOptions(), mode=mode))
+        self.scale = 65536.0
         self.told: list[Verdict] = []
         self.flagged = False  # as the guard does it, which knows its scaler
 
@@ -34,23 +34,10 @@ class Scaled:
             GRAD_NORM: math.inf if overflow else noisy(0.5, seed=1, noise=0.1)(self.cursor),
             LOSS_SCALE: self.scale,
         }
-        seen = Observation(
-            step=self.step,
-            first=self.cursor,
-            last=self.cursor + BATCH,
-            signals=signals,
-            streak=self.streak,
-            overflow=overflow and self.flagged,
-        )
-        verdict = self.controller.observe(seen)
+        verdict = self.judge(signals, overflow=overflow and self.flagged)
         self.told.append(verdict)
-        self.cursor += BATCH
         if overflow:
             self.scale = max(1.0, self.scale / 2)
-        if verdict.action is Action.APPLY:
-            self.step, self.streak = self.step + 1, 0
-        else:
-            self.streak += 1
         return verdict
 
     def healthy(self, steps: int = 100) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guardrail.core.errors import ConfigError
+from tests.support.random_weights import draw_weights
 from trainer.config.config import ModelSection
 from trainer.config.sizes import parameter_count
 from trainer.model import Decoder, EncoderDecoder
@@ -62,18 +63,7 @@ def section(**changes: object) -> ModelSection:
 def build(**changes: object) -> Decoder:
     made = section(**changes)
     kind = EncoderDecoder if made.kind == "encoder-decoder" else Decoder
-    return randomised(kind(made, vocabulary=V, sequence_length=T, seed=7))
-
-
-def randomised(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(
-                torch.randn(parameter.shape, generator=generator)
-                * (0.3 if parameter.ndim > 1 else 1.0)
-            )
-    return module
+    return draw_weights(kind(made, vocabulary=V, sequence_length=T, seed=7))
 
 
 def tokens(seed: int = 1, length: int = T) -> Tensor:
@@ -139,7 +129,7 @@ def test_a_block_is_torchs_encoder_layer(place: str, activation: str) -> None:
         positions="none",
         hidden=40,
     )
-    block = randomised(Block(made))
+    block = draw_weights(Block(made))
     theirs = nn.TransformerEncoderLayer(
         24, 3, 40, dropout=0.0, activation=activation, batch_first=True, norm_first=place == "pre"
     )
@@ -164,7 +154,7 @@ def test_a_block_with_cross_attention_is_torchs_decoder_layer(place: str) -> Non
     made = section(
         norm="layer", norm_place=place, bias=True, activation="relu", positions="none", hidden=40
     )
-    block = randomised(Block(made, cross=True))
+    block = draw_weights(Block(made, cross=True))
     theirs = nn.TransformerDecoderLayer(
         24, 3, 40, dropout=0.0, batch_first=True, norm_first=place == "pre"
     )
@@ -209,11 +199,11 @@ def copy_in(attention: Attention, theirs: nn.MultiheadAttention) -> None:
 
 def test_sandwich_and_parallel_blocks_are_their_formulas() -> None:
     x = rows(2, T, 24)
-    block = randomised(Block(section(norm_place="sandwich", positions="none")))
+    block = draw_weights(Block(section(norm_place="sandwich", positions="none")))
     y = x + block.attention_after(block.attention(block.attention_norm(x), AttentionMask()))
     y = y + block.feed_forward_after(block.feed_forward(block.feed_forward_norm(y)))
     assert torch.equal(block(x, AttentionMask()), y)
-    block = randomised(Block(section(parallel=True, positions="none")))
+    block = draw_weights(Block(section(parallel=True, positions="none")))
     normed = block.attention_norm(x)
     assert torch.equal(
         block(x, AttentionMask()),
@@ -225,7 +215,7 @@ def test_sandwich_and_parallel_blocks_are_their_formulas() -> None:
 def test_grouped_queries_are_full_attention_with_repeated_keys_and_values(kv_heads: int) -> None:
     made = section(width=32, heads=4, kv_heads=kv_heads, positions="none")
     grouped, full = (
-        randomised(Attention(made)),
+        draw_weights(Attention(made)),
         Attention(section(width=32, heads=4, positions="none")),
     )
     with torch.no_grad():
@@ -253,7 +243,7 @@ def test_qk_norm_bounds_the_scores() -> None:
 
 
 def test_peaks_are_the_largest_visible_scores() -> None:
-    attention = randomised(Attention(section(kv_heads=1, positions="none")))
+    attention = draw_weights(Attention(section(kv_heads=1, positions="none")))
     attention.peaks_H = torch.zeros(3)
     x = rows(2, T, 24)
     attention(x, AttentionMask())
@@ -335,7 +325,7 @@ def test_geglu_and_swiglu_are_their_formulas() -> None:
         ("swiglu", lambda y: y / (1 + torch.exp(-y))),
     ):
         block = (
-            randomised(Block(section(activation=activation, positions="none")))
+            draw_weights(Block(section(activation=activation, positions="none")))
             .double()
             .feed_forward
         )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.support.random_weights import draw_weights
 from trainer.config.config import ModelSection
 from trainer.config.sizes import hidden_width, parameter_count, state_bytes
 from trainer.model import Decoder, Rotary
@@ -77,21 +78,9 @@ def reference(model: Decoder, ids: Tensor) -> Tensor:
     return reference_norm(x, model.norm) @ output.T
 
 
-def randomised(model: Decoder) -> Decoder:
-    """Weights of size one, so that every part of the model matters in the comparison."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(
-                torch.randn(parameter.shape, generator=generator)
-                * (0.3 if parameter.ndim > 1 else 1.0)
-            )
-    return model
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_and_gradients_match_the_model_written_out(tied: bool) -> None:
-    model = randomised(decoder(tied=tied)).double()
+    model = draw_weights(decoder(tied=tied)).double()
     ids = tokens()
     logits = model(ids)
     expected = torch.stack([reference(model, sample) for sample in ids])
@@ -137,7 +126,7 @@ def test_rotary_keeps_the_dtype_and_turns_bf16_in_fp32() -> None:
 
 
 def test_no_token_sees_a_later_one() -> None:
-    model = randomised(decoder())
+    model = draw_weights(decoder())
     ids = tokens()
     before = model(ids)
     ids[:, 6] = (ids[:, 6] + 1) % V
@@ -147,7 +136,7 @@ def test_no_token_sees_a_later_one() -> None:
 
 
 def test_a_shorter_sample_gives_the_same_logits_as_the_beginning_of_a_long_one() -> None:
-    model = randomised(decoder())
+    model = draw_weights(decoder())
     torch.testing.assert_close(model(tokens()[:, :5]), model(tokens())[:, :5], rtol=1e-5, atol=1e-5)
 
 
@@ -230,7 +219,7 @@ def test_a_model_from_the_meta_device_is_the_same_model() -> None:
 
 
 def test_tied_embeddings_are_one_parameter_with_both_gradients() -> None:
-    model = randomised(decoder(tied=True))
+    model = draw_weights(decoder(tied=True))
     assert model.head is None
     loss_sum(model(tokens()), tokens())[0].backward()
     gradient = model.embedding.weight.grad
@@ -241,7 +230,7 @@ def test_tied_embeddings_are_one_parameter_with_both_gradients() -> None:
 
 
 def test_dropout_is_a_function_of_the_seed_and_silent_in_evaluation() -> None:
-    model = randomised(decoder(dropout=0.3))
+    model = draw_weights(decoder(dropout=0.3))
     outputs = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
@@ -249,7 +238,7 @@ def test_dropout_is_a_function_of_the_seed_and_silent_in_evaluation() -> None:
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
     model.eval()
-    without = randomised(decoder(dropout=0.0))
+    without = draw_weights(decoder(dropout=0.0))
     torch.testing.assert_close(model(tokens()), without(tokens()))
 
 
@@ -280,7 +269,7 @@ def test_recomputed_activations_give_the_same_gradients_bit_for_bit(
 ) -> None:
     runs = []
     passes = 0
-    model = randomised(decoder(dropout=dropout, tied=tied))
+    model = draw_weights(decoder(dropout=dropout, tied=tied))
     normal_forward = type(model.blocks[0])._forward
 
     def counted(*args: object) -> Tensor:

@@ -87,6 +87,12 @@ async def act(
         return Outcome(reader.sent, message(app), type(app.screen), app.return_code)
 
 
+async def show(pilot: Pilot[None], reader: FakeReader, snapshot: Snapshot) -> None:
+    """Let the screen show what has been read of the run."""
+    reader.put(snapshot)
+    await pilot.pause(0.3)
+
+
 def message(app: App[None]) -> str:
     dashboard = app.screen_stack[0]
     assert isinstance(dashboard, Dashboard)
@@ -166,8 +172,7 @@ async def test_a_preview_says_what_is_lost_before_anything_is_sent() -> None:
         )
         told = Preview(command="rollback", to_step=1270, tier="memory", state="good", steps_lost=14, seconds_lost=130.0,
                        samples=224, lr_before=1e-3, lr=5e-4)  # fmt: skip
-        reader.put(replace(reader.snapshot, previews={reader.previewed[0].id: told}))
-        await pilot.pause(0.3)
+        await show(pilot, reader, replace(reader.snapshot, previews={reader.previewed[0].id: told}))
         shown = text_of(pilot.app.screen.query(Lines).first())
         for words in (
             "Discards 14 steps, 2 min 10 s of training",
@@ -206,8 +211,7 @@ async def test_a_yes_before_the_preview_is_complete_waits_for_it(
 async def test_a_command_that_would_be_refused_says_so_first() -> None:
     async def look(pilot: Pilot[None], reader: FakeReader) -> None:
         told = Preview(command="undo", possible=False, refusal="there is nothing to take back")
-        reader.put(replace(reader.snapshot, previews={reader.previewed[0].id: told}))
-        await pilot.pause(0.3)
+        await show(pilot, reader, replace(reader.snapshot, previews={reader.previewed[0].id: told}))
         assert "✗ It would be refused: there is nothing" in text_of(
             pilot.app.screen.query(Lines).first()
         )
@@ -474,8 +478,7 @@ async def test_a_dialog_that_controls_a_run_closes_when_the_run_ends(presses: li
     async def ends(pilot: Pilot[None], reader: FakeReader) -> None:
         assert isinstance(pilot.app.screen, Dialog)
         fake.end(Phase.STOPPED, ExitCode.INTERRUPTED)
-        reader.put(snapshot_of(fake))
-        await pilot.pause(0.3)
+        await show(pilot, reader, snapshot_of(fake))
         assert isinstance(pilot.app.screen, Dashboard)
         await pilot.press("enter")
 
@@ -505,8 +508,7 @@ async def test_a_question_comes_up_by_itself_once() -> None:
         assert "proposed: rollback" in text_of(pilot.app.screen.query(Lines).first())
         assert "Do as proposed: roll back" in text_of(pilot.app.screen.query(Lines).first())
         await pilot.press("escape")
-        reader.put(replace(reader.snapshot, heard=reader.snapshot.heard + 1))
-        await pilot.pause(0.3)
+        await show(pilot, reader, replace(reader.snapshot, heard=reader.snapshot.heard + 1))
         assert isinstance(pilot.app.screen, Dashboard), "it was put aside, and stays there"
 
     assert not (await act(script=look, fake=asking())).sent
@@ -533,8 +535,7 @@ async def test_a_question_that_somebody_else_has_answered_goes_away() -> None:
 
     async def answered(pilot: Pilot[None], reader: FakeReader) -> None:
         fake.phase, fake.question = Phase.STEP, ""
-        reader.put(snapshot_of(fake))
-        await pilot.pause(0.3)
+        await show(pilot, reader, snapshot_of(fake))
         assert isinstance(pilot.app.screen, Dashboard)
 
     assert not (await act(fake=fake, script=answered)).sent
@@ -546,8 +547,7 @@ async def test_v_shows_the_evidence_while_the_question_stands() -> None:
         status = reader.snapshot.status
         assert status is not None
         patient = msgspec.structs.replace(status, deadline=status.heartbeat + 90.4)
-        reader.put(replace(reader.snapshot, status=patient))
-        await pilot.pause(0.3)
+        await show(pilot, reader, replace(reader.snapshot, status=patient))
         shown = "\n".join(text_of(lines) for lines in pilot.app.screen.query(Lines))
         for words in ("→ 11.5, score 37 (limit 8)", "embedding gradient norm", 'token 195 "Ã"', "data: the batch is in",
                       "repeats 0.98", "0037.txt", "1–26 of 27", "1 min 30 s left"):  # fmt: skip
@@ -571,8 +571,7 @@ async def test_a_question_that_is_answered_elsewhere_takes_its_evidence_along() 
     async def answered(pilot: Pilot[None], reader: FakeReader) -> None:
         assert isinstance(pilot.app.screen, Evidence)
         fake.phase, fake.question = Phase.STEP, ""
-        reader.put(snapshot_of(fake))
-        await pilot.pause(0.3)
+        await show(pilot, reader, snapshot_of(fake))
         assert isinstance(pilot.app.screen, Dashboard)
 
     assert not (await act("v", fake=fake, script=answered)).sent
@@ -595,12 +594,10 @@ async def test_another_dialog_is_not_torn_away_by_a_question() -> None:
 
     async def asked(pilot: Pilot[None], reader: FakeReader) -> None:
         fake.ask("proposed: rollback")
-        reader.put(snapshot_of(fake))
-        await pilot.pause(0.3)
+        await show(pilot, reader, snapshot_of(fake))
         assert isinstance(pilot.app.screen, Number)
         await pilot.press("escape")
-        reader.put(snapshot_of(fake))
-        await pilot.pause(0.3)
+        await show(pilot, reader, snapshot_of(fake))
         assert isinstance(pilot.app.screen, Choose)
 
     await act("s", fake=fake, script=asked)
@@ -704,8 +701,7 @@ async def test_a_question_that_opens_takes_no_key_that_was_meant_for_something_e
 
     async def asked(pilot: Pilot[None], reader: FakeReader) -> None:
         fake.ask("proposed: rollback")
-        reader.put(snapshot_of(fake))
-        await pilot.pause(0.3)
+        await show(pilot, reader, snapshot_of(fake))
         assert isinstance(pilot.app.screen, Question)
         await pilot.press("enter")
         await pilot.pause()
@@ -789,8 +785,7 @@ async def test_yes_is_taken_only_when_its_text_stands() -> None:
             steps_lost=14,
             steps_lost_most=24,
         )
-        reader.put(replace(reader.snapshot, previews={reader.previewed[0].id: told}))
-        await pilot.pause(0.3)
+        await show(pilot, reader, replace(reader.snapshot, previews={reader.previewed[0].id: told}))
         await pilot.press("y")
         await pilot.pause(0.3)
         assert len(reader.sent) == 1
@@ -824,17 +819,14 @@ async def test_a_preview_is_renewed_and_the_command_carries_the_one_that_was_see
         told = Preview(
             command="undo", value=8.0, to_step=1270, tier="memory", steps_lost=4, steps_lost_most=14
         )
-        reader.put(replace(reader.snapshot, previews={id: told}))
-        await pilot.pause(0.3)
+        await show(pilot, reader, replace(reader.snapshot, previews={id: told}))
         clock.now += 1.1
-        reader.put(replace(reader.snapshot, heard=clock.now))
-        await pilot.pause(0.3)
+        await show(pilot, reader, replace(reader.snapshot, heard=clock.now))
         assert len(reader.previewed) == 2 and reader.previewed[1].id == id
         told = msgspec.structs.replace(
             told, to_step=1141, tier="disk", steps_lost=129, steps_lost_most=139, timeline=2
         )
-        reader.put(replace(reader.snapshot, previews={id: told}))
-        await pilot.pause(0.3)
+        await show(pilot, reader, replace(reader.snapshot, previews={id: told}))
         assert "Discards 129 steps" in text_of(pilot.app.screen.query(Lines).first())
         await pilot.press("y")
         await pilot.pause(0.3)
@@ -902,8 +894,7 @@ async def test_no_answer_because_the_run_has_ended() -> None:
     fake = example()
 
     async def end(pilot: Pilot[None], reader: FakeReader) -> None:
-        reader.put(snapshot_of(fake.end(Phase.FAILED, ExitCode.WORKERS_FAILED)))
-        await pilot.pause(0.3)
+        await show(pilot, reader, snapshot_of(fake.end(Phase.FAILED, ExitCode.WORKERS_FAILED)))
 
     assert (
         await act("c", fake=fake, script=end)
@@ -928,12 +919,10 @@ async def test_an_answer_leaves_the_line_after_a_while() -> None:
         story = replace(
             reader.snapshot.story, answers={reader.sent[0].id: CommandAnswer(True, 1, "")}
         )
-        reader.put(replace(reader.snapshot, story=story))
-        await pilot.pause(0.3)
+        await show(pilot, reader, replace(reader.snapshot, story=story))
         assert message(pilot.app).startswith("✓")
         clock.now += 61
-        reader.put(replace(reader.snapshot, heard=clock.now))
-        await pilot.pause(0.3)
+        await show(pilot, reader, replace(reader.snapshot, heard=clock.now))
         assert message(pilot.app) == ""
 
     await act("c", script=wait)
