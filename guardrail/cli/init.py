@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ BUILT_IN_TEXT = "builtin:python"
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A model and the run that suits it.
+    """A model and the run that suits it. TEMPLATE has a slot for each attribute but `text`.
 
     Attributes:
         text: what the question shows.
@@ -226,25 +227,16 @@ def render_config(path: str, sources: tuple[str, ...], size: Size, processes: in
     per_process = size.micro_batch_size or 1
     step = processes * per_process
     batch_size = -(-size.batch_size // step) * step
+    rounded = dataclasses.replace(size, batch_size=batch_size)
     return TEMPLATE.format(
         path="config.toml" if path == "-" else path,
         name=suggest_run_name(path),
         processes=processes,
         sources=", ".join(quote_toml(source) for source in sources),
         snapshot_every=max(10, size.checkpoint_every // 10),
-        checkpoint_every=size.checkpoint_every,
-        tokenizer=size.tokenizer,
-        sequence_length=size.sequence_length,
-        layers=size.layers,
-        width=size.width,
-        heads=size.heads,
-        lr=size.lr,
-        warmup_steps=size.warmup_steps,
-        steps=size.steps,
-        batch_size=batch_size,
         batch_tokens=batch_size * size.sequence_length,
-        micro_batch_size=size.micro_batch_size,
         eval_every=max(50, size.steps // 20),
+        **dataclasses.asdict(rounded),
     )
 
 
