@@ -315,6 +315,8 @@ def test_ctl_refused_by_the_run(alive: RunDirectory, capsys: pytest.CaptureFixtu
         (["skip"], "skip needs 1 to"),
         (["skip", "0"], "skip takes 1 to"),
         (["skip", "2.5"], "skip takes 1 to"),
+        (["skip", "1e9"], "not 1e9"),
+        (["rollback", "abc"], "not abc"),
         (["lr", "fast"], "(0, 100], not fast"),
         (["lr", "nan"], "(0, 100], not nan"),
         (["shrink-embedding", "2"], "(0, 1], not 2"),

@@ -13,7 +13,7 @@ from guardrail.decide.control_commands.base import (
 from guardrail.decide.control_commands.preview import Preview
 from guardrail.decide.control_commands.run_facts import RecordedFacts, RunFacts
 
-NO_INCIDENT = "there is no incident that is not over"
+NO_INCIDENT = "every incident is over"
 
 
 class Accept(ControlCommand):

@@ -47,13 +47,17 @@ class Argument(ABC):
         """Return a value as a user writes it; "" where there is nothing to write."""
         if value != value:
             return ""
-        return f"{value:g}"
+        return write_number(value)
 
-    def check(self, command: str, value: float) -> str:
-        """Return why `command` cannot have this value; "" if it can."""
+    def check(self, command: str, value: float, given: str = "") -> str:
+        """Return why `command` cannot have this value; "" if it can.
+
+        Args:
+            given: the value as the user wrote it, for the message.
+        """
         if self.accepts(value):
             return ""
-        return f"{command} takes {self.expected}, not {value:g}"
+        return f"{command} takes {self.expected}, not {given or write_number(value)}"
 
     def parse(self, command: str, text: str | None) -> float:
         """Return the value of `command`.
@@ -68,12 +72,12 @@ class Argument(ABC):
             if self.omitted is None:
                 raise UsageError(f"{command} needs {self.expected}")
             return self.omitted
+        given = escape_text(text, 160)
         try:
             value = self.read(text.strip())
         except ValueError:
-            given = escape_text(text, 160)
             raise UsageError(f"{command} takes {self.expected}, not {given}") from None
-        if problem := self.check(command, value):
+        if problem := self.check(command, value, given.strip()):
             raise UsageError(problem)
         return value
 
@@ -147,7 +151,7 @@ class NumberOrNewest(Argument):
 
     @property
     def expected(self) -> str:
-        return f"{self.number}, or nan for {self.newest}"
+        return f"{self.number}, or nothing for {self.newest}"
 
     def accepts(self, value: float) -> bool:
         return math.isnan(value) or (is_integer(value) and self.low <= value < MAX_STEP)
@@ -190,3 +194,10 @@ class Word(Argument):
 def is_integer(value: float) -> bool:
     """Return whether a number is finite and has no fraction."""
     return math.isfinite(value) and value == int(value)
+
+
+def write_number(value: float) -> str:
+    """Return 9999999 as "9999999", not as "1e+07"."""
+    if is_integer(value) and abs(value) < MAX_STEP:
+        return f"{value:.0f}"
+    return f"{value:g}"

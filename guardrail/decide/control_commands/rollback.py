@@ -39,7 +39,7 @@ class Rollback(ControlCommand):
     def describe(self) -> str:
         if self.to_step is None:
             return "rollback"
-        return f"rollback to step {self.value:g}"
+        return f"rollback to step {self.to_step}"
 
     def label(self) -> str:
         if self.to_step is None:

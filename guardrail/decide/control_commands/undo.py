@@ -45,7 +45,7 @@ class Undo(ControlCommand):
     def describe(self) -> str:
         if self.seq is None:
             return "undo"
-        return f"undo line {self.value:g}"
+        return f"undo line {self.seq}"
 
     @classmethod
     def dialog_lines(cls, status: Status | None) -> list[str]:
