@@ -116,8 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(file=shown)
+        # click writes each choice of a missing argument on a line with a tab.
+        text = shown.getvalue().rstrip("\n").replace("\n\t", " ")
         # click repeats an override without its --set as an unexpected argument.
-        print(escape_lines(hide_assignments(shown.getvalue().rstrip("\n")), 400), file=sys.stderr)
+        print(escape_lines(hide_assignments(text), 400), file=sys.stderr)
         return ExitCode.USAGE
     except (KeyboardInterrupt, click.Abort):
         return ExitCode.INTERRUPTED

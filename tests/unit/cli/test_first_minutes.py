@@ -127,6 +127,11 @@ def test_completion_prints_a_script(shell: str, capfd: pytest.CaptureFixture[str
     assert COMPLETION_VARIABLE in capfd.readouterr().out
 
 
+def test_completion_without_a_shell_lists_the_shells(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion"]) == 2
+    assert capfd.readouterr().err.endswith(" bash, zsh, fish\n")
+
+
 def complete(words: str, position: int) -> list[str]:
     """What the shell is offered for the word at `position`."""
     done = subprocess.run(
