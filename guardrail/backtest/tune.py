@@ -51,13 +51,23 @@ class Trial:
 
 @dataclass(frozen=True)
 class Proposal:
-    """One key: every value that was tried, and the proposed one."""
+    """One key: every value that was tried, and the proposed one.
+
+    Attributes:
+        records: that have the signal.
+    """
 
     name: str
     signal: str
     default: float
     trials: tuple[Trial, ...]
     value: float
+    records: int
+
+    def is_within(self, budget: float) -> bool:
+        """Return whether single rejections at the proposed value stay within the budget."""
+        proposed = next(trial for trial in self.trials if trial.value == self.value)
+        return 1e4 * proposed.lone <= budget * self.records
 
 
 def propose_thresholds(
@@ -91,7 +101,7 @@ def propose_thresholds(
             chosen = min(within)
         else:
             chosen = max(trial.value for trial in trials)
-        proposals.append(Proposal(name, signal, default, tuple(trials), chosen))
+        proposals.append(Proposal(name, signal, default, tuple(trials), chosen, records))
     return proposals
 
 
@@ -145,9 +155,12 @@ def format_toml(
         yield f"# {'score':>7} {'single':>7} {'other':>7} {'notes':>7}   ({proposal.signal})"
         for trial in proposal.trials:
             yield _format_trial(trial, proposal)
+        if not proposal.is_within(budget):
+            yield "# No value stays within the budget: the highest one is proposed."
         yield f"{proposal.name} = {proposal.value!r}"
     if not proposals:
-        yield "# No signal of the logs has a threshold."
+        judged = ", ".join(signal for signal, _ in TRIED.values())
+        yield f"# Nothing is proposed: thresholds exist for {judged}, and the logs have none of them."
 
 
 def _format_trial(trial: Trial, proposal: Proposal) -> str:

@@ -64,6 +64,31 @@ def test_a_budget_that_allows_them(outliers: Path, capsys: pytest.CaptureFixture
     assert guard["loss_threshold"] == 5.0
 
 
+@pytest.mark.parametrize(("budget", "count"), [("0", 1), ("100", 0)])
+def test_a_budget_that_no_value_keeps_is_remarked(
+    outliers: Path, budget: str, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = outliers.read_text().splitlines()
+    for row in range(300, 1500, 300):
+        step, loss, norm = text[row].split(",")
+        text[row] = f"{step},{float(loss) * 9},{norm}"
+    outliers.write_text("\n".join(text))
+    guard, lines = proposal(capsys, str(outliers), "--budget", budget)
+    assert len([line for line in lines if "No value" in line]) == count
+    if count:
+        assert guard["loss_threshold"] == 20.0
+
+
+def test_a_log_without_a_judged_signal_says_why_nothing_is_proposed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("step,mfu\n" + "".join(f"{step},0.4\n" for step in range(1, 9)))
+    assert main(["tune", str(path), "--column", "mfu=mfu", "--budget", "0"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("#") and "loss" in last and "grad_norm" in last
+
+
 def test_the_proposal_is_a_policy(
     outliers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
