@@ -83,26 +83,46 @@ def command(
     else:
         assert config is not None
         prepared = launcher.prepare_run(config, overrides, run_dir, root=find_given_root(overrides))
-    with prepared.lock or contextlib.nullcontext():
-        supervisor = supervisor_process.start_supervisor(
-            prepared.run, prepared.node_rank, prepared.secrets
-        )
     run = prepared.run
+    try:
+        with prepared.lock or contextlib.nullcontext():
+            supervisor = supervisor_process.start_supervisor(
+                run, prepared.node_rank, prepared.secrets
+            )
+    except supervisor_process.StartInterrupted:
+        print(run.path, flush=True)
+        return leave_run(run)
     print(run.path, flush=True)
     if detach:
         return 0
-    if headless or not can_draw():
-        from guardrail.launch.log_printer import follow_run
+    try:
+        if headless or not can_draw():
+            from guardrail.launch.log_printer import follow_run
 
-        past = None if resume is None else 0
-        code = follow_run(run, supervisor, past=past)
-    else:
-        code = watch_on_screen(
-            run, supervisor, read_only=read_only, theme=theme, mouse=not no_mouse
-        )
+            past = None if resume is None else 0
+            code = follow_run(run, supervisor, past=past)
+        else:
+            code = watch_on_screen(
+                run, supervisor, read_only=read_only, theme=theme, mouse=not no_mouse
+            )
+    except KeyboardInterrupt:
+        if supervisor_process.find_exit_code(supervisor) is not None:
+            raise
+        return leave_run(run)
     if code == ExitCode.WORKERS_FAILED:
         run.check_writable()  # on a full disk the journal cannot hold the reason
     return code
+
+
+def leave_run(run: RunDirectory) -> int:
+    """Print how to return to a run that continues, and return the exit code of Ctrl-C."""
+    import sys
+
+    from guardrail.core.errors import ExitCode
+    from guardrail.launch.supervisor_process import format_way_back
+
+    print(f"training continues\n{format_way_back(run)}", file=sys.stderr)
+    return ExitCode.INTERRUPTED
 
 
 def find_given_root(overrides: tuple[str, ...]) -> str | None:

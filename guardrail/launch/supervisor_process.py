@@ -20,6 +20,10 @@ from guardrail.rundir.run_lock import holder_of
 START_SECONDS = 30.0  # until the supervisor reports; it needs 0.2 on an idle machine
 
 
+class StartInterrupted(KeyboardInterrupt):
+    """Ctrl-C while the supervisor starts. It has its own session, so it continues."""
+
+
 def start_supervisor(
     run: RunDirectory, node_rank: int = 0, secrets: dict[str, Any] | None = None
 ) -> subprocess.Popen[bytes]:
@@ -30,6 +34,7 @@ def start_supervisor(
             command line, environment or file holds them.
 
     Raises:
+        StartInterrupted: Ctrl-C; the supervisor runs.
         WorkersFailed: the supervisor ended before it started.
         RunDirectoryError: it refused the run directory.
         DiskRefuses: the run directory takes no file.
@@ -80,10 +85,13 @@ def start_supervisor(
         return status is not None and status.supervisor_pid == process.pid
 
     deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        if has_started():
-            return process
-        time.sleep(0.02)
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            if has_started():
+                return process
+            time.sleep(0.02)
+    except KeyboardInterrupt:
+        raise StartInterrupted from None
     if process.poll() is None or has_started():
         return process  # a very slow machine, or a very short run
     last_lines = [
