@@ -61,13 +61,12 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     tests read the command's output by `capsys`, not `capfd`."""
 
     def follow(
-        scratch: RunDirectory, supervisor: Any, compared: Comparison, stretch: ReplayPlan, tell: Any
+        scratch: RunDirectory, compared: Comparison, stretch: ReplayPlan, tell: Any, signals: Any
     ) -> None:
         tree = tomllib.loads(scratch.config_text())
         scratch.write_config(tomli_w.dumps(tree | {"faults": []}))
         assert train(scratch, 2) in ("stopped", "finished")
 
-    monkeypatch.setattr(replaying.supervisor_process, "start_supervisor", lambda scratch: None)
     monkeypatch.setattr(replaying, "_follow", follow)
 
 
