@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from guardrail.decide.remedies.base import EscalationRemedy
 from guardrail.decide.remedies.halt import Halt
 from guardrail.decide.remedies.lower_lr import LowerLr
@@ -27,8 +29,30 @@ REMEDIES: tuple[type[EscalationRemedy], ...] = (
     Halt,
 )
 
-BY_ACTION = {cls.action: cls for cls in REMEDIES}
-BY_EFFECT = {cls.effect: cls for cls in REMEDIES if cls.effect}
+
+def index_remedies(
+    remedies: Iterable[type[EscalationRemedy]], attribute: str
+) -> dict[str, type[EscalationRemedy]]:
+    """Return the remedies by one of their names, without those that have none.
+
+    Raises:
+        TypeError: two have the same name. A subclass inherits both names of its base.
+    """
+    found: dict[str, type[EscalationRemedy]] = {}
+    for cls in remedies:
+        name = getattr(cls, attribute)
+        if name in found:
+            raise TypeError(
+                f"{cls.__name__} and {found[name].__name__} both have {attribute} = {name!r}: "
+                "give each remedy its own"
+            )
+        if name:
+            found[name] = cls
+    return found
+
+
+BY_ACTION = index_remedies(REMEDIES, "action")
+BY_EFFECT = index_remedies(REMEDIES, "effect")
 # kind of an effect -> its name in the header of the screen
 SCREEN_NAMES = {cls.effect: cls.screen_name for cls in REMEDIES if cls.screen_name}
 

@@ -16,7 +16,13 @@ from guardrail.core.guard_options import EFFECTS, ESCALATION, EscalationStep, Gu
 from guardrail.core.records.verdicts import Cause, Remedy
 from guardrail.decide.remedies.base import EscalationRemedy
 from guardrail.decide.remedies.effects import compute_factor, format_effect, resets_moments
-from guardrail.decide.remedies.registry import BY_ACTION, REMEDIES, SCREEN_NAMES, find_effect
+from guardrail.decide.remedies.registry import (
+    BY_ACTION,
+    REMEDIES,
+    SCREEN_NAMES,
+    find_effect,
+    index_remedies,
+)
 from tests.support.places import ROOT, TESTS
 from tests.support.texts import numbers_in
 
@@ -45,6 +51,15 @@ def test_names_are_unique_and_those_of_the_configuration() -> None:
     assert get_args(get_type_hints(EscalationStep)["action"]) == tuple(BY_ACTION)
     assert {step.action for step in ESCALATION} <= set(BY_ACTION)
     assert set(EFFECTS) == {cls.effect for cls in REMEDIES if cls.effect}
+
+
+@pytest.mark.parametrize("attribute", ["action", "effect"])
+def test_a_subclass_cannot_replace_its_base(attribute: str) -> None:
+    class Lower(BY_ACTION["lower_lr"]):  # type: ignore[misc]
+        pass
+
+    with pytest.raises(TypeError, match=f"Lower and LowerLr both have {attribute} = "):
+        index_remedies([*REMEDIES, Lower], attribute)
 
 
 @pytest.mark.parametrize("uses", [0, 1, 3])
