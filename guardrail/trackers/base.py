@@ -61,7 +61,10 @@ class Tracker(abc.ABC):
     """
 
     name: ClassVar[str]
-    """One word: its folder in the run directory, and its section of the configuration."""
+    """One word: its folder in the run directory.
+
+    A section of the configuration with this name needs a field of `core.config.GuardConfig` too.
+    """
 
     output: ClassVar[str]
     """What it writes, in the plural, for messages: "TensorBoard files"."""
