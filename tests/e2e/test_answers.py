@@ -161,7 +161,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def is_over(question: int, how: str) -> str:
     """How the refusal begins of a command for a question that was answered, by its first answer."""
-    return question_changed(question, Open(0, {question: how} if how else {}))
+    text = question_changed(question, Open(0, {question: how} if how else {}))
+    assert numbers_in(text)[0] == question and how in text
+    return text
 
 
 def at_once(asking: Asking, *commands: dict[str, Any]) -> tuple[str, str]:
@@ -253,6 +255,7 @@ def test_resume_answers_no_question_and_says_what_does(tmp_path: Path) -> None:
         question = asking.question()
         for _ in range(5):
             assert asking.reason(asking.send("resume")) == how_to_answer(question)
+        assert numbers_in(how_to_answer(question)) == [question]
         assert not asking.lines("resumed")
         wait_for(
             lambda: (status := asking.run.read_status()) and status.question, what="its status"
@@ -274,6 +277,7 @@ def test_a_command_that_was_shown_before_the_question_does_not_answer_it(tmp_pat
         ):
             reason = asking.reason(asking.send(kind, value, question=0))
             assert reason == question_changed(0, Open(question, {}))
+            assert numbers_in(reason) == [question]
         assert asking.outcomes(asking.send("skip", 1.0, question=question)) == ["applied"]
         wait_for(lambda: asking.lines("resumed"), what="the end of the question")
         resumed = asking.lines("resumed")[0]
@@ -297,6 +301,7 @@ def test_of_two_that_change_a_setting_at_once_one_wins(tmp_path: Path) -> None:
             factor = float(asking.answer(winner).data["value"])
             shown = given[0]["shown"]
             assert asking.reason(loser) == setting_changed(shown, factor, f"x{factor:g}")
+            assert f" x{factor:g} " in asking.reason(loser)
         for wanted in (Mode.AUTO, Mode.ADVISE):
             command = {
                 "kind": "mode",
@@ -306,6 +311,7 @@ def test_of_two_that_change_a_setting_at_once_one_wins(tmp_path: Path) -> None:
             loser = at_once(asking, command, command)[1]
             shown = command["shown"]
             assert asking.reason(loser) == setting_changed(shown, math.nan, wanted.value)
+            assert f" {wanted.value} " in asking.reason(loser)
             mode = wanted
 
 
@@ -330,16 +336,16 @@ def test_a_command_whose_target_or_cost_has_changed_is_refused(tmp_path: Path) -
         )
         elsewhere = replace(shown, timeline=7)
         reason = asking.reason(asking.send("rollback", float("nan"), shown=elsewhere))
-        step = int(numbers_in(reason)[0])
-        assert reason == timeline_changed(elsewhere, timeline=0, step=step)
+        step, timeline = map(int, numbers_in(reason))
+        assert timeline == 0 and reason == timeline_changed(elsewhere, timeline=0, step=step)
         assert not asking.lines("rollback")
         # A rollback that both have seen: the second one was shown on a timeline that is over.
         first = replace(shown, to_step=0, tier="disk", steps_lost_most=1 << 40)
         given = {"kind": "rollback", "value": 0.0, "shown": first}
         loser = at_once(asking, given, given)[1]
         reason = asking.reason(loser)
-        step = int(numbers_in(reason)[0])
-        assert reason == timeline_changed(first, timeline=1, step=step)
+        step, timeline = map(int, numbers_in(reason))
+        assert timeline == 1 and reason == timeline_changed(first, timeline=1, step=step)
         assert len(asking.lines("rollback")) == 1
 
 
@@ -399,8 +405,8 @@ def test_two_that_roll_back_from_the_command_line_at_once_go_back_once(tmp_path:
         assert sorted(effects) == ["applied", "refused"] and len(asking.lines("rollback")) == 1
         refused = commands[effects.index("refused")]
         reason = asking.reason(refused.id)
-        step = int(numbers_in(reason)[0])
-        assert reason == timeline_changed(refused.shown, timeline=1, step=step)
+        step, timeline = map(int, numbers_in(reason))
+        assert timeline == 1 and reason == timeline_changed(refused.shown, timeline=1, step=step)
         # What is sent after it holds again; and what waits for a step holds on any timeline.
         again = control.bind_to_present(asking.run, control.parse_command("rollback", None))
         asking.run.send(again)

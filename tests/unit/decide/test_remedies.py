@@ -93,9 +93,7 @@ def test_an_effect_has_its_names_in_the_report_and_on_the_screen(
 
 def test_the_reset_of_moments_has_its_own_line_in_the_report() -> None:
     effect = Remedy(kind="moments", value=1.0, from_step=1234)
-    assert find_effect("moments").report_line(effect) == (
-        "optimizer moments reset before step 1,234"
-    )
+    assert numbers_in(find_effect("moments").report_line(effect)) == [1234]
 
 
 def test_effects_of_a_kind_multiply_down_to_a_floor() -> None:
