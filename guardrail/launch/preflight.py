@@ -48,9 +48,17 @@ def count_cuda_devices() -> int | None:
 
 
 def _split_devices(names: str) -> list[str]:
-    """Return the devices that a variable such as CUDA_VISIBLE_DEVICES names."""
-    devices = [one.strip() for one in names.split(",")]
-    return [one for one in devices if one not in ("", "-1")]
+    """Return the devices that a variable such as CUDA_VISIBLE_DEVICES makes visible.
+
+    CUDA ignores the first name that is not valid, and all names after it.
+    """
+    devices = []
+    for name in names.split(","):
+        device = name.strip()
+        if not device or device.startswith("-"):
+            break
+        devices.append(device)
+    return devices
 
 
 def _names_part(devices: list[str]) -> bool:

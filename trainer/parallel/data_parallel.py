@@ -11,17 +11,12 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-)
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -37,6 +32,12 @@ from trainer.model import Decoder
 from trainer.objectives.loss import loss_sum
 from trainer.parallel import tensor_parallel
 from trainer.parallel.pipeline import OtherStage, StagePosition, cut_model
+from trainer.parallel.process_group import (
+    check_own_gpu,
+    cuda_device_of_rank,
+    join_process_group,
+    set_timeouts,
+)
 from trainer.parallel.tensor_parallel import LossSum
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,6 +66,11 @@ def make_accelerator(config: Config) -> Accelerator:
         torch.set_num_threads(cpu_threads(config))
         # Without this variable Accelerate sets the threads itself, with a warning.
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        join_process_group(torch.device("cpu"), timeout=config.launch.collective_timeout)
+    else:
+        own_device = cuda_device_of_rank()
+        torch.cuda.set_device(own_device)
+        join_process_group(own_device, timeout=config.launch.collective_timeout)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision="no",
@@ -75,11 +81,12 @@ def make_accelerator(config: Config) -> Accelerator:
         dynamo_backend="no",
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.launch.collective_timeout)),
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
     _check_accelerator(accelerator, config, on_cpu=on_cpu)
+    set_timeouts(config.launch.collective_timeout)
+    check_own_gpu(accelerator.device)
     return accelerator
 
 
@@ -228,6 +235,7 @@ def _shard(model: Decoder, config: Config, accelerator: Accelerator) -> Decoder:
     section = config.parallel
     policy, root_policy = _precision_policies(config)
     mesh = _mesh(config.layout, accelerator.device)
+    set_timeouts(config.launch.collective_timeout, mesh=mesh)
     if config.layout.tp > 1:
         loss = tensor_parallel.split_model(model, mesh["tp"], sequence=config.layout.sequence)
         model.loss_sum = loss  # type: ignore[assignment]

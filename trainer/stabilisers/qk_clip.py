@@ -58,8 +58,10 @@ class QKClip:
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(peaks_LH, dist.ReduceOp.MAX)
         shares_LH = (self.limit / peaks_LH).clamp(max=1.0)
-        for index in (shares_LH < 1).any(dim=1).nonzero().flatten().tolist():
-            _scale_heads(self.attentions[index], shares_LH[index])
+        is_above_L = (shares_LH < 1).any(dim=1).tolist()
+        for index, is_above in enumerate(is_above_L):
+            if is_above:
+                _scale_heads(self.attentions[index], shares_LH[index])
 
 
 def _scale_heads(attention: Attention, share_H: Tensor) -> None:

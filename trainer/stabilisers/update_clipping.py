@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,8 +46,9 @@ class UpdateClipping:
         if is_sharded:
             world = dist.get_world_size()
         parts = []
-        for parameter, group in trained:
-            part = _sum_ratios(optimizer, parameter, group)
+        steps = _read_steps(optimizer, [parameter for parameter, _ in trained])
+        for (parameter, group), step in zip(trained, steps, strict=True):
+            part = _sum_ratios(optimizer, parameter, group, step=step)
             if is_sharded:
                 part = part / count_replicas(parameter, world)
             parts.append(part)
@@ -66,14 +68,33 @@ class UpdateClipping:
         self._before = []
 
 
-def _sum_ratios(optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
-    """Return this rank's part of the sum of g^2 / max(v, eps^2)."""
+def _read_steps(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[int]:
+    """Return the number of the coming update of each parameter; waits for the device once.
+
+    A fused AdamW keeps one count a parameter on the device.
+    """
+    counts: dict[int, Tensor] = {}
+    for index, parameter in enumerate(parameters):
+        state = optimizer.state.get(parameter)
+        if state:
+            counts[index] = to_local(state["step"])
+    steps = [1] * len(parameters)
+    if counts:
+        applied = torch.stack(list(counts.values())).tolist()
+        for index, count in zip(counts, applied, strict=True):
+            steps[index] = int(count) + 1
+    return steps
+
+
+def _sum_ratios(
+    optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, Any], *, step: int
+) -> Tensor:
+    """Return this rank's part of the sum of g^2 / max(v, eps^2) at the update of number `step`."""
     assert parameter.grad is not None
     square = to_local(parameter.grad).float() ** 2
     beta2: float = group["betas"][1]
     state: dict[str, Any] = optimizer.state.get(parameter, {})
-    step, second = 1, (1 - beta2) * square
+    second = (1 - beta2) * square
     if state:
-        step = int(state["step"]) + 1
         second = second + beta2 * to_local(state["exp_avg_sq"])
     return (square / (second / (1 - beta2**step)).clamp(min=group["eps"] ** 2)).sum()

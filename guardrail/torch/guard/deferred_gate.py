@@ -53,7 +53,7 @@ from guardrail.torch.guard.update_applier import UpdateApplier
 from guardrail.torch.guard.verdict_executor import VerdictExecutor
 from guardrail.torch.measure.gradient_norms import to_local
 from guardrail.torch.measure.reduced_step import ReducedStep
-from guardrail.torch.measure.reduction import StepReduction
+from guardrail.torch.measure.reduction import StepReduction, pack_numbers
 from guardrail.torch.measure.update_gate import can_skip_on_device
 from guardrail.torch.state.forward_side_effects import ForwardSideEffects
 
@@ -64,13 +64,15 @@ class PendingStep:
 
     Attributes:
         nominal: see `Step.finish`.
-        numbers: the packed vector and, last, whether the update was applied; on the host once
-            `arrived`.
+        numbers: the packed vector, whether the update was applied, and the values of
+            `DeviceNumbers`; on the host once `arrived`.
+        slots: length of the packed vector.
         arrived: event after the copy to the host; None where the numbers are on the host at once.
         position: of the cursor before it.
         side_effects: RNG states and buffers that it began with.
         update_square: squared norm of the update before it.
-        lr: learning rate of its update.
+        rate: learning rate of its update without remedies; None: it is among the numbers.
+        lr_factor: of the remedies, on that learning rate.
         seconds, guarding: its time, and the guard's part of that.
     """
 
@@ -81,7 +83,9 @@ class PendingStep:
     position: CursorState
     side_effects: ForwardSideEffects
     update_square: Tensor | None
-    lr: float
+    slots: int
+    rate: float | None
+    lr_factor: float
     seconds: float = 0.0
     guarding: float = 0.0
 
@@ -212,7 +216,8 @@ class DeferredGate:
         limits = torch.tensor(safe_limits, dtype=vector.dtype).to(vector.device, non_blocking=True)
         # NaN is below no limit. A number that no rank gave is not judged, as on the host.
         applied = sound & (values[0] > 0) & ((values <= limits) | ~known).all()
-        numbers = torch.cat([vector, applied.to(vector.dtype)[None]])
+        device_numbers = self._applier.device_numbers
+        numbers = pack_numbers(vector, [applied, *device_numbers.tensors()])
         arrived = None
         if numbers.device.type == "cuda":
             on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -223,11 +228,13 @@ class DeferredGate:
             step=step,
             nominal=nominal,
             numbers=numbers,
+            slots=len(vector),
             arrived=arrived,
             position=self._ctx.order.state(),
             side_effects=self._side_effects.current,
             update_square=self._applier.update_square,
-            lr=self._applier.learning_rate(step.number),
+            rate=device_numbers.host_rate(),
+            lr_factor=self._ctx.effects(step.number).lr,
         )
         self._applier.apply_on_device(
             step, norm=values[1], scale=scale, applied=applied, began=began
@@ -251,12 +258,14 @@ class DeferredGate:
             pending.arrived.synchronize()
         # Whether the next step was computed meanwhile.
         computed_after = self._side_effects.current is not pending.side_effects
-        *values, applied = pending.numbers.tolist()
+        numbers = pending.numbers.tolist()
+        values, (applied, *more) = numbers[: pending.slots], numbers[pending.slots :]
+        rate = self._applier.device_numbers.take(more, host_rate=pending.rate)
         reduced = self._reduction.unpack(values, pending.nominal, None)
         if not applied:
             self._take_back(pending, reduced, computed_after=computed_after)
             return False
-        observation, verdict = self._judge.judge(pending.step, reduced, lr=pending.lr)
+        observation, verdict = self._judge.judge(pending.step, reduced, lr=rate * pending.lr_factor)
         self.record(observation.signals)
         is_late = verdict.action is not Action.APPLY
         if computed_after and (is_late or reduced.is_request):

@@ -37,6 +37,7 @@ from guardrail.torch.guard.parts import GuardParts
 from guardrail.torch.guard.step import Step
 from guardrail.torch.measure.loss_scaler import is_enabled
 from guardrail.torch.measure.reduced_step import ReducedStep
+from guardrail.torch.measure.reduction import pack_numbers
 
 __all__ = ["Guard", "Step"]
 
@@ -320,13 +321,21 @@ class Guard(GuardParts):
             self.metrics.measure_since(began)
             deferred.decide(step, vector, safe_limits, nominal=nominal)
             return None
-        computed = self.reduction.unpack(vector.tolist(), nominal, self.applier.loss_scale)
-        verdict = self._finish(step, computed, began)
+        numbers = self.applier.device_numbers
+        # The host waits for the device here, once in a step.
+        values = pack_numbers(vector, numbers.tensors()).tolist()
+        rate = numbers.take(values[len(vector) :], host_rate=numbers.host_rate())
+        scale = self.applier.loss_scale
+        computed = self.reduction.unpack(values[: len(vector)], nominal, scale)
+        rate *= self.context.effects(step.number).lr
+        verdict = self._finish(step, computed, began, rate)
         if not step.applied:
             self.side_effects.begin_rest()
         return verdict
 
-    def _finish(self, step: Step, computed: ReducedStep, began: float) -> Verdict | None:
+    def _finish(
+        self, step: Step, computed: ReducedStep, began: float, rate: float
+    ) -> Verdict | None:
         """Judge what the host has read, and carry the verdict out."""
         reduced = computed
         if self.deferred_gate is not None:
@@ -336,7 +345,6 @@ class Guard(GuardParts):
             return None
         self.checks.refuse_without_gradients(step, computed)
         before = self.controller.state_dict() if reduced is not computed else None
-        rate = self.applier.learning_rate(step.number)
         observation, verdict = self.judge.judge(step, reduced, lr=rate)
         if before is not None and verdict.action is Action.APPLY:
             # The first numbers are fine, but they are not those of the present gradients.

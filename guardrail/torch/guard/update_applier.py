@@ -7,6 +7,7 @@ from torch import Tensor
 from guardrail.decide.run_history import Effects
 from guardrail.decide.sample_cursor import CursorState
 from guardrail.torch.guard.context import RunContext
+from guardrail.torch.guard.device_numbers import DeviceNumbers
 from guardrail.torch.guard.guarded_scheduler import GuardedScheduler
 from guardrail.torch.guard.step import Step
 from guardrail.torch.guard.step_metrics import StepMetrics
@@ -44,12 +45,16 @@ class UpdateApplier:
         self.gate = gate
         self._scaler = scaler
         self._scheduler = scheduler
+        self.device_numbers = DeviceNumbers(gate.optimizers[0], scaler)
         self._update_norm = update_norm
         self._state = state
         self._metrics = metrics
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate that the update of a step is made with."""
+        """Return the learning rate that the update of a step is made with.
+
+        Waits for the device if the optimizer keeps it there; `device_numbers` does not.
+        """
         rate = float(self.gate.optimizers[0].param_groups[0]["lr"])
         return rate * self._ctx.effects(step).lr
 

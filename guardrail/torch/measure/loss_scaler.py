@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from guardrail.torch.state.foreach import GROWTH_TRACKER
+from torch import Tensor
+
+from guardrail.torch.state import foreach
 
 _LARGEST = math.ldexp(2 - 2**-23, 127)  # of float32, in which torch keeps the scale
 
@@ -27,10 +29,23 @@ class LossScale:
 
     def __init__(self, scaler: Any) -> None:
         self.scaler = scaler
+        # (scale, updates since the last overflow), as the device had them in this step
+        self._read: tuple[float, int] | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Return scale and updates since the last overflow, 0-d; []: they are on no device."""
+        self._read = None
+        return foreach.scaler_tensors(self.scaler)
+
+    def take(self, scale: float, updates: float) -> None:
+        """Take over the values of `tensors`, until `update` changes them."""
+        self._read = (scale, int(updates))
 
     @property
     def value(self) -> float:
-        """The present scale."""
+        """The present scale. Waits for the device unless `take` has brought it."""
+        if self._read is not None:
+            return self._read[0]
         return float(self.scaler.get_scale())
 
     def update(self, *, overflow: bool) -> float:
@@ -42,17 +57,37 @@ class LossScale:
         Returns:
             The new scale.
         """
+        read, self._read = self._read, None
+        if read is not None:
+            factors = foreach.scaler_factors(self.scaler)
+            scale, updates = _next_scale(*read, overflow=overflow, **factors)
+            foreach.set_scaler(self.scaler, scale=scale, updates=updates)
+            return scale
         state = self.scaler.state_dict()
-        scale, applied = float(state["scale"]), int(state[GROWTH_TRACKER]) + 1
-        if overflow:
-            scale, applied = scale * state["backoff_factor"], 0
-        elif applied >= state["growth_interval"]:
-            applied = 0
-            grown = scale * state["growth_factor"]
-            if grown <= _LARGEST:
-                scale = grown
-        self.scaler.load_state_dict({**state, "scale": scale, GROWTH_TRACKER: applied})
+        scale, updates = _next_scale(
+            float(state["scale"]),
+            int(state[foreach.GROWTH_TRACKER]),
+            overflow=overflow,
+            growth=state["growth_factor"],
+            backoff=state["backoff_factor"],
+            interval=state["growth_interval"],
+        )
+        self.scaler.load_state_dict({**state, "scale": scale, foreach.GROWTH_TRACKER: updates})
         return scale
+
+
+def _next_scale(
+    scale: float, updates: int, *, overflow: bool, growth: float, backoff: float, interval: int
+) -> tuple[float, int]:
+    """Return the scale after a step, and the updates since the last change."""
+    if overflow:
+        return scale * backoff, 0
+    if updates + 1 < interval:
+        return scale, updates + 1
+    grown = scale * growth
+    if grown > _LARGEST:
+        grown = scale
+    return grown, 0
 
 
 def is_enabled(scaler: Any) -> bool:

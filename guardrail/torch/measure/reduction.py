@@ -37,6 +37,14 @@ from guardrail.torch.state import foreach
 from guardrail.torch.state.collectives import gather_objects
 
 
+def pack_numbers(vector: Tensor, more: Sequence[Tensor]) -> Tensor:
+    """Return a packed vector with further numbers of the device after it, each 0-d."""
+    if not more:
+        return vector
+    further = [number.detach().to(vector.device, vector.dtype) for number in more]
+    return torch.cat([vector, torch.stack(further)])
+
+
 class StepReduction:
     """Measures the gradients of the model and agrees on them with all other ranks.
 
@@ -193,6 +201,7 @@ class StepReduction:
         host[own_start + RANK_SLOTS["step_time"]] = step_time
         host[own_start + RANK_SLOTS["failed_save"]] = float(failed_save)
         tensors = self._enter_named(host, named or {}, update_square)
+        tokens_on_device = self._enter_tokens(host, tokens)
         vector = torch.tensor(host, dtype=self.dtype).to(self.device, non_blocking=True)
         for slot, value in tensors.items():
             vector[slot] = value.detach().to(self.device, self.dtype)
@@ -201,7 +210,7 @@ class StepReduction:
             vector[blocks] = block_sq.to(self.device)
         sums = [
             loss_sum,
-            torch.as_tensor(tokens, dtype=self.dtype, device=self.device),
+            vector[HEAD_SLOTS["tokens"]] if tokens_on_device is None else tokens_on_device,
             grad_sq,
             embed_sq,
         ]
@@ -215,6 +224,13 @@ class StepReduction:
         if self.world > 1:
             dist.all_reduce(vector)
         return torch.cat([vector, self._squares(vector).sqrt()])
+
+    def _enter_tokens(self, host: list[float], tokens: Tensor | float) -> Tensor | None:
+        """Write a token count of the host into `host`; return one that is on the device."""
+        if isinstance(tokens, Tensor) and tokens.device.type == self.device.type:
+            return tokens.detach().to(self.dtype)
+        host[HEAD_SLOTS["tokens"]] = float(tokens)
+        return None
 
     def _square_norms(
         self, present: list[bool], gradients: list[Tensor]

@@ -101,6 +101,34 @@ def reads_found_inf(optimizer: Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
+def scaler_tensors(scaler: Any) -> list[Tensor]:
+    """Return scale and growth tracker of a torch.amp.GradScaler, both 0-d.
+
+    []: it has not scaled yet, or is of another class, and has no tensors.
+    """
+    tensors = [getattr(scaler, name, None) for name in ("_scale", GROWTH_TRACKER)]
+    found = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    if len(found) != len(tensors):
+        return []
+    return found
+
+
+def scaler_factors(scaler: Any) -> dict[str, Any]:
+    """Return how a GradScaler changes its scale: factors, and updates between two increases."""
+    return {
+        "growth": scaler.get_growth_factor(),
+        "backoff": scaler.get_backoff_factor(),
+        "interval": scaler.get_growth_interval(),
+    }
+
+
+def set_scaler(scaler: Any, *, scale: float, updates: int) -> None:
+    """Set the tensors of a GradScaler without waiting for the device."""
+    scale_tensor, tracker = scaler_tensors(scaler)
+    scale_tensor.fill_(scale)
+    tracker.fill_(updates)
+
+
 def step_unless(optimizer: Any, skip: Tensor) -> None:
     """Step the optimizer, which changes nothing where `skip` is 1 on the device.
 
