@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from guardrail.decide.anomaly_signature import ReplayPass
 from guardrail.decide.hardware_fault import NONDETERMINISTIC, RankNumbers
+from guardrail.decide.repeatability import Repeatability, compare_passes
 from guardrail.decide.sample_cursor import Batch
 from guardrail.decide.sample_outliers import Sample
 from guardrail.rundir.manifest import BUFFER, MODEL
@@ -59,6 +61,7 @@ class Replays:
 
     Attributes:
         passes: number of passes of the present visit.
+        repeatability: of passes in this process; None: not measured.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Replays:
         self._loss_scale, self._gather = loss_scale, gather
         self._report_progress = report_progress
         self.passes = 0
+        self.repeatability: Repeatability | None = None
         # (from an older state?, positions of a batch) -> this rank's samples of it
         self._samples: dict[tuple[bool, tuple[int, ...]], list[Sample]] = {}
         self._is_older_state = False
@@ -87,8 +91,26 @@ class Replays:
 
     @property
     def tolerance(self) -> float:
-        """See `replay_tolerance`."""
-        return replay_tolerance(self.reduction.device)
+        """The relative difference within which two passes count as the same."""
+        if self.repeatability is None:
+            return assumed_tolerance(self.reduction.device)
+        return self.repeatability.tolerance
+
+    def measure_repeatability(self, batch: Batch, *, step: int) -> Repeatability:
+        """Run a batch twice, and remember whether it gave the same bits. A collective.
+
+        The run stays unchanged. There must be no gradients that are still needed.
+        """
+        numbers: list[list[RankNumbers]] = []
+        sums: list[list[float]] = []
+        with self.visit(keep_gradients=False):
+            for _ in range(2):
+                one = self.run(batch, step=step, what="the batch")
+                numbers.append(self.gather_rank_numbers())
+                sums.append(list(one.signals.values()))
+        self.repeatability = compare_passes(numbers[0], numbers[1], sums=(sums[0], sums[1]))
+        self.start_attempt()
+        return self.repeatability
 
     @contextlib.contextmanager
     def visit(self, *, keep_gradients: bool) -> Iterator[None]:
@@ -225,15 +247,25 @@ class Replays:
             parameter.grad = None
 
 
-def replay_tolerance(device: torch.device) -> float:
-    """Return the relative difference within which the same pass gives the same number.
+def needs_measurement(device: torch.device) -> bool:
+    """Return whether two passes may differ.
 
-    0 on a CPU, and on a GPU with deterministic algorithms. Else as much as kernels that add in any
-    order may differ.
+    Kernels of a CPU add in a fixed order, and so does gloo.
     """
-    if device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
-        return 0.0
-    return NONDETERMINISTIC
+    if device.type != "cpu":
+        return True
+    return dist.is_initialized() and dist.get_backend() != "gloo"
+
+
+def assumed_tolerance(device: torch.device) -> float:
+    """Return the tolerance where nothing was measured.
+
+    torch's flag for deterministic algorithms does not count: it covers neither NCCL nor kernels of
+    other packages, and it is also set where torch only warns.
+    """
+    if needs_measurement(device):
+        return NONDETERMINISTIC
+    return 0.0
 
 
 def build_pass(reduced: ReducedStep, *, what: str) -> ReplayPass:

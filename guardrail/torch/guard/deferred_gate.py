@@ -42,7 +42,6 @@ from guardrail.core.errors import UsageError
 from guardrail.core.records.findings import Observation
 from guardrail.core.records.verdicts import Action
 from guardrail.decide.sample_cursor import CursorState
-from guardrail.torch.diagnose.batch_replay import replay_tolerance
 from guardrail.torch.guard.between_steps import BetweenSteps
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.side_effects import StepSideEffects
@@ -102,6 +101,8 @@ class DeferredGate:
         side_effects: of the present step.
         between_steps: what is done after the loop body of a step.
         needs_outcome: returns whether the outcome of step number N is needed right after it.
+        tolerance: returns the relative difference within which a step that is computed again is
+            the same.
 
     Attributes:
         pending: the step whose numbers were not read yet.
@@ -124,11 +125,13 @@ class DeferredGate:
         side_effects: StepSideEffects,
         between_steps: BetweenSteps,
         needs_outcome: Callable[[int], bool],
+        tolerance: Callable[[], float],
     ) -> None:
         self._ctx, self._applier = ctx, applier
         self._reduction, self._metrics, self._judge = reduction, metrics, judge
         self._executor, self._side_effects = executor, side_effects
         self._between_steps, self._needs_outcome = between_steps, needs_outcome
+        self._tolerance = tolerance
         self.pending: PendingStep | None = None
         self._signals: tuple[str, ...] = ()  # of the last step that was judged
         self._dropped = 0  # number of the step that is computed again; 0: none
@@ -327,7 +330,7 @@ class DeferredGate:
         if self._first is None:
             return again
         (first, own), self._first = self._first, None
-        if _is_same(first, again, replay_tolerance(self._reduction.device)):
+        if _is_same(first, again, self._tolerance()):
             return again
         self._reduction.own = own
         return replace(

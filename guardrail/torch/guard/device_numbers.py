@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from guardrail.torch.measure.loss_scaler import LossScale
+from guardrail.torch.measure.reduction import pack_numbers
 
 
 class DeviceNumbers:
@@ -33,6 +34,16 @@ class DeviceNumbers:
         if self._scale is not None:
             tensors += self._scale.tensors()
         return tensors
+
+    def read_with(self, vector: Tensor) -> tuple[list[float], float]:
+        """Read a packed vector and these numbers. The host waits for the device once.
+
+        Returns:
+            (the values of the vector, the learning rate without any remedy).
+        """
+        values = pack_numbers(vector, self.tensors()).tolist()
+        rate = self.take(values[len(vector) :], host_rate=self.host_rate())
+        return values[: len(vector)], rate
 
     def host_rate(self) -> float | None:
         """Return the learning rate without any remedy; None: it is one of `tensors`."""

@@ -37,7 +37,6 @@ from guardrail.torch.guard.parts import GuardParts
 from guardrail.torch.guard.step import Step
 from guardrail.torch.measure.loss_scaler import is_enabled
 from guardrail.torch.measure.reduced_step import ReducedStep
-from guardrail.torch.measure.reduction import pack_numbers
 
 __all__ = ["Guard", "Step"]
 
@@ -188,11 +187,11 @@ class Guard(GuardParts):
     def _begin_step(self, batch: Batch, seconds: float) -> Step:
         """Return the next step; finishing the previous one has taken `seconds`."""
         self.heartbeat.set_phase(Phase.STEP, self.step + 1)
+        if self.step_diagnosis is not None:
+            self.step_diagnosis.begin_step(batch)
         began = time.perf_counter()
         repeated = self.deferred_gate is not None and self.deferred_gate.begin()
         self.side_effects.begin()
-        if self.replays is not None:
-            self.replays.start_attempt()
         step = Step(
             self.finish,
             number=self.step + 1,
@@ -321,22 +320,15 @@ class Guard(GuardParts):
             self.metrics.measure_since(began)
             deferred.decide(step, vector, safe_limits, nominal=nominal)
             return None
-        numbers = self.applier.device_numbers
-        # The host waits for the device here, once in a step.
-        values = pack_numbers(vector, numbers.tensors()).tolist()
-        rate = numbers.take(values[len(vector) :], host_rate=numbers.host_rate())
-        scale = self.applier.loss_scale
-        computed = self.reduction.unpack(values[: len(vector)], nominal, scale)
-        rate *= self.context.effects(step.number).lr
+        values, rate = self.applier.device_numbers.read_with(vector)
+        computed = self.reduction.unpack(values, nominal, self.applier.loss_scale)
         verdict = self._finish(step, computed, began, rate)
         if not step.applied:
             self.side_effects.begin_rest()
         return verdict
 
-    def _finish(
-        self, step: Step, computed: ReducedStep, began: float, rate: float
-    ) -> Verdict | None:
-        """Judge what the host has read, and carry the verdict out."""
+    def _finish(self, step: Step, computed: ReducedStep, began: float, lr: float) -> Verdict | None:
+        """Judge what the host has read, and carry the verdict out. `lr`: without any remedy."""
         reduced = computed
         if self.deferred_gate is not None:
             reduced = self.deferred_gate.first_numbers(computed)
@@ -344,6 +336,7 @@ class Guard(GuardParts):
             self.verdict_executor.end_incomplete()
             return None
         self.checks.refuse_without_gradients(step, computed)
+        rate = lr * self.context.effects(step.number).lr
         before = self.controller.state_dict() if reduced is not computed else None
         observation, verdict = self.judge.judge(step, reduced, lr=rate)
         if before is not None and verdict.action is Action.APPLY:

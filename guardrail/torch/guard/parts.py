@@ -21,7 +21,7 @@ from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import StopSignals
 from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
 from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
-from guardrail.torch.diagnose.batch_replay import Replays
+from guardrail.torch.diagnose.batch_replay import Replays, assumed_tolerance
 from guardrail.torch.guard.between_steps import BetweenSteps
 from guardrail.torch.guard.command_actions import GuardActions
 from guardrail.torch.guard.command_handler import CommandHandler
@@ -238,9 +238,9 @@ class GuardParts:
     def _build_gates(self, hooks: LoopHooks) -> None:
         ctx = self.context
         self.replays = self._build_replays(hooks)
-        diagnosis: StepDiagnosis | None = None
+        self.step_diagnosis: StepDiagnosis | None = None
         if self.replays is not None:
-            diagnosis = StepDiagnosis(
+            self.step_diagnosis = StepDiagnosis(
                 ctx,
                 replays=self.replays,
                 ring=self.snapshots.ring,
@@ -262,7 +262,7 @@ class GuardParts:
             metrics=self.metrics,
             side_effects=self.side_effects,
             evidence=evidence,
-            diagnosis=diagnosis,
+            diagnosis=self.step_diagnosis,
             ask=self.command_handler.park,
             end=self._run_end.end,
             sample_texts=hooks.sample_texts,
@@ -279,6 +279,7 @@ class GuardParts:
                 side_effects=self.side_effects,
                 between_steps=self.between_steps,
                 needs_outcome=self._needs_outcome,
+                tolerance=self._tolerance,
             )
 
     def _build_replays(self, hooks: LoopHooks) -> Replays | None:
@@ -311,6 +312,12 @@ class GuardParts:
             retry_seconds=checkpoint.retry_seconds,
             commit_seconds=self.config.launch.save_timeout,
         )
+
+    def _tolerance(self) -> float:
+        """Return the relative difference within which two computations of a step are the same."""
+        if self.replays is None:
+            return assumed_tolerance(self.reduction.device)
+        return self.replays.tolerance
 
     def _needs_outcome(self, step: int) -> bool:
         """Return whether the run ends, or the state is copied, right after a step."""

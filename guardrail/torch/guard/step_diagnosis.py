@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from guardrail.core.events.run_state import Note
 from guardrail.core.records.verdicts import Action, Diagnosis, Mode, Verdict
 from guardrail.decide.sample_cursor import Batch
 from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
 from guardrail.torch.diagnose.attribution import Attribution, attribute_samples
-from guardrail.torch.diagnose.batch_replay import Replays
+from guardrail.torch.diagnose.batch_replay import Replays, needs_measurement
 from guardrail.torch.diagnose.cause_test import FAR, CauseTest
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.step import Step
@@ -27,6 +28,21 @@ class StepDiagnosis:
     ) -> None:
         self._ctx = ctx
         self._replays, self._ring, self._total_steps = replays, ring, total_steps
+
+    def begin_step(self, batch: Batch) -> None:
+        """Prepare for the step of `batch`, before its forward pass.
+
+        Before the first step of this process, the journal notes whether a pass gives the same bits
+        twice. That takes two passes. They are left out where the bits cannot differ.
+        """
+        replays, ctx = self._replays, self._ctx
+        replays.start_attempt()
+        is_known = replays.repeatability is not None
+        if is_known or not needs_measurement(replays.reduction.device):
+            return
+        found = replays.measure_repeatability(batch, step=ctx.progress.step + 1)
+        repeatable = {"kernels": found.kernels, "reduction": found.reduction}
+        ctx.recorder.write(Note(message=found.sentence(), data={"repeatable": repeatable}))
 
     def find_cause(self, step: Step, verdict: Verdict, reduced: ReducedStep) -> Diagnosis:
         """Return the cause of the incident that a rejected step belongs to."""

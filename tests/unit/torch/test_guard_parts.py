@@ -395,6 +395,7 @@ def deferred_gate(rig: Rig) -> DeferredGate:
         side_effects=StepSideEffects(rig.state),
         between_steps=fake,
         needs_outcome=lambda step: False,
+        tolerance=lambda: 0.0,
     )
 
 

@@ -26,7 +26,7 @@ FIRST_QUIET = 20  # the deferred gate has limits from then on
 SNAPSHOT_EVERY = 100  # none in the counted steps
 # The one read of a step. The deferred gate reads what has arrived on the host a step before.
 READ = {
-    "before_step": {"tolist in guard.finish": 1},
+    "before_step": {"tolist in device_numbers.read_with": 1},
     "deferred": {"tolist in deferred_gate.read_result": 1},
 }
 # option of the trainer -> what it adds to a step
