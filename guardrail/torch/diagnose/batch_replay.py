@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import math
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from guardrail.decide.anomaly_signature import ReplayPass
 from guardrail.decide.hardware_fault import NONDETERMINISTIC, RankNumbers
@@ -31,10 +31,14 @@ from guardrail.torch.diagnose.per_sample import (
     merge_samples,
     record_embedding_gradients,
 )
+from guardrail.torch.measure.gradient_norms import to_local
 from guardrail.torch.measure.reduced_step import ReducedStep
 from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.state.forward_side_effects import ForwardSideEffects
 from guardrail.torch.state.training_state import TrainingState
+
+# Elements of a gradient that a checksum widens to int64 at a time: 128 MiB with their places.
+_CHECKSUM_ELEMENTS = 1 << 23
 
 # (batch, step, rows) -> (loss sum of this rank, 0-d; label tokens in it; nominal tokens): forward
 # and backward over this rank's share of any batch, with its own RNG state, as for `Step.finish`,
@@ -105,9 +109,10 @@ class Replays:
         sums: list[list[float]] = []
         with self.visit(keep_gradients=False):
             for _ in range(2):
-                one = self.run(batch, step=step, what="the batch")
+                checksums: list[int] = []
+                one = self.run(batch, step=step, what="the batch", checksums=checksums)
                 numbers.append(self.gather_rank_numbers())
-                sums.append(list(one.signals.values()))
+                sums.append([*one.signals.values(), *self._gather(checksums[0])])
         self.repeatability = compare_passes(numbers[0], numbers[1], sums=(sums[0], sums[1]))
         self.start_attempt()
         return self.repeatability
@@ -191,12 +196,15 @@ class Replays:
         gain = (shuffled_loss - loss) / tokens
         return gain if math.isfinite(gain) else None
 
-    def run(self, batch: Batch, *, step: int, what: str) -> ReplayPass:
+    def run(
+        self, batch: Batch, *, step: int, what: str, checksums: list[int] | None = None
+    ) -> ReplayPass:
         """Run one pass from the present state; RNG states and buffers are restored. A collective.
 
         Args:
             step: number that an update would get.
             what: the batch, for a sentence.
+            checksums: if given, the checksum of this rank's reduced gradients is appended.
         """
         rows: Rows = []
         with self._one_pass():
@@ -213,6 +221,8 @@ class Replays:
                 loss_scale=self._loss_scale(),
                 replayed=True,
             )
+            if checksums is not None:
+                checksums.append(checksum_gradients(self.reduction.parameters))
         return build_pass(reduced, what=what)
 
     @contextlib.contextmanager
@@ -245,6 +255,34 @@ class Replays:
     def _drop_gradients(self) -> None:
         for parameter in self.reduction.parameters:
             parameter.grad = None
+
+
+def checksum_gradients(parameters: Sequence[nn.Parameter]) -> int:
+    """Return a number that depends on every bit of the gradients, or of this rank's shards.
+
+    A norm does not: one last bit of one element is lost in its rounding. Waits for the device once.
+    """
+    total: Tensor | None = None
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        checksum = _checksum_bits(to_local(parameter.grad).detach())
+        # int64 wraps around, the same each time.
+        total = checksum if total is None else total * 31 + checksum
+    if total is None:
+        return 0
+    return int(total) % 2**52  # a float64 holds it exactly
+
+
+def _checksum_bits(tensor: Tensor) -> Tensor:
+    """Return the sum of all elements' bits, each times its place; int64, 0-d."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.contiguous().view(-1).view(integers[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for part in bits.split(_CHECKSUM_ELEMENTS):
+        places = torch.arange(1, part.numel() + 1, dtype=torch.int64, device=bits.device)
+        total = total * 31 + (part.to(torch.int64) * places).sum()
+    return total
 
 
 def needs_measurement(device: torch.device) -> bool:
