@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from guardrail.torch.state import foreach
+from guardrail.torch.state.device_thread import DeviceThread
 
 _ALIGNMENT = 64  # bytes, a cache line
 _BLOCK = 1 << 27  # bytes of one host allocation; torch rounds pinned ones up to a power of two
@@ -97,9 +97,7 @@ class SpareBuffer:
     def __init__(self, layout: SnapshotLayout) -> None:
         self._layout = layout
         self._buffers: list[Tensor] | None = None
-        self._thread = threading.Thread(
-            target=self._allocate, name="guardrail-snapshots", daemon=True
-        )
+        self._thread = DeviceThread(self._allocate, name="guardrail-snapshots")
         self._thread.start()
 
     def _allocate(self) -> None:

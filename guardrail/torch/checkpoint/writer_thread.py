@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from guardrail.torch.state.device_thread import DeviceThread
+
 _NICENESS = 10
 
 
@@ -38,7 +40,7 @@ class WriterThread:
         with self._changed:
             self._tasks.append(task)
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread = DeviceThread(self._run, name=self._name)
                 self._thread.start()
             self._changed.notify_all()
 

@@ -7,10 +7,11 @@ on a thread, and meanwhile all ranks meet in small collectives that each rank an
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
+
+from guardrail.torch.state.device_thread import DeviceThread
 
 MEETING_SECONDS = 0.05  # between two meetings of ranks that wait
 FIRST_SECONDS = 0.002  # before the first one: most work is done by then
@@ -46,7 +47,7 @@ def run_together(work: Callable[[], T], gather: Gather, *, world: int) -> T:
     if world == 1:
         return work()
     task = _Task(work)
-    thread = threading.Thread(target=task.run, name="guardrail-slow-work", daemon=True)
+    thread = DeviceThread(task.run, name="guardrail-slow-work")
     thread.start()
     thread.join(FIRST_SECONDS)
     wait_together(lambda: not thread.is_alive(), gather)
