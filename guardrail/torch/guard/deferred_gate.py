@@ -52,7 +52,7 @@ from guardrail.torch.guard.update_applier import UpdateApplier
 from guardrail.torch.guard.verdict_executor import VerdictExecutor
 from guardrail.torch.measure.gradient_norms import to_local
 from guardrail.torch.measure.reduced_step import ReducedStep
-from guardrail.torch.measure.reduction import StepReduction, pack_numbers
+from guardrail.torch.measure.reduction import StepReduction, pack_numbers, upload_numbers
 from guardrail.torch.measure.update_gate import can_skip_on_device
 from guardrail.torch.state.forward_side_effects import ForwardSideEffects
 
@@ -216,7 +216,7 @@ class DeferredGate:
         """Let the device decide and apply, and continue as if the update were applied."""
         began = time.perf_counter()
         values, known, sound, scale = self._reduction.unpack_on_device(vector, nominal)
-        limits = torch.tensor(safe_limits, dtype=vector.dtype).to(vector.device, non_blocking=True)
+        limits = upload_numbers(safe_limits, vector.device, vector.dtype)
         # NaN is below no limit. A number that no rank gave is not judged, as on the host.
         applied = sound & (values[0] > 0) & ((values <= limits) | ~known).all()
         device_numbers = self._applier.device_numbers

@@ -58,19 +58,14 @@ class PackedVector:
         """Return the slot of the sum of a further number; its count of ranks is in the next one."""
         return self.named_start + 2 * index
 
-    def split_by_rank(self, values: Sequence[float]) -> list[Sequence[float]]:
-        """Return the `PER_RANK` numbers of each rank."""
-        starts = range(self.ranks_start, self.length, len(PER_RANK))
-        return [values[start : start + len(PER_RANK)] for start in starts]
+    def read_ranks(self, values: Sequence[float], name: str) -> tuple[float, ...]:
+        """Return one number of `PER_RANK` for each rank."""
+        first = self.ranks_start + RANK_SLOTS[name]
+        return tuple(values[first : self.length : len(PER_RANK)])
 
-
-def read_rank_slot(by_rank: Sequence[Sequence[float]], name: str) -> tuple[float, ...]:
-    """Return one number of `PER_RANK` for each rank."""
-    slot = RANK_SLOTS[name]
-    return tuple(numbers[slot] for numbers in by_rank)
-
-
-def flagged_ranks(by_rank: Sequence[Sequence[float]], name: str) -> tuple[int, ...]:
-    """Return the ranks whose flag `name` is set."""
-    flags = read_rank_slot(by_rank, name)
-    return tuple(rank for rank, flag in enumerate(flags) if flag)
+    def flagged_ranks(self, values: Sequence[float], name: str) -> tuple[int, ...]:
+        """Return the ranks whose flag `name` is set."""
+        flags = self.read_ranks(values, name)
+        if not any(flags):  # of thousands of ranks, in nearly every step
+            return ()
+        return tuple(rank for rank, flag in enumerate(flags) if flag)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -35,6 +36,19 @@ from guardrail.torch.measure.reduced_step import ReducedStep
 from guardrail.torch.measure.vector_reader import VectorReader
 from guardrail.torch.state import foreach
 from guardrail.torch.state.collectives import gather_objects
+
+
+def upload_numbers(
+    numbers: np.ndarray | Sequence[float], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return numbers of the host on the device, without waiting for it.
+
+    From pageable memory a copy of more than 64 KiB may wait: the vector of some 1,600 ranks.
+    """
+    tensor = torch.as_tensor(numbers, dtype=dtype)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pack_numbers(vector: Tensor, more: Sequence[Tensor]) -> Tensor:
@@ -190,7 +204,7 @@ class StepReduction:
         is_lacking = not (incomplete or replayed) and self.gradients.update(present)
         # Host numbers go to the device in one copy and device numbers are added there, so nothing
         # waits for the device before the reduction.
-        host = [0.0] * self._layout.length
+        host = np.zeros(self._layout.length)
         host[HEAD_SLOTS["command_kind"]] = float(command[0])
         host[HEAD_SLOTS["command_value"]] = command[1]
         host[HEAD_SLOTS["graded"]] = float(bool(gradients))
@@ -202,7 +216,7 @@ class StepReduction:
         host[own_start + RANK_SLOTS["failed_save"]] = float(failed_save)
         tensors = self._enter_named(host, named or {}, update_square)
         tokens_on_device = self._enter_tokens(host, tokens)
-        vector = torch.tensor(host, dtype=self.dtype).to(self.device, non_blocking=True)
+        vector = upload_numbers(host, self.device, self.dtype)
         for slot, value in tensors.items():
             vector[slot] = value.detach().to(self.device, self.dtype)
         if self.blocks:
@@ -225,7 +239,7 @@ class StepReduction:
             dist.all_reduce(vector)
         return torch.cat([vector, self._squares(vector).sqrt()])
 
-    def _enter_tokens(self, host: list[float], tokens: Tensor | float) -> Tensor | None:
+    def _enter_tokens(self, host: np.ndarray, tokens: Tensor | float) -> Tensor | None:
         """Write a token count of the host into `host`; return one that is on the device."""
         if isinstance(tokens, Tensor) and tokens.device.type == self.device.type:
             return tokens.detach().to(self.dtype)
@@ -273,7 +287,7 @@ class StepReduction:
         return torch.cat([vector[head : head + 2], blocks, update])
 
     def _enter_named(
-        self, host: list[float], named: Mapping[str, Tensor | float], update_square: Tensor | None
+        self, host: np.ndarray, named: Mapping[str, Tensor | float], update_square: Tensor | None
     ) -> dict[int, Tensor]:
         """Write further numbers into `host`; return those that are on the device, by slot."""
         unknown = named.keys() - set(self.named)

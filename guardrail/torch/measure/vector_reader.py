@@ -19,8 +19,6 @@ from guardrail.torch.measure.packed_vector import (
     HEAD,
     PER_RANK,
     PackedVector,
-    flagged_ranks,
-    read_rank_slot,
 )
 from guardrail.torch.measure.reduced_step import ReducedStep
 
@@ -58,7 +56,7 @@ class VectorReader:
             loss_scale: factor of the losses before backward, equal on all ranks; None: none.
         """
         sums = dict(zip(HEAD, values, strict=False))
-        by_rank = self._layout.split_by_rank(values)
+        layout = self._layout
         tokens = sums["tokens"]
         loss = float("nan")
         if tokens:
@@ -70,12 +68,12 @@ class VectorReader:
             scale /= loss_scale
         # After the reduction every rank has the bad gradient. The flags from before the reduction
         # name the rank that made it.
-        nonfinite_grad = flagged_ranks(by_rank, "nonfinite_local")
+        nonfinite_grad = layout.flagged_ranks(values, "nonfinite_local")
         if not nonfinite_grad:
-            nonfinite_grad = flagged_ranks(by_rank, "nonfinite_grad")
-        nonfinite_loss = flagged_ranks(by_rank, "nonfinite_loss")
-        failed_saves = read_rank_slot(by_rank, "failed_save")
-        roots = values[self._layout.length :]
+            nonfinite_grad = layout.flagged_ranks(values, "nonfinite_grad")
+        nonfinite_loss = layout.flagged_ranks(values, "nonfinite_loss")
+        failed_saves = layout.read_ranks(values, "failed_save")
+        roots = values[layout.length :]
         return ReducedStep(
             loss=loss,
             tokens=int(tokens),
@@ -87,7 +85,7 @@ class VectorReader:
             overflow=loss_scale is not None and bool(nonfinite_grad) and not nonfinite_loss,
             nonfinite_loss=nonfinite_loss,
             nonfinite_grad=nonfinite_grad,
-            step_times=read_rank_slot(by_rank, "step_time"),
+            step_times=layout.read_ranks(values, "step_time"),
             command_kind=int(sums["command_kind"]),
             command_value=sums["command_value"],
             stop=int(sums["stop"]),
