@@ -33,7 +33,7 @@ class StepDiagnosis:
         """Prepare for the step of `batch`, before its forward pass.
 
         Before the first step of this process, the journal notes whether a pass gives the same bits
-        twice. That takes two passes. They are left out where the bits cannot differ.
+        twice. That takes two passes. None is run where the bits cannot differ.
         """
         replays, ctx = self._replays, self._ctx
         replays.start_attempt()

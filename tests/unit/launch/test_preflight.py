@@ -65,7 +65,7 @@ def test_parts_of_a_device_are_not_counted_as_devices(
 
 @pytest.mark.parametrize(
     ("visible", "expected"),
-    [(None, 2), ("0", 1), ("0,1,2", 2), ("", 0), ("-1", 0), ("GPU-0af3", 1)],
+    [(None, 2), ("0", 1), ("0,1,2", 2), ("", 0), ("-1", 0), ("GPU-0af3", 1), ("0,-1,1", 1)],
 )
 def test_devices_that_are_hidden_do_not_count(
     visible: str | None, expected: int, files: list[str], monkeypatch: pytest.MonkeyPatch
