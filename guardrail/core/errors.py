@@ -49,7 +49,9 @@ class GuardrailError(Exception):
     """Base of all. `str(error)` is a complete sentence for a user.
 
     Args:
-        kind: short name of what is wrong, for programs, where the class alone does not say it.
+        message: the sentence. It may be worded anew in any version.
+        kind: what is wrong, in one or two words that stay, such as "no_such_run". Code and tests
+            compare it, not the sentence.
     """
 
     exit_code = ExitCode.WORKERS_FAILED

@@ -303,11 +303,13 @@ def refuse_alive(run: RunDirectory, status: Status | None) -> None:
     if status.phase.ended:
         raise RunDirectoryError(
             f"{run.name} has {status.phase.value} at step {status.step}, but its processes have not "
-            "ended yet\n  hint: try again in a few seconds"
+            "ended yet\n  hint: try again in a few seconds",
+            kind="ending",
         )
     raise RunDirectoryError(
         f"{run.name} is running on {clean_text(status.host, 80)}\n"
-        f"  hint: guardrail attach {run.name}, or guardrail ctl {run.name} stop"
+        f"  hint: guardrail attach {run.name}, or guardrail ctl {run.name} stop",
+        kind="running",
     )
 
 

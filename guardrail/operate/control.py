@@ -150,7 +150,7 @@ def send_and_wait(run: RunDirectory, command: Command, *, seconds: float) -> Eve
         state = "no process of it responds"
         if status is not None and status.phase.ended:
             state = f"it {status.phase.value} at step {status.step}"
-        raise UsageError(f"{run.name} is not running ({state})")
+        raise UsageError(f"{run.name} is not running ({state})", kind="not running")
     tail = JournalTail(run)
     run.send(command)
     is_stop = command.kind == Stop.name
@@ -169,22 +169,26 @@ def send_and_wait(run: RunDirectory, command: Command, *, seconds: float) -> Eve
             if isinstance(event, Ended):
                 if is_stop:
                     return event
-                raise UsageError(f"{run.name} ended before it answered ({event.message})")
+                raise UsageError(
+                    f"{run.name} ended before it answered ({event.message})", kind="ended"
+                )
         time.sleep(POLL_SECONDS)
     status = run.read_status()
     if status is not None and status.commands_problem:
         raise UsageError(
-            f"{run.name} cannot read commands: {status.commands_problem}. The command is queued."
+            f"{run.name} cannot read commands: {status.commands_problem}. The command is queued.",
+            kind="unread",
         )
     raise UsageError(
         f"no answer from {run.name} after {seconds:g} s. The command is queued and runs when the "
-        "trainer responds."
+        "trainer responds.",
+        kind="no answer",
     )
 
 
 def _raise_refusal(run: RunDirectory, answer: CommandAnswered) -> None:
     if not answer.is_applied:
-        raise UsageError(f"{run.name} refuses: {answer.reason or answer.message}")
+        raise UsageError(f"{run.name} refuses: {answer.reason or answer.message}", kind="refused")
 
 
 def format_answer(answer: Event | None) -> str:

@@ -42,11 +42,13 @@ class Refusal(Record, frozen=True, kw_only=True):
 
     Attributes:
         id: the command's own id, where it has a valid one; else made of the file name.
-        reason: what is wrong.
+        problem: which check refused it, in one or two words that stay, such as "not JSON".
+        reason: what is wrong, as a sentence.
         kind, value, who: as the file says, as far as it can be read.
     """
 
     id: str
+    problem: str
     reason: str
     kind: str = ""
     value: float = 0.0
@@ -207,11 +209,13 @@ class Inbox:
         try:
             found = self._read_file(folder, name)
         except Exception as error:  # hostile content that no other check expects
-            found = _refuse(name, f"it cannot be understood ({type(error).__name__})")
+            found = _refuse(
+                name, "not understood", f"it cannot be understood ({type(error).__name__})"
+            )
         if isinstance(found, Command):
             first = self._first_names.setdefault(found.id, name)
             if first != name:
-                return _refuse(name, f"another command had the id {found.id} before")
+                return _refuse(name, "used id", f"another command had the id {found.id} before")
         return found
 
     def _read_file(self, folder: int, name: str) -> Command | Refusal | None:
@@ -220,22 +224,22 @@ class Inbox:
         try:
             info = os.stat(name, dir_fd=folder, follow_symlinks=False)
             if not stat.S_ISREG(info.st_mode):
-                return _refuse(name, "it is not a regular file")
+                return _refuse(name, "no file", "it is not a regular file")
             descriptor = os.open(name, flags, dir_fd=folder)
         except FileNotFoundError:
             return None
         except OSError as error:
-            return _refuse(name, f"it cannot be opened ({error.strerror})")
+            return _refuse(name, "unreadable", f"it cannot be opened ({error.strerror})")
         try:
             info = os.fstat(descriptor)
             if not stat.S_ISREG(info.st_mode):
-                return _refuse(name, "it is not a regular file")
+                return _refuse(name, "no file", "it is not a regular file")
             if info.st_uid != self.owner:
-                return _refuse(
-                    name, f"it belongs to user {info.st_uid}, the run to user {self.owner}"
-                )
+                owners = f"it belongs to user {info.st_uid}, the run to user {self.owner}"
+                return _refuse(name, "other owner", owners)
             if info.st_size > MAX_BYTES:
-                return _refuse(name, f"it has {info.st_size} bytes, more than {MAX_BYTES}")
+                sizes = f"it has {info.st_size} bytes, more than {MAX_BYTES}"
+                return _refuse(name, "too large", sizes)
             data = os.read(descriptor, MAX_BYTES + 1)
         except OSError:
             return None
@@ -248,12 +252,13 @@ def _parse(name: str, data: bytes) -> Command | Refusal:
     try:
         fields = msgspec.json.decode(data)
     except (ValueError, RecursionError) as error:  # the errors of msgspec are ValueErrors
-        return _refuse(name, f"it is not JSON ({error})")
+        return _refuse(name, "not JSON", f"it is not JSON ({error})")
     if not isinstance(fields, dict):
-        return _refuse(name, "it is not a JSON object")
+        return _refuse(name, "not an object", "it is not a JSON object")
     kind = find_command(fields.get("kind"))
     if kind is None:
-        return _refuse(name, f"its kind is none of {', '.join(command_names())}", fields)
+        known = f"its kind is none of {', '.join(command_names())}"
+        return _refuse(name, "unknown kind", known, fields)
     fields["kind"] = kind.name
     value = fields.get("value")
     if isinstance(value, str):
@@ -265,19 +270,20 @@ def _parse(name: str, data: bytes) -> Command | Refusal:
         command = msgspec.convert(fields, Command)
         reason = check_command(command)
     except (ValueError, OverflowError, RecursionError) as error:
-        return _refuse(name, f"it does not fit a command ({error})", fields)
+        return _refuse(name, "wrong type", f"it does not fit a command ({error})", fields)
     if reason is not None:
-        return _refuse(name, reason, fields)
+        return _refuse(name, "out of range", reason, fields)
     return msgspec.structs.replace(command, who=clean_text(command.who, MAX_WHO))
 
 
-def _refuse(name: str, reason: str, fields: dict[str, Any] | None = None) -> Refusal:
+def _refuse(name: str, problem: str, reason: str, fields: dict[str, Any] | None = None) -> Refusal:
     fields = fields or {}
     id = fields.get("id")
     if not isinstance(id, str) or not _ID.fullmatch(id):
         id = _id_from_name(name)
     return Refusal(
         id=id,
+        problem=problem,
         reason=clean_text(reason, MAX_REASON),
         kind=_as_text(fields.get("kind"), MAX_KIND),
         value=as_float(fields.get("value", 0.0)),

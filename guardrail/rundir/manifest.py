@@ -171,22 +171,26 @@ def read_manifest(folder: Path) -> Manifest:
         content = read_file(path)
     except FileNotFoundError as error:
         raise CheckpointInvalid(
-            f"{folder.name}: {MANIFEST} is missing: the checkpoint was never finished"
+            f"{folder.name}: {MANIFEST} is missing: the checkpoint was never finished",
+            kind="missing",
         ) from error
     except OSError as error:
         raise CheckpointInvalid(
-            f"{folder.name}: {MANIFEST} cannot be read ({error.strerror})"
+            f"{folder.name}: {MANIFEST} cannot be read ({error.strerror})", kind="unreadable"
         ) from error
     body = _unsealed(content, folder)
     try:
         found = msgspec.json.decode(body, type=dict[str, Any]).get("format")
         if found != FORMAT:
             raise CheckpointInvalid(
-                f"{folder.name}: written in format {found}, this version reads format {FORMAT}"
+                f"{folder.name}: written in format {found}, this version reads format {FORMAT}",
+                kind="other format",
             )
         manifest = msgspec.json.decode(body, type=Manifest)
     except msgspec.DecodeError as error:
-        raise CheckpointInvalid(f"{folder.name}: {MANIFEST} is not a manifest ({error})") from error
+        raise CheckpointInvalid(
+            f"{folder.name}: {MANIFEST} is not a manifest ({error})", kind="no manifest"
+        ) from error
     _check_consistent(manifest, folder)
     return manifest
 
@@ -205,8 +209,13 @@ def _unsealed(content: bytes, folder: Path) -> bytes:
             old = isinstance(json.loads(content), dict) and not content.startswith(_BEFORE[:5])
         except ValueError:
             old = False
-        why = "is of an unknown format" if old else "is not what was written: cut off or changed"
-        raise CheckpointInvalid(f"{folder.name}: {MANIFEST} {why}")
+        if old:
+            raise CheckpointInvalid(
+                f"{folder.name}: {MANIFEST} is of an unknown format", kind="other format"
+            )
+        raise CheckpointInvalid(
+            f"{folder.name}: {MANIFEST} is not what was written: cut off or changed", kind="changed"
+        )
     return body
 
 
@@ -214,17 +223,23 @@ def _check_consistent(manifest: Manifest, folder: Path) -> None:
     """Raise CheckpointInvalid unless all pieces are in listed files and cover their tensors."""
     names = {file.name for file in manifest.files}
     if any(Path(name).name != name or name in (".", "..") for name in names):
-        raise CheckpointInvalid(f"{folder.name}: the manifest names a file outside of its folder")
+        raise CheckpointInvalid(
+            f"{folder.name}: the manifest names a file outside of its folder", kind="outside"
+        )
     for name, tensor in manifest.tensors.items():
         if tensor.dtype not in ITEM_BYTES:
-            raise CheckpointInvalid(f"{folder.name}: {name} has the unknown type {tensor.dtype!r}")
+            raise CheckpointInvalid(
+                f"{folder.name}: {name} has the unknown type {tensor.dtype!r}", kind="unknown dtype"
+            )
         if not all(piece.file in names for piece in tensor.pieces):
             raise CheckpointInvalid(
-                f"{folder.name}: {name} lies in a file that the manifest does not list"
+                f"{folder.name}: {name} lies in a file that the manifest does not list",
+                kind="unlisted file",
             )
         if not covers(tensor.shape, tensor.boxes()):
             raise CheckpointInvalid(
-                f"{folder.name}: the pieces of {name} do not make up its shape {tensor.shape}"
+                f"{folder.name}: the pieces of {name} do not make up its shape {tensor.shape}",
+                kind="incomplete tensor",
             )
 
 
@@ -274,7 +289,9 @@ def refuse_link(folder: Path, name: str, mode: int) -> None:
     The target of a link may change or disappear, and a copy of the folder does not contain it.
     """
     if not stat.S_ISREG(mode):
-        what = "a link to another file" if stat.S_ISLNK(mode) else "no regular file"
+        what, kind = "no regular file", "no file"
+        if stat.S_ISLNK(mode):
+            what, kind = "a link to another file", "link"
         raise CheckpointInvalid(
-            f"{folder.name}/{name} is {what}: a checkpoint holds its files itself"
+            f"{folder.name}/{name} is {what}: a checkpoint holds its files itself", kind=kind
         )

@@ -31,7 +31,9 @@ def create_numbered(root: str | os.PathLike[str], name: str, config_toml: str) -
     Several processes may do this at once: each gets its own number. Raises RunDirectoryError.
     """
     if not is_run_name(name):
-        raise RunDirectoryError(f"{clean_text(name, 80)!r} is no name for a run: {NAME}")
+        raise RunDirectoryError(
+            f"{clean_text(name, 80)!r} is no name for a run: {NAME}", kind="wrong name"
+        )
     parent = Path(root) / name
     try:
         parent.mkdir(parents=True, exist_ok=True, mode=FOLDER_MODE)
@@ -108,9 +110,9 @@ def check_is_run(path: Path) -> None:
         if known:
             os.listdir(path)
     except PermissionError as error:
-        raise RunDirectoryError(f"{path}: you may not read it") from error
+        raise RunDirectoryError(f"{path}: you may not read it", kind="no permission") from error
     if known:
         return
     if path.is_dir():
-        raise RunDirectoryError(f"{path}: not a run directory")
-    raise RunDirectoryError(f"{path}: no such run")
+        raise RunDirectoryError(f"{path}: not a run directory", kind="not a run")
+    raise RunDirectoryError(f"{path}: no such run", kind="no such run")

@@ -301,9 +301,11 @@ class RunDirectory:
         """
         reason = check_command(command)
         if reason is not None:
-            raise RunDirectoryError(reason)
+            raise RunDirectoryError(reason, kind="wrong command")
         if os.geteuid() != self.path.stat().st_uid:
-            raise RunDirectoryError(f"{self.path}: not your run; only its owner may send commands")
+            raise RunDirectoryError(
+                f"{self.path}: not your run; only its owner may send commands", kind="other owner"
+            )
         self._folder(self.commands)
         self.inbox.send(command)
 

@@ -66,7 +66,7 @@ class RunLock:
                 time.sleep(0.02)
         holder = _read(self._descriptor)
         who = holder.sentence() if holder else "an unknown process"
-        raise RunDirectoryError(f"{path.parent}: already running ({who})")
+        raise RunDirectoryError(f"{path.parent}: already running ({who})", kind="running")
 
     def release(self) -> None:
         _HELD.discard(self)

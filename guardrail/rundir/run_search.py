@@ -43,7 +43,8 @@ def find_run(spec: str | None, root: str | os.PathLike[str]) -> RunDirectory:
         return RunDirectory.open(spec)
     if not runs:
         raise RunDirectoryError(
-            f"no such run: {clean_text(spec or '', 200) or 'there is none'} in {root}"
+            f"no such run: {clean_text(spec or '', 200) or 'there is none'} in {root}",
+            kind="no runs",
         )
     if spec is None:
         return runs[0]
@@ -58,12 +59,16 @@ def find_run(spec: str | None, root: str | os.PathLike[str]) -> RunDirectory:
         return matches[0]
     if matches:
         names = ", ".join(run.name for run in matches[:5]) + (" ..." if len(matches) > 5 else "")
-        raise RunDirectoryError(f"{clean_text(spec, 200)!r} is not one run; it could be {names}")
+        raise RunDirectoryError(
+            f"{clean_text(spec, 200)!r} is not one run; it could be {names}", kind="several runs"
+        )
     close = difflib.get_close_matches(
         spec, [run.name for run in runs] + [run.path.parent.name for run in runs], n=1
     )
     hint = f"\n  hint: did you mean {close[0]}?" if close else ""
-    raise RunDirectoryError(f"no such run: {clean_text(spec, 200)} in {root}{hint}")
+    raise RunDirectoryError(
+        f"no such run: {clean_text(spec, 200)} in {root}{hint}", kind="no such run"
+    )
 
 
 def _folders(path: Path) -> list[Path]:

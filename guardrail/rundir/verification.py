@@ -56,7 +56,8 @@ def verify(
             if digest != file.sha256:
                 raise CheckpointInvalid(
                     f"{folder.name}/{file.name}: its content is not what was written "
-                    f"(SHA-256 {digest[:12]}..., the manifest says {file.sha256[:12]}...)"
+                    f"(SHA-256 {digest[:12]}..., the manifest says {file.sha256[:12]}...)",
+                    kind="changed",
                 )
     _check_headers(folder, manifest)
     return manifest
@@ -66,17 +67,18 @@ def _check_size(folder: Path, file: FileEntry) -> None:
     try:
         found = (folder / file.name).lstat()
     except FileNotFoundError as error:
-        raise CheckpointInvalid(f"{folder.name}/{file.name} is missing") from error
+        raise CheckpointInvalid(f"{folder.name}/{file.name} is missing", kind="missing") from error
     except OSError as error:
         raise CheckpointInvalid(
-            f"{folder.name}/{file.name} cannot be read ({error.strerror})"
+            f"{folder.name}/{file.name} cannot be read ({error.strerror})", kind="unreadable"
         ) from error
     refuse_link(folder, file.name, found.st_mode)
     size = found.st_size
     if size != file.bytes:
         how = "cut off" if size < file.bytes else "too long"
         raise CheckpointInvalid(
-            f"{folder.name}/{file.name} is {how}: {size} bytes, the manifest says {file.bytes}"
+            f"{folder.name}/{file.name} is {how}: {size} bytes, the manifest says {file.bytes}",
+            kind=how,
         )
 
 
@@ -95,7 +97,7 @@ def _hashed(
                     progress(done, total)
     except OSError as error:
         raise CheckpointInvalid(
-            f"{folder.name}/{file.name} cannot be read ({error.strerror})"
+            f"{folder.name}/{file.name} cannot be read ({error.strerror})", kind="unreadable"
         ) from error
     return digest.hexdigest(), done
 
@@ -107,7 +109,8 @@ def _check_headers(folder: Path, manifest: Manifest) -> None:
             held = headers[piece.file].get(name)
             if held is None or (held.dtype, held.shape) != (tensor.dtype, piece.size):
                 raise CheckpointInvalid(
-                    f"{folder.name}/{piece.file} does not hold the piece of {name} it should"
+                    f"{folder.name}/{piece.file} does not hold the piece of {name} it should",
+                    kind="missing piece",
                 )
 
 
@@ -150,11 +153,14 @@ def _row_major(
     def content(piece: Piece) -> Any:
         entries, start = headers[piece.file]
         if name not in entries:
-            raise CheckpointInvalid(f"{folder.name}/{piece.file} does not hold {name}")
+            raise CheckpointInvalid(
+                f"{folder.name}/{piece.file} does not hold {name}", kind="missing piece"
+            )
         begin, end = entries[name].data_offsets
         if end - begin != item * math.prod(piece.size):
             raise CheckpointInvalid(
-                f"{folder.name}/{piece.file}: {name} has another size than the manifest says"
+                f"{folder.name}/{piece.file}: {name} has another size than the manifest says",
+                kind="other size",
             )
         shape = (*piece.size, item)
         if begin == end:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from guardrail.core.errors import RunDirectoryError
 from guardrail.core.events.event import Event
 from guardrail.core.files import as_float
 from guardrail.core.records.commands import Command
-from guardrail.rundir.command_files import Inbox, check_command, find_interrupted
+from guardrail.decide.control_commands.registry import find_command
+from guardrail.rundir.command_files import MAX_ID, Inbox, check_command, find_interrupted
 from guardrail.rundir.mailbox import CommandPoller
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.events import make_line
@@ -58,46 +59,48 @@ def test_an_answered_command_is_not_obeyed_again_after_a_crash(run: RunDirectory
     assert os.listdir(run.commands) == []
 
 
+# The content of a file -> (the check that refuses it, the kind of the command as it was read).
 BAD_COMMANDS = {
-    "empty": (b"", "not JSON"),
-    "half": (b'{"kind": "pau', "not JSON"),
-    "binary": (b"\xff\x00\x1b[2J", "not JSON"),
-    "deep": (b"[" * 30_000, "not JSON"),
-    "list": (b'["pause"]', "not a JSON object"),
-    "kind": (b'{"kind": "explode"}', "none of pause, resume"),
-    "no-kind": (b'{"value": 1}', "none of pause"),
-    "kind-type": (b'{"kind": ["pause"]}', "none of pause"),
-    "value-type": (b'{"kind": "lr", "value": "much"}', "does not fit"),
-    "value-huge": (b'{"kind": "skip", "value": 1e999}', "skip takes|not JSON"),
-    "step-type": (b'{"kind": "pause", "at_step": "soon"}', "does not fit"),
-    "step-huge": (
-        b'{"kind": "pause", "at_step": 99999999999999999999999999}',
-        "does not fit|at_step",
-    ),
-    "lr-zero": (b'{"kind": "lr", "value": 0}', "factor in"),
-    "lr-nan": (b'{"kind": "lr", "value": "nan"}', "factor in"),
-    "alpha": (b'{"kind": "embed-alpha", "value": 1.5}', "factor in"),
-    "skip": (b'{"kind": "skip", "value": 2.5}', "batches"),
-    "rollback": (b'{"kind": "rollback", "value": -3}', "takes a step"),
-    "policy": (b'{"kind": "policy", "value": 7}', "0 to 3"),
-    "answer": (b'{"kind": "answer", "value": 3}', "0 to 2"),
-    "pause": (b'{"kind": "pause", "value": 5}', "takes no value"),
-    "id": (b'{"kind": "pause", "id": "../../etc"}', "the id must"),
-    "large": (b" " * 70_000, "more than"),
+    "empty": (b"", "not JSON", ""),
+    "half": (b'{"kind": "pau', "not JSON", ""),
+    "binary": (b"\xff\x00\x1b[2J", "not JSON", ""),
+    "deep": (b"[" * 30_000, "not JSON", ""),
+    "list": (b'["pause"]', "not an object", ""),
+    "kind": (b'{"kind": "explode"}', "unknown kind", "explode"),
+    "no-kind": (b'{"value": 1}', "unknown kind", ""),
+    "kind-type": (b'{"kind": ["pause"]}', "unknown kind", "(list)"),
+    "value-type": (b'{"kind": "lr", "value": "much"}', "wrong type", "lr"),
+    "value-huge": (b'{"kind": "skip", "value": 1e999}', "not JSON", ""),
+    "step-type": (b'{"kind": "pause", "at_step": "soon"}', "wrong type", "pause"),
+    "step-huge": (b'{"kind": "pause", "at_step": 99999999999999999999}', "out of range", "pause"),
+    "lr-zero": (b'{"kind": "lr", "value": 0}', "out of range", "lr"),
+    "lr-nan": (b'{"kind": "lr", "value": "nan"}', "out of range", "lr"),
+    "alpha": (b'{"kind": "embed-alpha", "value": 1.5}', "out of range", "shrink-embedding"),
+    "skip": (b'{"kind": "skip", "value": 2.5}', "out of range", "skip"),
+    "rollback": (b'{"kind": "rollback", "value": -3}', "out of range", "rollback"),
+    "policy": (b'{"kind": "policy", "value": 7}', "out of range", "mode"),
+    "answer": (b'{"kind": "answer", "value": 3}', "out of range", "answer"),
+    "pause": (b'{"kind": "pause", "value": 5}', "out of range", "pause"),
+    "id": (b'{"kind": "pause", "id": "../../etc"}', "out of range", "pause"),
+    "large": (b" " * 70_000, "too large", ""),
 }
+
+
+# What the reason names, if it is not the range of the command's argument.
+LIMITS = {"id": str(MAX_ID), "step-huge": "at_step"}
 
 
 @pytest.mark.parametrize("name", BAD_COMMANDS)
 def test_bad_commands_are_refused_with_a_reason(run: RunDirectory, name: str) -> None:
-    content, reason = BAD_COMMANDS[name]
+    content, problem, kind = BAD_COMMANDS[name]
     (run.commands / f"{name}.json").write_bytes(content)
     run.send(Command(id="good", kind="pause"))
     assert [c.id for c in run.commands_pending()] == ["good"]
     (refusal,) = run.commands_refused()
-    assert msgspec.json.encode(reason) and any(
-        part in refusal.reason for part in reason.split("|")
-    ), refusal.reason
-    assert refusal.id == name and refusal.reason.isprintable()
+    assert (refusal.problem, refusal.kind) == (problem, kind), refusal.reason
+    assert refusal.id == name and refusal.reason and refusal.reason.isprintable()
+    if problem == "out of range":
+        assert LIMITS.get(name, find_command(kind).argument.expected) in refusal.reason
     run.answer(refusal, applied=False, step=3)
     assert run.commands_refused() == [] and [c.id for c in run.commands_pending()] == ["good"]
     answer = run.events()[-1]
@@ -132,20 +135,22 @@ def test_links_pipes_and_folders_in_the_inbox_are_refused_and_removed(
     assert run.commands_pending() == []
     refused = run.commands_refused()
     assert sorted(r.id for r in refused) == ["dangling", "folder", "full", "link", "pipe"]
-    assert {r.reason for r in refused} == {"it is not a regular file"}
+    assert {r.problem for r in refused} == {"no file"}
     for refusal in refused:
         run.command_done(refusal.id)
     assert secret.exists() and run.commands_refused() == []
     assert sorted(os.listdir(run.commands)) == [".tmp-half-written", "full.json"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs to give a file to somebody else")
-def test_a_command_of_somebody_else_is_refused(run: RunDirectory) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to give a file to another user")
+def test_a_command_of_another_user_is_refused(run: RunDirectory) -> None:
     run.send(Command(id="theirs", kind="stop"))
     (file,) = run.commands.iterdir()
     os.chown(file, 12345, 12345)
     assert run.commands_pending() == []
-    assert "belongs to user 12345" in run.commands_refused()[0].reason
+    (refusal,) = run.commands_refused()
+    assert refusal.problem == "other owner"
+    assert re.findall(r"\d+", refusal.reason) == ["12345", str(os.geteuid())]
 
 
 def test_only_the_owner_of_the_run_counts(
@@ -153,10 +158,12 @@ def test_only_the_owner_of_the_run_counts(
 ) -> None:
     run.send(Command(id="mine", kind="stop"))
     run.inbox.owner += 1
-    assert run.commands_pending() == [] and "belongs to user" in run.commands_refused()[0].reason
+    assert run.commands_pending() == []
+    assert [refusal.problem for refusal in run.commands_refused()] == ["other owner"]
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(RunDirectoryError, match="not your run"):
+    with pytest.raises(RunDirectoryError) as caught:
         run.send(Command(id="other", kind="stop"))
+    assert caught.value.kind == "other owner"
 
 
 def test_an_inbox_that_is_not_there_is_empty(run: RunDirectory) -> None:
@@ -195,8 +202,9 @@ def test_a_command_that_can_never_be_obeyed_is_not_even_sent(run: RunDirectory) 
         Command(id="a", kind="pause", at_step=-1),
         Command(id="a", kind="pause", time=math.nan),
     ):
-        with pytest.raises(RunDirectoryError):
+        with pytest.raises(RunDirectoryError) as caught:
             run.send(command)
+        assert caught.value.kind == "wrong command"
     assert os.listdir(run.commands) == []
 
 
@@ -210,13 +218,13 @@ def test_what_was_answered_and_not_done_is_due_where_it_was_said_to_take_effect(
 
     positions = {"first": 8, "last": 16, "step": 1}
     by_guard = {"span": {**positions, "cause": "rejected"}}
-    by_person = {"span": {**positions, "cause": "user"}}
+    by_user = {"span": {**positions, "cause": "user"}}
     events = [
         answer(1, "a", "skip"),
         line(2, "skipped", **by_guard),
-        line(3, "skipped", **by_person),
+        line(3, "skipped", **by_user),
         answer(4, "b", "rollback"),
-        line(5, "rollback", **by_person),
+        line(5, "rollback", **by_user),
         answer(6, "c", "undo", "refused"),
         answer(7, "d", "lr"),
         answer(8, "e", "undo"),
@@ -227,7 +235,7 @@ def test_what_was_answered_and_not_done_is_due_where_it_was_said_to_take_effect(
     assert find_interrupted([*events, line(10, "undo")]) == {}
 
 
-def test_a_command_whose_deed_a_death_has_prevented_is_still_waiting(run: RunDirectory) -> None:
+def test_a_command_whose_action_a_death_has_prevented_is_still_waiting(run: RunDirectory) -> None:
     run.send(Command(id="back", kind="rollback", value=3.0))
     run.send(Command(id="rate", kind="lr", value=0.5))
     for id, command in (("back", "rollback"), ("rate", "lr")):
@@ -341,7 +349,8 @@ def test_of_two_files_with_one_id_the_older_counts_and_the_other_is_answered(
     run.send(Command(id="same", kind="pause"))
     run.send(Command(id="same", kind="stop"))
     (command,), (refusal,) = run.commands_waiting()
-    assert command.kind == "pause" and "another command had the id same" in refusal.reason
+    assert command.kind == "pause"
+    assert refusal.problem == "used id" and "same" in refusal.reason
     run.answer(refusal, applied=False)
     run.answer(command, applied=True)
     assert [event.data["effect"] for event in of_command(run)] == ["refused", "applied"]

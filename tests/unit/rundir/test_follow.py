@@ -46,7 +46,7 @@ def test_each_event_and_row_comes_once(run: RunDirectory) -> None:
     assert follower.view is not None and follower.view.column("step")[2:3].tolist() == [3]
 
 
-def test_what_is_known_already_is_not_told_again(run: RunDirectory) -> None:
+def test_what_is_known_already_is_not_given_again(run: RunDirectory) -> None:
     for n in range(5):
         run.append("note", str(n))
     write_rows(run, (1, 0), (2, 0), (3, 0))
@@ -75,7 +75,7 @@ def test_a_torn_line_and_a_torn_row_wait_for_their_rest(run: RunDirectory) -> No
     assert seen + [e.seq for e in update.events] == [1] and update.rows == (0, 1)
 
 
-def test_a_torn_line_that_the_writer_cuts_off_is_never_told(run: RunDirectory) -> None:
+def test_a_torn_line_that_the_writer_cuts_off_is_never_given(run: RunDirectory) -> None:
     run.append("note", "first")
     follower = Follower(run)
     follower.poll()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from guardrail.core.config import GuardConfig, build_config
+from guardrail.core.events.decisions import HIGHER_LOSS
 from guardrail.core.events.event import Event
 from guardrail.core.records.spans import Span
 from guardrail.core.records.verdicts import Cause, Remedy
@@ -83,6 +84,6 @@ def test_the_disk_of_an_old_status_is_read(tmp_path: Path, old: dict[str, str]) 
 def test_old_events_of_notify_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = {"notify": {"on": ["hung", "offset", "paused"]}}
     settings = build_config(tree, file="f", base=tmp_path, schema=GuardConfig)
-    assert settings.notify.on == ("rank_hung", "recovered with higher loss", "paused")
+    assert settings.notify.on == ("rank_hung", HIGHER_LOSS, "paused")
     assert NotifySection(on=("ranks_failed",)).on == ("rank_failed",)
     assert "rank_hung" in capsys.readouterr().err
