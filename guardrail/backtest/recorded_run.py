@@ -184,7 +184,7 @@ class Background:
             try:
                 got = self._pipe.recv()
             except EOFError:
-                raise DataError("the process that judges the log has died") from None
+                raise DataError("the process that judges the log has died", kind="died") from None
             if got is None:
                 return
             if isinstance(got, str):
@@ -292,17 +292,19 @@ def read_one_log(path: str, columns: dict[str, str]) -> Log:
         try:
             found += [log for log in source.read(columns) if len(log)]
         except OSError as error:
-            raise DataError(f"{source.path}: {error.strerror or error}") from error
+            reason = error.strerror or error
+            raise DataError(f"{source.path}: {reason}", kind="unreadable") from error
         if len(found) > _NAMED:
             break
     if not found:
-        raise DataError(f"{path}: no step is recorded there")
+        raise DataError(f"{path}: no step is recorded there", kind="no step")
     if len(found) > 1:
         names = ", ".join(log.path for log in found[:_NAMED])
         if len(found) > _NAMED:
             names += " ..."
         raise DataError(
-            f"{path}: several runs are recorded there. View one of them.\n  hint: {names}"
+            f"{path}: several runs are recorded there. View one of them.\n  hint: {names}",
+            kind="several runs",
         )
     return found[0]
 

@@ -54,17 +54,18 @@ def find_sources(paths: Sequence[str]) -> Iterator[Source]:
             else:
                 found = _source_of_file(LogFile.open(path, is_named=True))
         except OSError as error:
-            found = [_refuse_path(given, error.strerror or "no file can have this name")]
+            reason = error.strerror or "no file can have this name"
+            found = [_refuse_path(given, reason, kind="unreadable")]
         except ValueError:
-            found = [_refuse_path(given, "no file can have this name")]
+            found = [_refuse_path(given, "no file can have this name", kind="unreadable")]
         if not found:
-            found = [_refuse_path(given, "no recorded run in this folder")]
+            found = [_refuse_path(given, "no recorded run in this folder", kind="no run")]
         yield from found
 
 
-def _refuse_path(path: str, reason: str) -> Source:
+def _refuse_path(path: str, reason: str, *, kind: str) -> Source:
     def read(columns: Mapping[str, str]) -> list[Log]:
-        raise DataError(f"{escape_text(path, 300)}: {reason}")
+        raise DataError(f"{escape_text(path, 300)}: {reason}", kind=kind)
 
     return Source(path, read)
 
@@ -74,13 +75,14 @@ def _source_of_file(file: LogFile) -> list[Source]:
     shown = clean_text(str(file.path))
     if file.is_empty:
         if file.is_named or file.path.suffix.lower() in _LOG_SUFFIXES:
-            return [_refuse_path(shown, "empty")]
+            return [_refuse_path(shown, "empty", kind="empty")]
         return []
     for importer in registry.IMPORTERS:
         if importer.recognises(file):
             return [_make_source(importer, file.path, shown=shown)]
     if file.is_named:
-        return [_refuse_path(shown, "not a log in any format that guardrail knows")]
+        reason = "not a log in any format that guardrail knows"
+        return [_refuse_path(shown, reason, kind="unknown format")]
     return []
 
 
@@ -106,7 +108,7 @@ def _check_package(importer: Importer, shown: str) -> None:
         if importer.package:
             require_package(importer.package, f"{clean_text(shown)}: the importer of its format")
     except MissingPackage as error:
-        raise DataError(str(error)) from error
+        raise DataError(str(error), kind="missing package") from error
 
 
 def _search_folder(root: Path) -> Iterator[Source]:
@@ -134,7 +136,7 @@ def _search_folder(root: Path) -> Iterator[Source]:
             try:
                 file = LogFile.open(path, is_named=False)
             except OSError as error:
-                yield _refuse_path(str(path), error.strerror or str(error))
+                yield _refuse_path(str(path), error.strerror or str(error), kind="unreadable")
                 continue
             waiting = _importer_that_waits(file)
             if waiting is None:

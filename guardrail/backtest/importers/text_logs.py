@@ -69,7 +69,8 @@ class TextLogs(Importer):
         kind = detect_format(path)
         if kind is None:
             raise DataError(
-                f"{shown}: no line has a step and a training loss, in any format that guardrail knows"
+                f"{shown}: no line has a step and a training loss, in any format that guardrail knows",
+                kind="no training line",
             )
         with _open(path) as file:
             lines = _keep_one_rank(_training_lines(file), FORMATS[kind])

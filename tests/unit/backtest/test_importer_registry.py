@@ -139,8 +139,9 @@ def test_a_line_in_the_list_is_all_that_a_new_importer_needs(
     for name, values in (("loss", losses), ("grad_norm", dict.fromkeys(steps, 1.0))):
         lines = [f"{1700000000000 + step} {value} {step}\n" for step, value in values.items()]
         (metrics / name).write_text("".join(lines))
-    with pytest.raises(DataError, match="no recorded run"):
+    with pytest.raises(DataError) as caught:
         read_all(tmp_path)
+    assert caught.value.kind == "no run"
     monkeypatch.setattr(registry, "IMPORTERS", (MlflowMetrics(), *registry.IMPORTERS))
     (log,) = read_all(tmp_path)
     assert (log.format, log.path, len(log)) == ("mlflow", str(metrics), 300)

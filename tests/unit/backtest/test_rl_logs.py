@@ -18,11 +18,12 @@ from guardrail.backtest.importers.sources import find_sources
 from guardrail.backtest.result import BacktestResult
 from guardrail.cli.main import main
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records.findings import Observation, Severity
+from guardrail.core.records.findings import FindingKind, Observation, Severity
 from guardrail.core.records.signals import LOSS
 from guardrail.core.records.verdicts import Action, Mode
 from guardrail.decide.controller import Controller
 from tests.support.feed import noisy, through_json
+from tests.support.golden import assert_golden
 from tests.support.places import TESTS
 
 CASES = TESTS / "cases" / "rl"
@@ -148,15 +149,30 @@ def printed(capsys: pytest.CaptureFixture[str], name: str, *options: str) -> tup
     "options", [("--column", "kl=kl"), ("--set", 'guard.extra_signals=["kl"]')]
 )
 def test_one_option_is_enough(options: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = printed(capsys, "c03b_kl.jsonl", *options)
-    assert code == 0 and "only noted: kl" in out and " more notes" in out
+    code, out, _ = printed(capsys, "c03b_kl.jsonl", *options, "--json")
+    (run,) = json.loads(out)["runs"]
+    assert code == 0 and run["columns"]["kl"] == "kl" and "kl" not in run["recorded_only"]
+    assert {(alarm["signal"], alarm["verdict"]) for alarm in run["alarms"]} == {("kl", "note")}
 
 
-def test_what_nothing_judges_is_said_to_be_recorded_only(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    code, out, _ = printed(capsys, "c03b_kl.jsonl")
-    assert code == 0 and "not judged: reward, kl" in out
+def test_what_nothing_judges_is_recorded_only(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = printed(capsys, "c03b_kl.jsonl", "--json")
+    (run,) = json.loads(out)["runs"]
+    assert code == 0 and run["recorded_only"] == {"reward": "reward", "kl": "kl"}
+    assert run["alarms"] == []
+
+
+def test_the_text_about_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for name, *options in (
+        ("c03b_kl.jsonl",),
+        ("c03b_kl.jsonl", "--column", "kl=kl"),
+        ("c06_mixed_kinds.jsonl",),
+    ):
+        code, out, errors = printed(capsys, name, *options)
+        texts += [" ".join(["$ guardrail backtest", name, *options]), out + errors]
+        assert code == 0
+    assert_golden("backtest.txt", "\n".join(texts).replace(f"{CASES}/", ""))
 
 
 @pytest.mark.parametrize("name", ["c03_reward.jsonl", "c05_verl.log"])
@@ -167,7 +183,7 @@ def test_a_column_that_is_not_there_is_an_error(
     name: str, options: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, errors = printed(capsys, name, *options)
-    assert code == 2 and "no column 'nosuch'" in errors
+    assert code == 2 and "'nosuch'" in errors
     assert "reward, entropy" in errors if name == "c03_reward.jsonl" else "actor/entropy" in errors
 
 
@@ -178,7 +194,8 @@ def test_signals_of_a_policy_file_are_noted_where_they_are_not_there(
     policy.write_text("[guard]\nsignals = ['reward', 'router']\n")
     code, out, errors = printed(capsys, "c05_verl.log", "--policy", str(policy))
     assert code == 0 and "critic/rewards/mean" in out.splitlines()[0]
-    assert "guard.extra_signals: there is no column 'router'" in errors
+    notes = [line for line in errors.splitlines() if "c05_verl.log: guard.extra_signals" in line]
+    assert len(notes) == 1 and "'router'" in notes[0]
 
 
 def test_a_column_of_console_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,7 +333,9 @@ def test_a_cross_entropy_of_zero_is_impossible_once_its_kind_is_known() -> None:
         ).accepted
     verdict = controller.observe(Observation(step=50, first=50, last=51, signals={LOSS: 0.0}))
     assert verdict.action is Action.SKIP
-    assert "loss is exactly 0: check that labels are not all masked" in verdict.reason
+    (finding,) = verdict.findings
+    assert (finding.kind, finding.signal, finding.value) == (FindingKind.IMPOSSIBLE, LOSS, 0.0)
+    assert finding.sentence() in verdict.reason
 
 
 def test_zeros_at_the_start_do_not_blind_the_guard_for_good() -> None:
@@ -355,4 +374,7 @@ def test_a_loss_of_zero_is_reported_with_the_gradients_that_are_not_finite() -> 
     controller = Controller(GuardOptions(loss="positive"), mode=Mode.AUTO)
     observed = {LOSS: 0.0, "grad_norm": math.nan}
     verdict = controller.observe(Observation(step=1, first=0, last=1, signals=observed))
-    assert verdict.reason.startswith("grad_norm is nan and loss is exactly 0: check that")
+    found = [(finding.kind, finding.signal) for finding in verdict.findings]
+    assert found == [(FindingKind.NONFINITE, "grad_norm"), (FindingKind.IMPOSSIBLE, LOSS)]
+    sentences = " and ".join(finding.sentence() for finding in verdict.findings)
+    assert verdict.reason.startswith(sentences)

@@ -28,7 +28,7 @@ ESCALATION = ("healthy", "note", "skip", "rollback", "halt")
 def verdicts(name: str) -> list[Verdict]:
     """What `advise` says of each step."""
     controller = Controller(GuardOptions(mode=Mode.ADVISE))
-    told = []
+    found = []
     with (FOLDER / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         for row, cells in enumerate(csv.DictReader(file)):
             step = int(cells.pop("step"))
@@ -36,8 +36,8 @@ def verdicts(name: str) -> list[Verdict]:
             seen = Observation(
                 step=step, first=row * BATCH, last=(row + 1) * BATCH, signals=signals
             )
-            told.append(controller.observe(seen))
-    return told
+            found.append(controller.observe(seen))
+    return found
 
 
 def height(verdict: Verdict) -> int:
@@ -52,13 +52,13 @@ def test_each_recording_has_its_truth() -> None:
 
 @pytest.mark.parametrize("name", TRUTH)
 def test_the_verdicts_on_a_staged_run_are_right(name: str) -> None:
-    truth, told = TRUTH[name], verdicts(name)
+    truth, found = TRUTH[name], verdicts(name)
     onset, last = truth["onset"], truth["onset"] + truth["within"]
-    assert not [v.reason for v in told if v.step < onset and v.findings], "nothing was wrong yet"
-    reached = max(height(v) for v in told if onset <= v.step <= last)
-    assert reached >= ESCALATION.index(truth["expect"]), [v.reason for v in told if v.findings][:5]
-    assert max(map(height, told)) <= ESCALATION.index(truth["most"])
-    acted = next((v for v in told if v.would is not None), None)
+    assert not [v.reason for v in found if v.step < onset and v.findings], "nothing was wrong yet"
+    reached = max(height(v) for v in found if onset <= v.step <= last)
+    assert reached >= ESCALATION.index(truth["expect"]), [v.reason for v in found if v.findings][:5]
+    assert max(map(height, found)) <= ESCALATION.index(truth["most"])
+    acted = next((v for v in found if v.would is not None), None)
     if acted is not None and truth["expect"] in ("skip", "rollback"):
         assert acted.onset is not None and onset <= acted.onset <= min(last, onset + 2)
 
@@ -71,9 +71,9 @@ def test_the_embedding_is_named_where_it_is_the_source() -> None:
     assert not any(f.signal.startswith("embed") for f in first.findings)
 
 
-@pytest.mark.parametrize("documents", [20, 10_000], ids=["for a stretch", "for good"])
-def test_another_kind_of_text_is_learnt_and_not_left_out(tmp_path: Path, documents: int) -> None:
-    """In `auto`, where what is left out is never learnt and looks as strange in every batch that
+@pytest.mark.parametrize("documents", [20, 10_000], ids=["for a while", "for good"])
+def test_another_kind_of_text_is_learnt_and_not_skipped(tmp_path: Path, documents: int) -> None:
+    """In `auto`, where what is skipped is never learnt and looks as strange in every batch that
     follows.
     """
     write_text(tmp_path / "corpus")

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from guardrail.backtest.importers.sources import find_sources
 from guardrail.cli.main import main
 from guardrail.core.config import load_guard_options
+from guardrail.core.errors import DataError
 
 
 @pytest.fixture
@@ -102,4 +104,7 @@ def test_the_proposal_is_a_policy(
 def test_nothing_to_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", str(tmp_path)]) == 2
     output, errors = capsys.readouterr()
-    assert output == "" and "no recorded run in this folder" in errors
+    (source,) = find_sources([str(tmp_path)])
+    with pytest.raises(DataError) as caught:
+        source.read({})
+    assert output == "" and errors.splitlines()[0] == f"guardrail: {caught.value}"

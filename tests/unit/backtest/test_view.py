@@ -19,7 +19,7 @@ from guardrail.core.config import load_guard_options
 from guardrail.core.errors import DataError
 from guardrail.core.records.commands import Command
 from guardrail.tui.app.app import GuardrailApp
-from guardrail.tui.model.recorded_reader import RecordedReader
+from guardrail.tui.model.recorded_reader import REFUSAL, RecordedReader
 from guardrail.tui.model.view import Snapshot, View
 from tests.support.fake_run import example
 
@@ -59,17 +59,19 @@ def read(path: Path, *overrides: str) -> Snapshot:
     reader.join()
     assert said
     reader.send(Command(id="x", kind="stop"))
-    assert "takes no commands" in reader.latest().unsent["x"]
+    assert reader.latest().unsent == {"x": REFUSAL}
     return reader.latest()
 
 
-def test_it_shows_the_incidents_that_backtest_tells(spiked: Path) -> None:
+def test_it_shows_the_incidents_that_backtest_reports(spiked: Path) -> None:
     found = read(spiked)
     (log,) = [viewing.read_one_log(str(spiked), {})]
     cases = backtest.run_backtest(log, load_guard_options()).incidents
-    told = [(case.first.incident, min(case.first.onset_step, case.first.step)) for case in cases]
-    assert [(one.number, one.step) for one in reversed(found.story.incidents)] == told and len(
-        told
+    expected = [
+        (case.first.incident, min(case.first.onset_step, case.first.step)) for case in cases
+    ]
+    assert [(one.number, one.step) for one in reversed(found.story.incidents)] == expected and len(
+        expected
     ) == 2
     assert all(not one.open and one.action.startswith("would ") for one in found.story.incidents)
     assert found.story.marks["#"] == ((501, "1"), (801, "2")), (
@@ -88,7 +90,7 @@ def test_curves_have_bands_and_what_was_not_logged_is_no_nan(spiked: Path) -> No
     )
 
 
-def test_rows_that_start_anew_are_a_ghost(tmp_path: Path) -> None:
+def test_rows_that_start_anew_abandon_steps(tmp_path: Path) -> None:
     """A log that a resume goes on with some steps back: what it ran again is the present."""
     losses = healthy(300)
     path = write(
@@ -98,7 +100,7 @@ def test_rows_that_start_anew_are_a_ghost(tmp_path: Path) -> None:
     )
     series = read(path).series
     assert series.step.tolist() == list(range(1, 301)) and [
-        len(ghost) for ghost in series.abandoned
+        len(one) for one in series.abandoned
     ] == [50]
 
 
@@ -125,12 +127,14 @@ def test_a_run_directory_under_other_settings(tmp_path: Path) -> None:
 
 
 def test_several_runs_and_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no recorded run"):
+    with pytest.raises(DataError) as caught:
         viewing.read_one_log(str(tmp_path), {})
+    assert caught.value.kind == "no run"
     for name in ("a", "b"):
         write(tmp_path / f"{name}.csv", healthy(20))
-    with pytest.raises(DataError, match=r"several runs.*\n  hint: .*a\.csv, .*b\.csv"):
+    with pytest.raises(DataError, match=r"\n  hint: .*a\.csv, .*b\.csv") as caught:
         viewing.read_one_log(str(tmp_path), {})
+    assert caught.value.kind == "several runs"
 
 
 def test_without_a_terminal_it_names_backtest(
@@ -156,7 +160,7 @@ def test_another_process_judges_the_same(spiked: Path, tmp_path: Path) -> None:
 
 def test_a_judge_that_fails_says_why(spiked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: viewing.RecordedRun) -> Iterator[viewing.Part]:
-        raise ValueError("no such thing")
+        raise ValueError("E17")
         yield
 
     monkeypatch.setattr(viewing.RecordedRun, "judged_parts", fails)
@@ -167,7 +171,7 @@ def test_a_judge_that_fails_says_why(spiked: Path, monkeypatch: pytest.MonkeyPat
     reader.start(lambda: None)
     reader.join()
     there.close()
-    assert reader.latest().problem == "cannot judge the log: ValueError: no such thing"
+    assert reader.latest().problem.endswith(": ValueError: E17")
     assert len(reader.latest().series) == 6000
 
 
