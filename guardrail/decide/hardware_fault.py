@@ -12,6 +12,8 @@ from guardrail.core.records.verdicts import Cause, Diagnosis
 # Kernels that add in any order differ by 1e-3 at most (sums in bfloat16), and the smallest rejected
 # jump is 8 % (detectors.build). Half of that is far from both.
 NONDETERMINISTIC = 0.04
+# As `SameBatch.where`: each rank repeats its own number, and the reduced one differs.
+BETWEEN_RANKS = "in the reduction between the ranks"
 
 
 class RankNumbers(Record, frozen=True, kw_only=True):
@@ -89,12 +91,11 @@ def diagnose_hardware(
     if differing is None:
         if is_same_number(*sums, tolerance):
             return None
-        place = "in the reduction between the ranks"
         return Diagnosis(
             cause=Cause.HARDWARE,
-            reason=f"{text} {place}: loss {sums[0]:.6g}, then {sums[1]:.6g}",
+            reason=f"{text} {BETWEEN_RANKS}: loss {sums[0]:.6g}, then {sums[1]:.6g}",
             passes=passes,
-            evidence=_not_repeated("loss", *sums, where=place),
+            evidence=_not_repeated("loss", *sums, where=BETWEEN_RANKS),
         )
     ranks, field, name = differing
     worst = _find_worst(ranks, first, again, field)

@@ -22,6 +22,8 @@ from guardrail.rundir.run_directory import RunDirectory
 if TYPE_CHECKING:
     import numpy as np
 
+WITHIN_NOISE = "within the noise"  # as `Effect.worth`
+
 
 def add_costs(
     run: RunDirectory, events: list[Event], incidents: list[Incident]
@@ -50,7 +52,7 @@ def judge_effect(incident: Incident, cost: Cost) -> Effect | None:
     if gain > 0:
         worth = "yes"
     if abs(gain) <= noise:
-        worth = "within the noise"
+        worth = WITHIN_NOISE
     return Effect(excess=cost.excess, offset=offset, price=cost.price, noise=noise, worth=worth)
 
 

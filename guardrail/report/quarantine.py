@@ -24,9 +24,6 @@ def quarantine_lines(run: RunDirectory) -> list[str]:
     These are the samples of the run's own quarantine file, and those at the positions that the
     journal skips.
 
-    What the run's own quarantine file names, and the samples at the positions that the journal says
-    were skipped.
-
     Raises:
         RunDirectoryError: the order of the samples is not in the journal, or the file cannot be
             read; a list that is not complete would be worse than none.
@@ -38,7 +35,8 @@ def quarantine_lines(run: RunDirectory) -> list[str]:
         order = _find_order(events)
     if spans and order is None:
         raise RunDirectoryError(
-            f"{run.path}: the journal does not say in which order the samples came"
+            f"{run.path}: the journal does not say in which order the samples came",
+            kind="unknown order",
         )
     # If only the file skips samples, any order will do: one of a single sample.
     ledger = SampleCursor(order or SampleOrder(samples=1), batch_size=1)
@@ -48,7 +46,7 @@ def quarantine_lines(run: RunDirectory) -> list[str]:
             ledger.quarantine.read(read_file(file).decode("utf-8").splitlines(), source=str(file))
         except (OSError, UnicodeDecodeError) as error:
             raise RunDirectoryError(
-                f"{file}: data.quarantine of this run cannot be read: {error}"
+                f"{file}: data.quarantine of this run cannot be read: {error}", kind="unreadable"
             ) from error
     for span in spans:
         ledger.skip_span(span)
@@ -99,7 +97,9 @@ def _quarantine_file(run: RunDirectory) -> Path | None:
         data = tomllib.loads(run.config_text()).get("data", {})
     # RecursionError: deeply nested brackets. ValueError also: very long numbers.
     except (ValueError, RecursionError) as error:
-        raise RunDirectoryError(f"{run.path / 'config.toml'}: not valid TOML ({error})") from error
+        raise RunDirectoryError(
+            f"{run.path / 'config.toml'}: not valid TOML ({error})", kind="not TOML"
+        ) from error
     name = None
     if isinstance(data, dict):
         name = data.get("quarantine")

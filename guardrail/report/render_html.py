@@ -38,7 +38,7 @@ svg { width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--dim);
 .nan { fill: none; stroke: var(--bad); } .heading { stroke: var(--eval); stroke-dasharray: 6 3; }
 .mark { stroke: var(--bad); stroke-dasharray: 2 4; } .undo { stroke: var(--undo); }
 """.strip()
-_LEGEND = (
+LEGEND = (
     "line: applied steps; dashed grey: discarded steps; area: from the normal value to the limit; red: rejected tries "
     "(hollow: not finite); green: held-out loss, and dashed the loss trend before an incident; dashed upright: the "
     "step that a rollback or an undo restored"
@@ -130,7 +130,7 @@ def _render_figures(curves: Iterable[tuple[str, str]]) -> Iterator[str]:
     for name, picture in drawn:
         yield f"<figure><figcaption>{html.escape(name)}</figcaption>{picture}</figure>"
     if drawn:
-        yield f'<p class="label">{_LEGEND}</p>'
+        yield f'<p class="label">{LEGEND}</p>'
 
 
 def _render_section(section: Section) -> Iterator[str]:

@@ -59,6 +59,7 @@ REPEATS = 0.9  # least share of the characters that a repeating text has again o
 FEW_WORDS, FEW_CHARACTERS = 12, 24  # in a shorter text a share means nothing
 # Robust sigmas, and bits per character, above those of the corpus itself.
 FOREIGN_SIGMAS, FOREIGN_BITS = 6.0, 1.0
+COPY = "the very same text as another sample"
 
 _WORD = re.compile(r"\S+")
 # Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese.
@@ -125,7 +126,7 @@ def text_anomalies(
     if usual is not None and (foreign := usual.describe_foreign(text)):
         found.append(foreign)
     if text and text in among:
-        found.append("the very same text as another sample")
+        found.append(COPY)
     return found
 
 
@@ -256,10 +257,6 @@ def _find_character_runs(text: str) -> list[str]:
 
     The string is at most a quarter of the text. Its length is learned at a few places of the text:
     how far after each place the next characters come again. So only a few lengths are tried.
-
-    The string is at most a quarter of the text. How long it may be is learnt at some places of the
-    text, from how far after each the next few characters come again: then no more than a handful
-    of lengths are tried.
     """
     if len(text) < FEW_CHARACTERS:
         return []

@@ -20,7 +20,7 @@ from guardrail.core.cause_evidence import (
 from guardrail.core.events.decisions import Diagnosed
 from guardrail.core.records.verdicts import Cause
 from guardrail.decide.anomaly_signature import AnomalySignature, ReplayPass
-from guardrail.decide.hardware_fault import RankNumbers, diagnose_hardware
+from guardrail.decide.hardware_fault import BETWEEN_RANKS, RankNumbers, diagnose_hardware
 from guardrail.decide.root_cause import add_batches_ahead, add_label_order, diagnose_passes
 from guardrail.report.cause_evidence import evidence_from_sentence, find_evidence
 from tests.support.events import make_line
@@ -74,9 +74,8 @@ def test_the_sentence_of_bad_data() -> None:
 def test_the_sentences_of_other_causes() -> None:
     again, normal = passed(8.5, "the batch"), [passed(2.0), passed(2.25)]
     state = diagnose_passes(SPIKE, again=again, others=[passed(9.0), passed(8.0)], passes=3)
-    assert state.evidence == evidence_from_sentence(
-        "loss 8.5 comes again, 2 of 2 other batches show it (9, 8) over 4"
-    )
+    older_version = "loss 8.5 comes again, 2 of 2 other batches show it (9, 8) over 4"
+    assert state.evidence == evidence_from_sentence(older_version)
     others = state.evidence.other_batches
     assert state.cause is Cause.STATE and others is not None
     assert (others.tested, others.spiked) == (2, 2)
@@ -88,10 +87,11 @@ def test_the_sentences_of_other_causes() -> None:
         older_step=7,
         passes=3,
     )
-    assert both.evidence == evidence_from_sentence(
+    older_version = (
         "loss 8.5 comes again, 0 of 2 other batches show it (2, 2.25) over 4, and from the state of "
         "step 7 the batch has 2 only"
     )
+    assert both.evidence == evidence_from_sentence(older_version)
     older = both.evidence.older_state
     assert both.cause is Cause.DATA_AND_STATE
     assert older == OlderState(step=7, spiked=False, values=(2.0,))
@@ -118,17 +118,18 @@ def test_the_sentence_of_a_number_that_did_not_come_again(world: int) -> None:
     assert math.isnan(same.first) and same.again == 1.5 and same.where == f"rank {world - 1} (vm)"
     alike = [RankNumbers(loss_sum=4.0, before=1.0, after=1.0)] * 2
     found = diagnose_hardware(alike, alike, 0.0, sums=(2.0, 2.5), passes=1)
-    assert found is not None and found.evidence == evidence_from_sentence(
+    older_version = (
         "the same batch from the same state, with the same dice, gave another number in the "
         "reduction between the ranks: loss 2 at first and 2.5 then"
     )
+    assert found is not None and found.evidence == evidence_from_sentence(older_version)
     same = found.evidence.same_batch
     assert same == SameBatch(
         signal="loss",
         repeated=False,
         first=2.0,
         again=2.5,
-        where="in the reduction between the ranks",
+        where=BETWEEN_RANKS,
     )
 
 

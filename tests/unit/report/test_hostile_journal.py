@@ -112,8 +112,8 @@ def test_no_control_character_of_a_document_reaches_the_terminal(run: RunDirecto
     run.append("resume_check", evil, schedule=evil)
     run.append("rank_hung", evil)
     run.append("ended", evil, phase=evil, reason=evil)
-    told = summary_text(run)
-    assert_harmless(told)
-    assert "[/red]" in told
+    said = summary_text(run)
+    assert_harmless(said)
+    assert "[/red]" in said
     for other in (incident_text(run, 1, excerpts=True), commands_text(run)):
         assert_harmless(other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 
 from guardrail.cli.main import main
 from guardrail.core.errors import RunDirectoryError
+from guardrail.core.records.signals import GRAD_NORM, LOSS
 from guardrail.core.records.spans import Span
 from guardrail.core.records.verdicts import Action
 from guardrail.report.build import build_report
@@ -20,6 +22,7 @@ from guardrail.report.output import (
     render_report,
 )
 from guardrail.report.quarantine import quarantine_lines
+from guardrail.report.svg_curves import NAMES
 from guardrail.report.text_chart import draw_chart
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.findings import make_finding
@@ -66,7 +69,7 @@ HARMLESS = set(
 )
 
 
-def test_a_page_holds_the_whole_story_and_its_curves(run: RunDirectory) -> None:
+def test_a_page_holds_the_full_story_and_its_curves(run: RunDirectory) -> None:
     finished(run)
     rows(run, 7, timeline=1, grad_norm=1.0, eval_loss=2.5, loss_baseline=2.0, loss_threshold=9.0)
     rows(run, 8, timeline=1, verdict=Action.SKIP)
@@ -81,11 +84,7 @@ def test_a_page_holds_the_whole_story_and_its_curves(run: RunDirectory) -> None:
         "lr 0.5",
     ):
         assert part in seen.text, part
-    assert (
-        "loss (nats a token)" in seen.text
-        and "gradient norm" in seen.text
-        and page.count("<svg") == 2
-    )
+    assert NAMES[LOSS] in seen.text and NAMES[GRAD_NORM] in seen.text and page.count("<svg") == 2
     assert page.count('class="tried"') == 3, "two tries of step 5, one of step 8"
     assert 'class="gone"' in page and 'class="here"' in page and 'class="eval"' in page
     assert not re.search(r"https?://|url\(|@import", page), "nothing is fetched"
@@ -93,7 +92,7 @@ def test_a_page_holds_the_whole_story_and_its_curves(run: RunDirectory) -> None:
 
 def test_markdown_has_the_same(run: RunDirectory) -> None:
     finished(run)
-    told = render_report(run, "markdown")
+    page = render_report(run, "markdown")
     for part in (
         f"# {run.name}: finished, 6 of 6 steps",
         "## Incident 1: step 5, recovered",
@@ -102,7 +101,7 @@ def test_markdown_has_the_same(run: RunDirectory) -> None:
         "Checkpoints: ",
         "## Commands",
     ):
-        assert part in told, f"{part!r} is not in\n{told}"
+        assert part in page, f"{part!r} is not in\n{page}"
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
@@ -143,10 +142,10 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         if name in ("src", "href", "style") or name.startswith("on")
     }
     assert "<script>alert(1)</script>" in seen.text
-    told = render_report(run, "markdown")
-    assert "<" not in told and not re.search(r"(?<!\\)[\[\]`]", told)
-    assert not [line for line in told.splitlines() if line.startswith("# zz")]
-    for content in (page, told, render_report(run, "terminal")):
+    markdown = render_report(run, "markdown")
+    assert "<" not in markdown and not re.search(r"(?<!\\)[\[\]`]", markdown)
+    assert not [line for line in markdown.splitlines() if line.startswith("# zz")]
+    for content in (page, markdown, render_report(run, "terminal")):
         assert_harmless(content)
 
 
@@ -198,11 +197,11 @@ def test_a_metrics_file_full_of_nonsense_does_not_break_the_report(
 ) -> None:
     finished(run)
     run.append("restarted", "continues at step 2", step=2, timeline=2, checkpoint="step-00000002")
-    whole_file = run.metrics_path.read_bytes()
+    before = run.metrics_path.read_bytes()
     at = run.metrics().columns.index(column)
     for value in (math.nan, math.inf, -math.inf, 1e300):
         for where in (slice(None), slice(-1, None)):
-            table = np.frombuffer(whole_file).reshape(-1, len(run.metrics().columns)).copy()
+            table = np.frombuffer(before).reshape(-1, len(run.metrics().columns)).copy()
             table[where, at] = value
             run.metrics_path.write_bytes(table.tobytes())
             assert all(len(line) <= 80 for line in draw_chart(run, build_report(run).incidents)), (
@@ -226,10 +225,13 @@ def test_a_quarantine_of_a_configuration_that_cannot_be_read_is_refused(
     run: RunDirectory, damage: str
 ) -> None:
     (run.path / "config.toml").write_text(damage)
-    with pytest.raises(RunDirectoryError, match="not valid TOML"):
+    with pytest.raises(RunDirectoryError, match=r"config\.toml") as caught:
         quarantine_lines(run)
+    assert caught.value.kind == "not TOML"
     (run.path / "config.toml").unlink()
     assert quarantine_lines(run) == []
     os.mkfifo(run.path / "config.toml")
-    with without_waiting(), pytest.raises(RunDirectoryError, match="not a regular file"):
+    with without_waiting(), pytest.raises(RunDirectoryError, match=r"config\.toml") as caught:
         quarantine_lines(run)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.EINVAL

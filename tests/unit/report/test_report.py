@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import socket
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from guardrail.core.events.decisions import HIGHER_LOSS
 from guardrail.core.records.findings import FindingKind
 from guardrail.core.records.spans import Span
 from guardrail.core.records.status import Phase, Status
@@ -112,7 +114,7 @@ def test_commands_are_listed_on_demand(run: RunDirectory) -> None:
     assert ["6", "lr", "0.5", "me@host", "applied"] in rows
 
 
-def test_json_is_the_whole_report_and_strict(run: RunDirectory) -> None:
+def test_json_is_the_full_report_and_strict(run: RunDirectory) -> None:
     finished(run)
     run.append(
         "verdict",
@@ -121,10 +123,10 @@ def test_json_is_the_whole_report_and_strict(run: RunDirectory) -> None:
         findings=[make_finding(9, value=math.nan, score=math.inf)],
         incident=2,
     )
-    told = json.loads(json.dumps(report_as_dict(run), allow_nan=False))
-    assert told["incidents"][1]["findings"][0]["value"] == "nan"
-    assert told["incidents"][1]["findings"][0]["score"] == "inf"
-    assert set(told) == {field for field in Report.__struct_fields__}
+    written = json.loads(json.dumps(report_as_dict(run), allow_nan=False))
+    assert written["incidents"][1]["findings"][0]["value"] == "nan"
+    assert written["incidents"][1]["findings"][0]["score"] == "inf"
+    assert set(written) == {field for field in Report.__struct_fields__}
 
 
 # -- runs in every condition
@@ -147,13 +149,10 @@ def test_a_young_a_running_a_dead_and_an_ended_run(run: RunDirectory, tmp_path: 
         assert build_report(run).state == "running", (
             "the trainer lives, whatever became of its heartbeat"
         )
-    run.append("ended", "halted: no budget left", phase="halted", exit_code=3, step=3)
+    last_words = "halted: no budget left"
+    run.append("ended", last_words, phase="halted", exit_code=3, step=3)
     report = build_report(run)
-    assert (report.state, report.exit_code, report.reason) == (
-        "halted",
-        3,
-        "halted: no budget left",
-    )
+    assert (report.state, report.exit_code, report.reason) == ("halted", 3, last_words)
     run.append("restarted", "continues at step 2", step=2, timeline=1, checkpoint="step-00000002")
     assert build_report(run).state == "lost", "what was said before a restart is no last word"
     (run.path / "config.toml").unlink()
@@ -169,19 +168,18 @@ def test_restarts_say_what_was_made_again(run: RunDirectory) -> None:
     rows(run, 6, verdict=Action.SKIP)
     run.append("rank_failed", "rank 1 was killed by SIGKILL", step=5, rank=1, exit=-9, host="h")
     run.append("restarted", "continues at step 2", step=2, timeline=1, checkpoint="step-00000002")
-    run.append(
-        "resume_check", step=2, timeline=1, schedule="ok", data="the sample order is another one"
-    )
+    order = "the sample order is another one"
+    run.append("resume_check", step=2, timeline=1, schedule="ok", data=order)
     rows(run, 3, timeline=1)
     run.append("restarted", "continues at step 2", step=2, timeline=2, checkpoint="step-00000002")
     first, second = build_report(run).restarts
     assert (first.step, first.checkpoint, first.steps_lost) == (2, "step-00000002", 3)
-    assert first.differs == ("data: the sample order is another one",) and second.differs == ()
+    assert first.differs == (f"data: {order}",) and second.differs == ()
     assert second.steps_lost == 1
     (fault,) = build_report(run).faults
     assert (fault.kind, fault.rank, fault.resolved_step) == ("rank failed", 1, 2)
-    told = summary_text(run)
-    assert "3 steps repeated" in told and fault.message in told and first.differs[0] in told
+    said = summary_text(run)
+    assert "3 steps repeated" in said and fault.message in said and first.differs[0] in said
 
 
 def test_an_open_incident_and_one_that_is_only_advised(run: RunDirectory) -> None:
@@ -250,16 +248,16 @@ def test_only_the_ranks_that_a_finding_names_are_shown(run: RunDirectory) -> Non
     assert build_report(run).incidents[0].parameters == parameters
 
 
-def test_what_a_person_asked_for_is_no_incident(run: RunDirectory) -> None:
+def test_what_a_user_asked_for_is_no_incident(run: RunDirectory) -> None:
     start(run)
     span = Span(first=0, last=8, origin="user", step=3, batches=2)
-    run.append(
-        "skipped", "samples left out: asked for", step=3, span=span, samples=8, incident=None
-    )
+    run.append("skipped", "asked for", step=3, span=span, samples=8, incident=None)
     report = build_report(run)
     assert report.incidents == () and report.samples_skipped == 8
     assert [(one.action, one.step, one.window) for one in report.by_person] == [("skip", 3, (0, 8))]
-    assert "1 skip by command" in summary_text(run) and "positions 0-7" in commands_text(run)
+    (line,) = (line for line in summary_text(run).splitlines() if "--commands" in line)
+    assert re.findall(r"(\d+) (\w+)", line) == [("1", "skip")]
+    assert "0-7" in commands_text(run)
 
 
 # -- what it cost, and how it went on
@@ -268,7 +266,7 @@ def test_what_a_person_asked_for_is_no_incident(run: RunDirectory) -> None:
 def test_what_an_incident_cost_is_what_its_rows_measured(run: RunDirectory) -> None:
     start(run)
     rows(run, 1, 2, 3, 4, step_time=2.0)
-    spike(run)  # two tries of step 5; steps 3 and 4 are given up
+    spike(run)  # two tries of step 5; steps 3 and 4 are discarded
     rows(run, 3, 4, 5, timeline=1, step_time=7.0)
     run.append("paused", "asks", step=5, timeline=1, incident=1, proposals=[{"action": "rollback"}])
     run.append("resumed", "goes on", step=5, timeline=1)
@@ -318,16 +316,13 @@ def test_cause_remedies_samples_and_outcome_are_shown(run: RunDirectory) -> None
         "incident",
         "incident 1: offset: loss 2.4 against 2.31",
         number=1,
-        state="recovered with higher loss",
+        state=HIGHER_LOSS,
         onset=5,
         expected=2.31,
     )
     (incident,) = build_report(run).incidents
-    assert (incident.state, incident.measured, incident.samples) == (
-        "recovered with higher loss",
-        {"expected": 2.31},
-        13,
-    )
+    expected = (HIGHER_LOSS, {"expected": 2.31}, 13)
+    assert (incident.state, incident.measured, incident.samples) == expected
     assert incident.closed is not None
     assert (incident.cause, incident.cause_rank) == ("not reproducible", 1)
     assert incident.actions[-1].action == "remedy" and len(incident.actions[-1].remedies) == 2
@@ -338,7 +333,7 @@ def test_cause_remedies_samples_and_outcome_are_shown(run: RunDirectory) -> None
         assert part in said, f"{part!r} is not in\n{said}"
 
 
-def test_what_was_undone_is_no_longer_left_out(run: RunDirectory) -> None:
+def test_what_was_undone_is_no_longer_skipped(run: RunDirectory) -> None:
     finished(run)
     undone = [event.data["span"] for event in run.events() if event.kind in ("skipped", "rollback")]
     data = {

@@ -5,6 +5,7 @@ rubbish is named.
 import inspect
 import math
 import random
+import re
 import textwrap
 
 import pytest
@@ -12,7 +13,9 @@ import pytest
 from guardrail.decide.sample_outliers import Outlier, Sample, find_outliers, select_heaviest
 from guardrail.report import text_quality as oddness
 from guardrail.report.text_quality import (
+    COPY,
     FEW_CHARACTERS,
+    FOREIGN_BITS,
     CorpusStatistics,
     _find_character_runs,
     text_anomalies,
@@ -30,9 +33,9 @@ PROSE = inspect.cleandoc(textwrap.__doc__ or "") + (
     [
         ("the same phrase " * 30, "phrase"),
         ("abcabcabc" * 20, "repeats"),
-        ("one line of this\n" * 20, "lines are repeated"),
+        ("one line of this\n" * 20, "lines"),
         (random.Random(1).randbytes(300).decode("latin-1"), "unprintable"),
-        ("cafÃ© naÃ¯ve rÃ©sumÃ© dÃ©jÃ  vu and so on with more words", "wrongly decoded"),
+        ("cafÃ© naÃ¯ve rÃ©sumÃ© dÃ©jÃ  vu and so on with more words", "decoded"),
         (
             "".join(chr(random.Random(2).randrange(0x21, 0x7F)) for _ in range(5)) * 40,
             "repeats",
@@ -59,11 +62,12 @@ def test_ordinary_text_is_not_odd() -> None:
 def test_another_language_and_a_copy() -> None:
     usual = CorpusStatistics(PROSE[at : at + 120] for at in range(0, len(PROSE) - 120, 40))
     text = "Это предложение написано другим алфавитом, которого нет в корпусе"
-    assert any(
-        "unlike the corpus" in said and "CYRILLIC" in said
-        for said in text_anomalies(text, usual=usual)
-    )
-    assert "the very same text as another sample" in text_anomalies(PROSE, among=[PROSE])
+    alone, compared = text_anomalies(text), text_anomalies(text, usual=usual)
+    (foreign,) = (said for said in compared if said not in alone)
+    assert "CYRILLIC" in foreign
+    bits, normal = map(float, re.findall(r"\d+\.\d", foreign))
+    assert bits > normal + FOREIGN_BITS
+    assert COPY in text_anomalies(PROSE, among=[PROSE]) and COPY not in text_anomalies(PROSE)
 
 
 UNSPACED = {
@@ -106,9 +110,9 @@ def test_repetition_in_scripts_without_spaces(language: str) -> None:
     text = UNSPACED[language]
     assert any("repeats" in said for said in text_anomalies(text[:30] * 20))
     mixed = "".join(text[:25] + text[at : at + 12] for at in range(25, 120))
-    assert any(
-        "repeated strings" in said or "one string" in said for said in text_anomalies(mixed)
-    ), text_anomalies(mixed)
+    assert any(re.search(r"\bstrings?\b", said) for said in text_anomalies(mixed)), text_anomalies(
+        mixed
+    )
 
 
 @pytest.mark.parametrize("period", [1, 2, 7, 8, 9, 40, 99])
@@ -173,7 +177,7 @@ def test_a_number_that_is_none_stands_out_furthest() -> None:
     assert [one.sample.position for one in found] == [2, 1] and found[0].score == math.inf
 
 
-def test_rows_without_labels_and_without_gradients_are_passed_over() -> None:
+def test_rows_without_labels_and_without_gradients_are_skipped() -> None:
     batch = [Sample(position=0), *(Sample(position=at, loss=2.3, tokens=10) for at in (1, 2, 3))]
     assert (
         find_outliers(batch, [Sample(position=at, loss=2.3, tokens=10) for at in range(10)]) == []
@@ -185,7 +189,7 @@ def test_without_healthy_batches_the_batch_itself_is_what_is_usual() -> None:
     assert [one.sample.position for one in found] == [4]
 
 
-def test_those_that_weigh_are_told_from_those_that_merely_stand_out() -> None:
+def test_only_outliers_with_much_weight_are_selected() -> None:
     """A hundredth of the worst one's excess is far out among samples that are all alike, and
     explains nothing.
     """

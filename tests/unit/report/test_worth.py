@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from guardrail.cli.main import main
+from guardrail.core.events.decisions import HIGHER_LOSS
 from guardrail.core.events.kinds import with_data
 from guardrail.core.files import encode_json
 from guardrail.core.format import format_number
@@ -25,9 +26,10 @@ from guardrail.decide.controller import Controller
 from guardrail.decide.incident_line import make_incident_line
 from guardrail.decide.run_history import RunHistory
 from guardrail.report.build import build_report
-from guardrail.report.costs import judge_effect
+from guardrail.report.costs import WITHIN_NOISE, judge_effect
 from guardrail.report.incident import Cost, Incident
 from guardrail.report.output import incident_text, render_report
+from guardrail.report.render_html import LEGEND
 from guardrail.report.text_chart import HEIGHT, WIDTH, draw_chart
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.feed import noisy
@@ -40,7 +42,7 @@ def power(step: float) -> float:
     return 10.0 * step**-0.3
 
 
-class Told:
+class RecordedIncident:
     """A run whose numbers come from here, judged by the controller and put on the record as the
     guard does it.
     """
@@ -100,31 +102,31 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def shifted(tmp_path_factory: pytest.TempPathFactory) -> Told:
+def shifted(tmp_path_factory: pytest.TempPathFactory) -> RecordedIncident:
     """A rollback of two steps, and a loss that stays five per cent above its curve."""
-    return Told(tmp_path_factory.mktemp("shifted"), shift=SHIFT)
+    return RecordedIncident(tmp_path_factory.mktemp("shifted"), shift=SHIFT)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Told:
+def clean(tmp_path_factory: pytest.TempPathFactory) -> RecordedIncident:
     """Two skips, and a loss that goes on as if nothing had been."""
-    return Told(tmp_path_factory.mktemp("whole"), shift=1.0)
+    return RecordedIncident(tmp_path_factory.mktemp("clean"), shift=1.0)
 
 
-def numbers(told: Told) -> tuple[float, float, float]:
+def numbers(known: RecordedIncident) -> tuple[float, float, float]:
     """(Where the curve leads at the steps that were compared, what was measured there, the price of
     the steps lost).
     """
-    assert told.closed is not None
-    logs = [math.log(step) for step in range(told.closed.step - 7, told.closed.step + 1)]
+    assert known.closed is not None
+    logs = [math.log(step) for step in range(known.closed.step - 7, known.closed.step + 1)]
     expected = power(math.exp(sum(logs) / len(logs)))
     return expected, expected * SHIFT, power(ONSET) - power(ONSET + ONSET - 1 - BACK)
 
 
-def test_the_offset_and_its_price_are_the_known_numbers(shifted: Told) -> None:
+def test_the_offset_and_its_price_are_the_known_numbers(shifted: RecordedIncident) -> None:
     expected, got, price = numbers(shifted)
     (incident,) = build_report(shifted.run).incidents
-    assert incident.state == "recovered with higher loss" and shifted.closed is not None
+    assert incident.state == HIGHER_LOSS and shifted.closed is not None
     assert (incident.onset, incident.closed_step) == (ONSET, shifted.closed.step - 1)
     assert incident.curve is not None and incident.curve.slope == pytest.approx(-0.3)
     measured = {
@@ -141,7 +143,7 @@ def test_the_offset_and_its_price_are_the_known_numbers(shifted: Told) -> None:
 
 
 def test_all_four_forms_show_what_it_cost_and_whether_it_was_worth_it(
-    shifted: Told, capsys: pytest.CaptureFixture[str]
+    shifted: RecordedIncident, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected, got, price = numbers(shifted)
     parts = [
@@ -167,15 +169,15 @@ def test_all_four_forms_show_what_it_cost_and_whether_it_was_worth_it(
     assert incident["effect"] == pytest.approx(effect, abs=1e-9)
 
 
-def test_what_cost_no_step_and_left_no_offset(whole: Told) -> None:
-    (incident,) = build_report(whole.run).incidents
+def test_what_cost_no_step_and_left_no_offset(clean: RecordedIncident) -> None:
+    (incident,) = build_report(clean.run).incidents
     assert incident.state == "recovered" and incident.measured["offset"] == pytest.approx(
         0.0, abs=1e-9
     )
     assert (incident.cost.steps, incident.cost.price) == (0, 0.0)
     assert incident.effect is not None and incident.effect.worth == "yes"
     assert incident.effect.excess == pytest.approx(SPIKE - power(ONSET))
-    assert "discarded steps" not in incident_text(whole.run, 1)
+    assert "discarded steps" not in incident_text(clean.run, 1)
 
 
 def test_a_gain_below_its_price_is_not_worth_it() -> None:
@@ -189,7 +191,7 @@ def test_a_gain_below_its_price_is_not_worth_it() -> None:
         return effect.worth if effect is not None else None
 
     assert worth(0.5, 0.1) == "yes" and worth(0.5, 0.4) == "no"
-    assert worth(0.5, 0.1, 0.3) == worth(0.5, 0.4, 0.3) == "within the noise"
+    assert worth(0.5, 0.1, 0.3) == worth(0.5, 0.4, 0.3) == WITHIN_NOISE
     assert worth(math.nan, 0.1) is None and worth(0.5, math.nan) is None
 
 
@@ -202,8 +204,8 @@ def points(page: str, name: str) -> dict[float, float]:
     return {float(x): float(y) for x, y in pairs}
 
 
-def test_the_page_draws_where_the_loss_was_heading(shifted: Told) -> None:
-    """It lies on the losses before the onset, and below those that stayed up behind it."""
+def test_the_page_draws_where_the_loss_was_heading(shifted: RecordedIncident) -> None:
+    """It lies on the losses before the onset, and below those that stayed up after it."""
     page = render_report(shifted.run, "html")
     heading, here = points(page, "heading"), points(page, "here")
     assert shifted.closed is not None
@@ -211,12 +213,12 @@ def test_the_page_draws_where_the_loss_was_heading(shifted: Told) -> None:
     onset = min(here) + span * (ONSET - 1) / (shifted.closed.step - 1)
     assert max(heading) == pytest.approx(max(here), abs=span / shifted.closed.step + 0.2)
     before = {x: y for x, y in heading.items() if x < onset - 1}
-    behind = {x: y for x, y in heading.items() if x > onset + 1}
-    assert len(before) > 30 and len(behind) > 20
+    after = {x: y for x, y in heading.items() if x > onset + 1}
+    assert len(before) > 30 and len(after) > 20
     for x, y in heading.items():
         near = here[min(here, key=lambda other: abs(other - x))]
-        assert abs(near - y) < 1.0 if x in before else y - near > 1.0 if x in behind else True
-    assert "loss trend before an incident" in page
+        assert abs(near - y) < 1.0 if x in before else y - near > 1.0 if x in after else True
+    assert LEGEND in page
 
 
 def test_the_terminal_draws_the_loss(tmp_path: Path) -> None:
@@ -243,11 +245,11 @@ def test_the_terminal_draws_the_loss(tmp_path: Path) -> None:
     (row,) = [number for number, line in enumerate(picture) if "-" in line]
     assert row == round((6.2 - math.e) / 4.4 * 9) and lines[0].split("|")[0].strip() == "6.2"
     assert lines[HEIGHT + 1].split() == ["1", "69"]
-    assert "* applied, . discarded, x rejected, - trend" in lines[-1]
+    assert all(f"{mark} " in lines[-1] for mark in "*.x-"), "each mark is explained"
 
 
 def test_tries_far_off_do_not_flatten_the_rest_and_the_chart_is_added_on_demand(
-    shifted: Told,
+    shifted: RecordedIncident,
 ) -> None:
     assert not [
         line for line in render_report(shifted.run, "terminal").splitlines() if " |" in line
