@@ -59,7 +59,7 @@ def test_a_glance_says_how_a_run_is(root: Path) -> None:
 
 
 def test_points_are_of_the_present_and_end_with_the_last_step(tmp_path: Path) -> None:
-    """The rejected updates of a spike and the stretch that its rollback gave up are no part of the
+    """The rejected updates of a spike and the steps that its rollback discarded are no part of the
     curve.
     """
     fake = FakeRun().begin().advance(400)

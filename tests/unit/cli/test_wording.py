@@ -5,6 +5,7 @@ the plural.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from guardrail.core.records.findings import Finding, FindingKind, Severity
 from guardrail.core.records.verdicts import Mode
+from guardrail.decide.advised_incidents import advised_words
 from guardrail.launch.log_printer import LogLines
 from guardrail.operate.preview import Preview
 from guardrail.operate.preview import preview_command as of
@@ -28,15 +30,14 @@ from tests.unit.tui.test_run_story import finding
 def test_advise_journals_what_would_be_done(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "advised", "")
     Loop(bad=range(80, 100), factor=1e3, run=run, mode=Mode.ADVISE).train()
-    verdicts = [event.message for event in run.events() if event.kind == "verdict"]
+    verdicts = [event for event in run.events() if event.kind == "verdict"]
     assert len(verdicts) >= 3
-    for message in verdicts:
-        does, _, reason = message.partition(": ")
-        assert does.startswith(
-            ("would skip at step", "would roll back at step", "would halt at step")
-        ), message
-        assert "skip the update" not in reason or "would skip the update" in reason
-        assert "restore a state" not in reason or "would restore a state" in reason
+    for event in verdicts:
+        assert event.data["action"] == "apply"
+        assert event.data["would"] in ("skip", "rollback", "halt")
+        does, _, reason = event.message.partition(": ")
+        assert does.startswith(f"{advised_words(event.data['would'])} ")
+        assert reason.rpartition(": ")[2].split()[0] == "would", "nothing is said to be done"
     lines = [line for line in LogLines(run).read_new_lines() if "verdict" in line]
     assert 1 <= len(lines) < len(verdicts), (
         "one line for each incident and action, not one for each step"
@@ -65,19 +66,17 @@ def test_a_rate_that_looks_the_same_is_said_once() -> None:
     def said(lr: float) -> str:
         return Preview(command="rollback", lr=lr, lr_before=0.002).sentence()
 
-    assert said(0.0020001) == "rollback: learning rate 0.002"
-    assert said(0.001) == "rollback: learning rate 0.001 instead of 0.002"
+    assert re.findall(r"[\d.]+", said(0.0020001)) == ["0.002"]
+    assert re.findall(r"[\d.]+", said(0.001)) == ["0.001", "0.002"]
 
 
 @pytest.mark.parametrize(
     ("batches", "said"),
-    [
-        pytest.param(1, "next 1 batch is skipped", marks=pytest.mark.fault("T21")),
-        (2, "next 2 batches are skipped"),
-    ],
+    [pytest.param(1, "1 batch is", marks=pytest.mark.fault("T21")), (2, "2 batches are")],
 )
 def test_one_batch_is_no_batches(batches: int, said: str) -> None:
-    assert said in of(RunState(), wish("skip", batches)).sentence()
+    sentence = of(RunState(), wish("skip", batches)).sentence()
+    assert re.findall(r"\d+ \w+ \w+", sentence) == [said]
 
 
 @pytest.mark.fault("T21")
