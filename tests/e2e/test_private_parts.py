@@ -87,7 +87,7 @@ def test_the_screen_draws_without_it(name: str, tmp_path: Path) -> None:
     try:
         terminal.shows("loss", "incidents", "help")
         terminal.press("2\r")  # a dialog: partial updates, and then the frame under it again
-        terminal.shows("left out")
+        terminal.shows("outcome")
         terminal.press("q")
         terminal.shows("Tab pane")
         terminal.press("q")

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from guardrail.core.events.decisions import Diagnosed, SamplesTaken
 from guardrail.core.events.event import Event
 from guardrail.core.records.commands import Command
 from guardrail.core.records.findings import Finding, FindingKind, Severity
@@ -71,6 +72,8 @@ class FakeRun:
             message=message,
             data=plain,
         )
+        if not message and isinstance(event, SamplesTaken | Diagnosed):
+            event = msgspec.structs.replace(event, message=event.sentence())
         self.events.append(event)
         return event
 
@@ -99,11 +102,11 @@ class FakeRun:
     def spike(
         self, *, length: int = 3, back_to: int | None = None, under_way: bool = False
     ) -> FakeRun:
-        """The loss jumps for `length` batches in a row; the guard leaves each out, then goes back
-        before them.
+        """The loss jumps for `length` consecutive batches; the guard skips each, then restores a
+        state from before them.
 
         Args:
-            under_way: the last of them was not the one that makes it go back.
+            under_way: the last of them was not the one that causes the rollback.
         """
         self.incident += 1
         first, at, last = self.cursor, self.step, self.step + 1
@@ -135,7 +138,7 @@ class FakeRun:
                     onset=last,
                 )
             if action == "skip":
-                self._left_out("skipped", "", self.cursor, self.cursor + BATCH, "rejected", last)
+                self._skip("skipped", self.cursor, self.cursor + BATCH, "rejected", last)
             self.cursor, self.time = self.cursor + BATCH, self.time + STEP_SECONDS
         if under_way:
             return self
@@ -144,10 +147,9 @@ class FakeRun:
             if back_to is not None
             else max(s.step for s in self.snapshots if s.step < last - 4)
         )
-        message = f"rolled back from step {at} to {target} (memory), "
-        self._left_out("rollback", message, first, self.cursor, "rollback", last, to_step=target, from_step=at,
-                       onset=last, window=[first, self.cursor], tier="memory",
-                       new_timeline=self.timeline + 1)  # fmt: skip
+        self._skip("rollback", first, self.cursor, "rollback", last, to_step=target, from_step=at,
+                   onset=last, window=[first, self.cursor], tier="memory",
+                   new_timeline=self.timeline + 1)  # fmt: skip
         self.snapshots = [s for s in self.snapshots if s.step <= target or s.tier == "disk"]
         self.snapshots = [
             msgspec.structs.replace(s, state="suspect") if s.step > target else s
@@ -156,17 +158,16 @@ class FakeRun:
         self.step, self.timeline = target, self.timeline + 1
         return self
 
-    def _left_out(
-        self, kind: str, message: str, first: int, last: int, cause: str, step: int, **data: Any
-    ) -> None:
+    def _skip(self, kind: str, first: int, last: int, cause: str, step: int, **data: Any) -> None:
+        """Write the line of a skip or a rollback, in the words of its event."""
         documents = [
             DocumentRef(path="/data/corpus/0037.txt", first_byte=8192, last_byte=12288),
             DocumentRef(path="/data/corpus/0038.txt"),
             DocumentRef(path="/data/corpus/web.jsonl", record=1207),
         ]
         span = Span(first=first, last=last, origin=cause, step=step)
-        self.event(kind, f"{message}left out {last - first} samples of 3 documents", span=span, documents=documents,
-                   documents_total=3, samples=last - first, incident=self.incident, **data)  # fmt: skip
+        self.event(kind, "", span=span, documents=documents, documents_total=3, count=last - first,
+                   incident=self.incident, **data)  # fmt: skip
 
     def recover(self) -> FakeRun:
         self.event("incident", f"incident {self.incident}: recovered", number=self.incident, state="recovered",
@@ -175,7 +176,7 @@ class FakeRun:
         return self
 
     def not_a_number(self) -> FakeRun:
-        """One batch whose loss is NaN on rank 1: left out."""
+        """One batch whose loss is NaN on rank 1: skipped."""
         at = self.step + 1
         finding = Finding(signal="loss", step=at, kind=FindingKind.NONFINITE, severity=Severity.REJECT, value=math.nan,
                           baseline=2.31, score=math.inf, threshold=0.0, onset=at, ranks=(1,))  # fmt: skip
@@ -193,13 +194,13 @@ class FakeRun:
             state="open",
             onset=at,
         )
-        self._left_out("skipped", "", self.cursor, self.cursor + BATCH, "rejected", at)
+        self._skip("skipped", self.cursor, self.cursor + BATCH, "rejected", at)
         self.cursor += BATCH
         return self
 
     def weigh(self) -> FakeRun:
         """What a guard finds out about its newest incident before it asks: tokens, a cause, the
-        samples to blame.
+        bad samples.
         """
         at, number = self.step + 1, self.incident
         finding = Finding(signal="embed_grad_norm", step=at, kind=FindingKind.EMBED_SPIKE, severity=Severity.REJECT,
@@ -220,11 +221,10 @@ class FakeRun:
             step=at,
             positions=(self.cursor + 3,),
         )
-        self.event("skipped", "left out 1 sample of 1 document", span=span, samples=samples, documents=[document],
-                   documents_total=1, incident=number)  # fmt: skip
-        reason = "the batch is in trouble on the weights of step 1,190 as well, and the batch before it is not"
-        self.event("diagnosis", f"cause of incident {number}: data: {reason}", cause="data", reason=reason,
-                   incident=number, at_step=at)  # fmt: skip
+        self.event("skipped", "", span=span, count=1, samples=samples, documents=[document], documents_total=1,
+                   incident=number)  # fmt: skip
+        reason = "the batch has a spike on the weights of step 1,190 as well, and the batch before it has none"
+        self.event("diagnosis", "", cause="data", reason=reason, incident=number, at_step=at)
         return self
 
     def ask(self, question: str) -> FakeRun:
@@ -378,8 +378,9 @@ class FakeReader:
     def preview(self, command: Command) -> None:
         self.previewed.append(command)
         if self.foresees:
-            told = Preview(command=command.kind, value=command.value)
-            self.put(replace(self.snapshot, previews={**self.snapshot.previews, command.id: told}))
+            preview = Preview(command=command.kind, value=command.value)
+            previews = {**self.snapshot.previews, command.id: preview}
+            self.put(replace(self.snapshot, previews=previews))
 
     def write_note(self, text: str) -> None:
         self.notes.append(text)
@@ -473,7 +474,7 @@ class LiveRun:
 
 
 def example(until: int = 1284) -> FakeRun:
-    """The run of SCREEN.md: an update left out at 402, a spike at 1,207, all over by `until`."""
+    """The run of SCREEN.md: an update skipped at 402, a spike at 1,207, all over by `until`."""
     fake = FakeRun().begin().advance(402).not_a_number().advance(430).recover()
     fake.advance(1206).spike().advance(1240).recover()
     return fake.advance(until)
@@ -502,7 +503,7 @@ def main() -> None:
     if options.ask:
         fake.mode = Mode.ASK
         fake.ask(
-            "loss 2.31 → 6.84, score 27 (limit 8): roll back to 1,270 and leave out 18 batches?"
+            "loss 6.84 (normal 2.31), score 27 (limit 8): roll back to 1,270 and skip 18 batches?"
         )
     run = fake.write(options.root)
     print(run.path, flush=True)

@@ -22,6 +22,13 @@ from guardrail.tui.numerics.raster import Ink
 from guardrail.tui.numerics.scales import format_short
 
 SMOOTHINGS = ("off", "light", "strong")
+# What a chart says instead of a curve, and beside one whose rows are read again.
+NO_STEPS, READING, NOT_RECORDED = (
+    "no steps yet",
+    "reading the metrics",
+    "not in the rows of this run",
+)
+READING_FILE = "reading the file"
 _TONES = {
     Ink.EMPTY: "plain",
     Ink.ABANDONED: "abandoned",
@@ -93,10 +100,10 @@ def draw_chart(
     given = memory.columns.look(view, signal, scale, rows)
     plot = list(memory.rows(given, _tones(view, signal), ticks=not nothing))
     if nothing:
-        text = "no steps yet" if view.snapshot.loaded else "reading the metrics"
+        text = NO_STEPS if view.snapshot.loaded else READING
         plot[rows // 2] = (_gutter(None), (text.center(cells), "dim"))
     elif signal not in view.snapshot.series.values:
-        plot[rows // 2] = (_gutter(None), ("not in the rows of this run".center(cells), "dim"))
+        plot[rows // 2] = (_gutter(None), (NOT_RECORDED.center(cells), "dim"))
     if not below:
         return [head, *plot]
     return [head, *plot, *axis.axis_rows(view, scale, cells)[:below]]
@@ -223,7 +230,7 @@ def _values(view: View, signal: str, width: int) -> Row:
     """Return what stands right in the title: threshold, marks and step at the cursor, value."""
     right: list[Piece] = []
     if view.waits:
-        right.append(("reading the file   ", "accent"))
+        right.append((f"{READING_FILE}   ", "accent"))
     threshold = _shown_value(view, f"{signal}_threshold")
     if threshold is not None and math.isfinite(threshold) and width >= 56:
         right.append((f"threshold {format_short(threshold)}   ", "threshold"))

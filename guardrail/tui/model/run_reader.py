@@ -30,6 +30,7 @@ from guardrail.tui.numerics.decimated_series import EXACT
 LOOK_SECONDS = 0.25  # between two reads of a run that is busy
 WAIT_SECONDS = 1.0  # between two reads of a quiet one
 PRESENCE_SECONDS = 5.0  # between two marks in the directory that a screen is attached
+UNREADABLE = "cannot be read"  # as `Snapshot.damage`
 
 
 class RunReader:
@@ -147,7 +148,7 @@ class RunReader:
                 self._look_at_all()
         except (OSError, GuardrailError) as error:
             problem = self._failures.recent(f"cannot read the run: {format_reason(error)}")
-            self._latest.publish(loaded=True, problem=problem, damage=("cannot be read",))
+            self._latest.publish(loaded=True, problem=problem, damage=(UNREADABLE,))
 
     def _look_at_all(self) -> None:
         if self._start_over:

@@ -52,7 +52,7 @@ _ACTIONS: dict[Action | None, str] = {
     Action.HALT: "halted",
     Action.RETRY: "batch repeated",
 }
-_ADVISED_ACTIONS: dict[Action | None, str] = {
+ADVISED_ACTIONS: dict[Action | None, str] = {
     Action.SKIP: "would skip the update",
     Action.ROLLBACK: "would roll back",
     Action.PAUSE: "would pause and ask",
@@ -188,7 +188,7 @@ class StoryBuilder:
         if action is None or (advised and would in (None, Action.APPLY)):
             return
         at = event.step if event.at_step is None else event.at_step
-        words = _ADVISED_ACTIONS.get(would, "") if advised else _ACTIONS.get(action, "")
+        words = ADVISED_ACTIONS.get(would, "") if advised else _ACTIONS.get(action, "")
         news = IncidentNews(action=words, findings=event.findings)
         label = self._incidents.merge(event.incident, at, news).label
         if action is Action.SKIP:

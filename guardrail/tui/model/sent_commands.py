@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SHOWN_SECONDS = 60.0  # how long an answer is shown
 NOTICE_SECONDS = 10.0  # how long a notice is shown: it may not be true any more after that
 RENEW_SECONDS = 1.0  # between two previews of a command while a dialog shows it
+ENDED_BEFORE = "the run ended before it answered"
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class SentCommands:
         if answer is not None:
             return _describe_answer(sent, answer)
         if view.status is not None and view.status.phase.ended:
-            return f"✗ {sent.label}: the run ended before it answered", "bad"
+            return f"✗ {sent.label}: {ENDED_BEFORE}", "bad"
         waited = format_seconds_in_words(view.now - sent.time)
         if view.silence > HEARTBEAT_SECONDS:
             waited += "; the run does not respond"
@@ -217,7 +218,7 @@ def parse_value(text: str, kind: type[ControlCommand]) -> float | str:
 
 
 # state of a snapshot -> what the user must know before it is restored
-_STATE_WARNINGS = {
+STATE_WARNINGS = {
     "suspect": "▲ This state is suspect: it was saved after the estimated start of the anomaly.",
     "candidate": "Not confirmed yet: too few healthy steps since this snapshot.",
 }
@@ -239,8 +240,8 @@ def preview_lines(preview: Preview) -> list[str]:
         lines.append(f"Allows {format_plural(preview.returned, 'skipped sample')} again.")
     if math.isfinite(preview.lr):
         lines.append(_new_rate(preview))
-    if preview.state in _STATE_WARNINGS:
-        lines.append(_STATE_WARNINGS[preview.state])
+    if preview.state in STATE_WARNINGS:
+        lines.append(STATE_WARNINGS[preview.state])
     if preview.remark:
         remark = preview.remark[:1].upper() + preview.remark[1:]
         lines.append(f"{clean_and_shorten(remark, 300)}.")
@@ -271,6 +272,6 @@ def rollback_cost(info: SnapshotInfo, status: Status) -> list[str]:
     lines = [f"{line}."]
     if samples:
         lines.append(f"Skips the data after it: up to {format_plural(samples, 'sample')}.")
-    if info.state in _STATE_WARNINGS:
-        lines.append(_STATE_WARNINGS[info.state])
+    if info.state in STATE_WARNINGS:
+        lines.append(STATE_WARNINGS[info.state])
     return lines

@@ -18,6 +18,7 @@ from guardrail.tui.numerics.scales import format_short
 from guardrail.tui.panes.frame import Fact, named_facts
 
 _MOST_ACTIONS = 12  # the newest ones
+NOT_OVER = "not over yet"
 _MOST_SAMPLES, _MOST_SPANS, _DOCUMENTS_OF_SAMPLE = 16, 6, 2
 
 
@@ -126,7 +127,7 @@ def _outcome(incident: Incident) -> str:
     if incident.outcome:
         return incident.outcome
     if incident.state == "open":
-        return "not over yet"
+        return NOT_OVER
     return incident.state
 
 

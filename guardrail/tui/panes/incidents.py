@@ -30,6 +30,7 @@ _STATES: dict[str, Piece] = {
     "recovered with higher loss": ("▲ higher loss", "warn"),
     "repeated": ("▲ repeated", "bad"),
 }
+NO_OPEN_INCIDENT = "the journal has no open incident"
 _MOST_LINES = 3  # findings, and rows of names of documents, in the table
 _SEARCHED_CELLS = 400  # of a row that the filter searches
 
@@ -77,7 +78,7 @@ def newest_evidence_rows(view: View, width: int, height: int) -> Sequence[Row]:
     """Return all evidence of the newest incident, which the guard's question is about."""
     known = view.snapshot.story.incidents
     if not known or not known[0].open:
-        return [((" the journal has no open incident", "dim"),)]
+        return [((f" {NO_OPEN_INCIDENT}", "dim"),)]
     return _describe(view, known[0], width)
 
 

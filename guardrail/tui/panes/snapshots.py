@@ -26,6 +26,7 @@ from guardrail.tui.panes.frame import (
 )
 from guardrail.tui.panes.pane import Pane
 
+TITLE = "snapshots and checkpoints"
 _WIDE = 44  # cells from which on an entry has the size on disk
 _TONES = {"suspect": "warn", "good": "plain"}  # (in memory, good) -> symbol
 _SYMBOLS = {(True, True): "●", (True, False): "○", (False, True): "■", (False, False): "□"}
@@ -51,7 +52,7 @@ def _matching_states(view: View, state: PaneState) -> list[SnapshotInfo]:
 
 def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
     known = _matching_states(view, state)
-    rows = [pane_title("snapshots and checkpoints", width, state)]
+    rows = [pane_title(TITLE, width, state)]
     rows += [fit_row(line, width) for line in _safety_rows(view, state)]
     if not known:
         return [*rows, empty_row(state, "none yet", width)][:height]

@@ -46,6 +46,11 @@ else:
 
 T = TypeVar("T")
 
+# What the message line and a preview say.
+NO_STATE = "there is no snapshot or checkpoint to restore yet"
+NO_QUESTION = "the guard asks nothing now"
+WORKING = "(working out the rest …)"
+
 
 class CommandKeys(Base):
     """The part of the dashboard that sends commands.
@@ -166,7 +171,7 @@ class CommandKeys(Base):
         def describe(view: View) -> Sequence[str]:
             preview = foreseen.newest(view)
             if preview is None:
-                return [*lines, "(working out the rest …)"]
+                return [*lines, WORKING]
             return controls.preview_lines(preview)
 
         def done(answer: int | None) -> None:
@@ -240,7 +245,7 @@ class CommandKeys(Base):
         known = restorable_states(self.view.status)
         status = self.view.status
         if not known or status is None:
-            self.say("there is no snapshot or checkpoint to restore yet")
+            self.say(NO_STATE)
             return
         options: list[tuple[str | Row, str]] = [
             (snapshot_row(info, self.view.now), " ".join(controls.rollback_cost(info, status)))
@@ -283,7 +288,7 @@ class CommandKeys(Base):
             return
         status = self.view.status
         if status is None or not status.question:
-            self.say("the guard asks nothing now")
+            self.say(NO_QUESTION)
             return
         self._asked = OpenQuestion(status.question, status.question_number)
         asked = OpenQuestion(status.question, status.question_number)

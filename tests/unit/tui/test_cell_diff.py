@@ -1,4 +1,4 @@
-"""What a partial update puts on a terminal, against the whole frame."""
+"""What a partial update puts on a terminal, against the complete frame."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def shown(*sequences: str) -> list[list[tuple[Any, ...]]]:
         max_size=4,
     ),
 )
-def test_the_cells_that_changed_make_the_whole_frame(
+def test_the_cells_that_changed_make_the_complete_frame(
     before: Frame, after: Frame, cuts: set[int], spans: list[tuple[int, int, int]]
 ) -> None:
     new = [[False] * WIDTH for _ in range(HEIGHT)]
@@ -77,16 +77,16 @@ def test_the_cells_that_changed_make_the_whole_frame(
         [b if fresh else a for a, b, fresh in zip(*rows, strict=True)]
         for rows in zip(before, after, new, strict=True)
     ]
-    stretches = []
+    ranges = []
     for y, flags in enumerate(new):
         edges = [
             x for x in range(WIDTH + 1) if (x < WIDTH and flags[x]) != (x > 0 and flags[x - 1])
         ]
-        stretches += [(y, x1, x2) for x1, x2 in zip(edges[::2], edges[1::2], strict=True)]
+        ranges += [(y, x1, x2) for x1, x2 in zip(edges[::2], edges[1::2], strict=True)]
     where, terminal = sorted({0, WIDTH, *cuts}), terminal_of("truecolor")
     everything = [(y, 0, WIDTH) for y in range(HEIGHT)]
     first = update(before, everything, where).render_segments(terminal)
-    partial = render_cells(update(after, stretches, where), terminal)
+    partial = render_cells(update(after, ranges, where), terminal)
     assert shown(first, partial) == shown(
         update(after, everything, where).render_segments(terminal)
     )
@@ -97,15 +97,15 @@ def test_the_cells_that_changed_make_the_whole_frame(
 def test_one_number_costs_one_number(style: int) -> None:
     frame: Frame = [[("a", style)] * WIDTH for _ in range(HEIGHT)]
     terminal = terminal_of("truecolor")
-    told = render_cells(update(frame, [(1, 8, 10)], [0, 4, WIDTH]), terminal)
-    assert told.startswith("\x1b[2;9H") and told.endswith(
+    sent = render_cells(update(frame, [(1, 8, 10)], [0, 4, WIDTH]), terminal)
+    assert sent.startswith("\x1b[2;9H") and sent.endswith(
         "aa\x1b[0m" if style == 4 else "aa\x1b[39;49m"
     )
-    assert len(told) < 60
+    assert len(sent) < 60
 
 
 def test_a_wide_character_at_the_edge_leaves_no_half() -> None:
-    """Rows with such characters are refreshed as a whole; a dialog above may still cut one in
+    """Rows with such characters are refreshed completely; a dialog above may still cut one in
     two.
     """
     chops = [{0: Strip([Segment("a語b" + "." * (WIDTH - 4), STYLES[0])])} for _ in range(HEIGHT)]

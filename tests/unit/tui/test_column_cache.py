@@ -68,11 +68,11 @@ def test_a_frame_looks_at_little(monkeypatch: pytest.MonkeyPatch) -> None:
         take(level, begin, end, *results)
 
     monkeypatch.setattr(pyramid, "_take", counted)
-    told = snapshot_of(fake)
+    snapshot = snapshot_of(fake)
     counts = []
     for _ in range(6):
         looked[0], added = 0, len(fake.rows)
-        view = View(replace(told, series=track.series()), fake.time)
+        view = View(replace(snapshot, series=track.series()), fake.time)
         eye.look(view, "loss", axis.make_x_scale(view, CELLS), 12)
         counts.append(looked[0])
         fake.advance(fake.step + 3, checkpoints=0, ring=0)

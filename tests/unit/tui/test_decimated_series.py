@@ -20,7 +20,7 @@ from guardrail.core.records.signals import METRIC_COLUMNS
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.chart import axis
-from guardrail.tui.chart.chart import draw_chart
+from guardrail.tui.chart.chart import READING_FILE, draw_chart
 from guardrail.tui.model import run_reader
 from guardrail.tui.model.run_reader import RunReader
 from guardrail.tui.model.view import View
@@ -100,18 +100,18 @@ def extremes(series: Series, signal: str) -> tuple[float, float, bool]:
     st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), min_size=1, max_size=6),
     st.integers(1, 400),
 )
-def test_what_is_summed_up_is_what_the_rows_say(stretches: list[tuple[int, int]], cut: int) -> None:
+def test_what_is_summed_up_is_what_the_rows_say(parts: list[tuple[int, int]], cut: int) -> None:
     """For runs that go back to random steps, far back too, and arrive in any chunks: against one
     that keeps all.
     """
-    steps, timelines = going_back(stretches)
+    steps, timelines = going_back(parts)
     table = noise(steps, timelines)
-    thinned, whole = bounded(table), DecimatedSeries(("eval_loss",), ("tokens",))
+    thinned, complete = bounded(table), DecimatedSeries(("eval_loss",), ("tokens",))
     for first in range(0, len(table), cut):
-        for track in (thinned, whole):
+        for track in (thinned, complete):
             track.add(COLUMNS, table[first : first + cut], first=first)
         assert len(thinned.series()) <= 4 * EXACT
-    a, b = thinned.series(), whole.series()
+    a, b = thinned.series(), complete.series()
     kept = len(a) - a.thin
     assert a.step[a.thin :].tolist() == b.step[len(b) - kept :].tolist()
     assert kept >= min(EXACT * 3 // 4, len(b)) or timelines[-1], "after a return there may be few"
@@ -120,8 +120,8 @@ def test_what_is_summed_up_is_what_the_rows_say(stretches: list[tuple[int, int]]
         assert repr(extremes(a, name)) == repr(extremes(b, name))
         assert repr(a.last(name)) == repr(b.last(name))
     assert a.end("tokens") == b.end("tokens") and len(a.abandoned) == len(b.abandoned)
-    for ghost, other in zip(a.abandoned, b.abandoned, strict=True):
-        assert ghost.last_step == other.last_step and repr(extremes(ghost, "loss")) == repr(
+    for mine, other in zip(a.abandoned, b.abandoned, strict=True):
+        assert mine.last_step == other.last_step and repr(extremes(mine, "loss")) == repr(
             extremes(other, "loss")
         )
     # Every point stands for the rows from the one before to its own, and for no others.
@@ -133,7 +133,7 @@ def test_what_is_summed_up_is_what_the_rows_say(stretches: list[tuple[int, int]]
 
 
 def test_a_day_holds_no_more_bytes_than_an_hour() -> None:
-    """Of everything that grows with rows, ghosts included; counted, whatever a process may have
+    """Of everything that grows with rows, abandoned timelines included; counted, whatever a process may have
     left over.
     """
     track, sizes = DecimatedSeries(exact=EXACT), []
@@ -151,16 +151,18 @@ def test_a_day_holds_no_more_bytes_than_an_hour() -> None:
         at = track.last_step
         table = noise(np.arange(at - 9, at + 1).tolist(), [float(timeline)] * 10)
         track.add(COLUMNS, table)
-    assert held((track, track.series())) < 2 * before, "of ghosts only the newest are kept"
+    assert held((track, track.series())) < 2 * before, (
+        "of abandoned timelines only the newest are kept"
+    )
 
 
-def test_a_ghost_of_a_whole_day_is_summed_up_too() -> None:
+def test_an_abandoned_timeline_of_a_full_day_is_summed_up_too() -> None:
     track = DecimatedSeries()
     track.add(COLUMNS, noise(np.arange(1.0, 100_001).tolist(), [0.0] * 100_000))
     before = extremes(track.series(), "loss")
     track.abandon(after=0)
-    (ghost,) = track.series().abandoned
-    assert len(ghost) <= 2048 and repr(extremes(ghost, "loss")) == repr(before)
+    (abandoned,) = track.series().abandoned
+    assert len(abandoned) <= 2048 and repr(extremes(abandoned, "loss")) == repr(before)
 
 
 # -- what is looked at closer
@@ -180,14 +182,14 @@ def reader(long_run: RunDirectory) -> Iterator[RunReader]:
     found.close()
 
 
-def closer(reader: RunReader, *stretches: tuple[float, float]) -> Series:
+def closer(reader: RunReader, *ranges: tuple[float, float]) -> Series:
     """As the reader's thread would, in this one."""
-    reader.request_rows(stretches)
+    reader.request_rows(ranges)
     reader._zooming.run_waiting()
     return reader.latest().series
 
 
-def whole(run: RunDirectory, signals: tuple[str, ...] = (), axis: str = "step") -> Series:
+def read_all(run: RunDirectory, signals: tuple[str, ...] = (), axis: str = "step") -> Series:
     track, view = DecimatedSeries(signals, (axis,)), run.metrics()
     track.add(view.columns, np.asarray(view.array))
     return track.series()
@@ -198,10 +200,10 @@ def drawn(series: Series, signal: str, scale: XScale, along: str = "step") -> li
     return [found.low.tolist(), found.high.tolist(), found.bad.tolist()]
 
 
-def test_a_stretch_that_is_looked_at_is_drawn_and_read_as_its_rows_are(
+def test_a_range_that_is_looked_at_is_drawn_and_read_as_its_rows_are(
     reader: RunReader, long_run: RunDirectory
 ) -> None:
-    expected, series = whole(long_run), reader.latest().series
+    expected, series = read_all(long_run), reader.latest().series
     assert 0 < series.thin and len(series) <= 4 * EXACT
     scale = XScale(1100.5, 1.0, 200)
     assert drawn(series, "loss", scale) != drawn(expected, "loss", scale), (
@@ -231,7 +233,7 @@ def test_along_another_axis_and_with_further_signals(
 ) -> None:
     reader.choose_signals(("loss", "lr"), "tokens")
     closer(reader, (1050.0, 1350.0))
-    series, expected = reader.latest().series, whole(long_run, ("lr",), "tokens")
+    series, expected = reader.latest().series, read_all(long_run, ("lr",), "tokens")
     place = expected.place(1200, "tokens")
     assert series.place(1200, "tokens") == place and series.step_at(place + 1, "tokens") == 1200
     scale = XScale(place - 100_000.0, 2000.0, 100)
@@ -241,7 +243,7 @@ def test_along_another_axis_and_with_further_signals(
         )
 
 
-def test_what_is_at_hand_is_not_read_again_and_what_nobody_looks_at_goes(
+def test_what_is_at_hand_is_not_read_again_and_what_is_not_looked_at_goes(
     reader: RunReader, long_run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[int] = []
@@ -276,7 +278,7 @@ def test_a_return_far_back_keeps_the_rows_before_it(
         "rollback", "rolled back to 1003", to_step=1003, new_timeline=2, timeline=1, step=5000
     )
     reader.look()
-    series, expected = reader.latest().series, whole(long_run)
+    series, expected = reader.latest().series, read_all(long_run)
     assert series.last_step == 1003 and series.details == () and len(series.abandoned) == 2
     count = int(np.searchsorted(expected.step, 1003, side="right"))
     assert series.last("loss") == expected.values["loss"][count - 1]
@@ -287,7 +289,7 @@ def test_a_return_far_back_keeps_the_rows_before_it(
     )
 
 
-def test_a_file_that_cannot_be_read_is_trouble_and_tried_again(
+def test_a_file_that_cannot_be_read_is_a_problem_and_tried_again(
     reader: RunReader, long_run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stale(self: RunDirectory, first: int, end: int) -> tuple[tuple[str, ...], np.ndarray]:
@@ -362,11 +364,11 @@ def text_of(view: View) -> str:
 
 def test_a_value_that_is_not_at_hand_is_not_said_and_a_long_wait_is() -> None:
     view = replace(thinned(), at=1190.0)
-    assert "…" in text_of(view).splitlines()[0] and "reading the file" not in text_of(view)
+    assert "…" in text_of(view).splitlines()[0] and READING_FILE not in text_of(view)
     waiting = replace(view, snapshot=replace(view.snapshot, looking_up=view.now - 0.4))
-    assert "reading the file" not in text_of(waiting), "what comes at once does not flicker"
+    assert READING_FILE not in text_of(waiting), "what comes at once does not flicker"
     waiting = replace(view, snapshot=replace(view.snapshot, looking_up=view.now - 0.6))
-    assert "reading the file" in text_of(waiting).splitlines()[0]
+    assert READING_FILE in text_of(waiting).splitlines()[0]
     assert "…" not in text_of(replace(view, at=5000.0)).splitlines()[0]
 
 
@@ -391,7 +393,7 @@ async def test_the_screen_asks_for_what_it_shows_and_shows_what_comes(
 ) -> None:
     """A spike of three steps among five thousand, seen from afar, looked at step by step."""
     reader = RunReader(long_run, exact=EXACT, present=False)
-    expected = whole(long_run)
+    expected = read_all(long_run)
     app = GuardrailApp(reader, clock=lambda: 0.0)
     async with app.run_test(size=(120, 32)) as pilot:
         wait_for(lambda: reader.latest().loaded)

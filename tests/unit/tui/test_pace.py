@@ -31,7 +31,7 @@ class Turned(GuardrailApp):
     def _show(self) -> None:
         self.frames += 1
 
-    def pass_by(self, seconds: float, happens: Callable[[], None] = lambda: None) -> int:
+    def run_for(self, seconds: float, happens: Callable[[], None] = lambda: None) -> int:
         """Frames that are drawn while something happens 64 times a second."""
         before = self.frames
         for turn in range(round(seconds / TURN)):
@@ -76,22 +76,22 @@ def rows_come(reader: FakeReader) -> Callable[[], None]:
 
 
 def test_a_quiet_run_is_drawn_twice_a_second(app: Turned, reader: FakeReader) -> None:
-    app.pass_by(6.0, rows_come(reader))
-    assert 18 <= app.pass_by(10.0, rows_come(reader)) <= 20
+    app.run_for(6.0, rows_come(reader))
+    assert 18 <= app.run_for(10.0, rows_come(reader)) <= 20
 
 
 def test_a_screen_with_nothing_new_is_drawn_once_a_second(app: Turned) -> None:
     """Ages and silence grow."""
-    app.pass_by(6.0)
-    assert 9 <= app.pass_by(10.0) <= 10
+    app.run_for(6.0)
+    assert 9 <= app.run_for(10.0) <= 10
 
 
 async def test_whoever_uses_it_sees_five_frames_a_second(app: Turned, reader: FakeReader) -> None:
-    app.pass_by(6.0, rows_come(reader))
+    app.run_for(6.0, rows_come(reader))
     app._happened = app.now
-    assert 18 <= app.pass_by(4.0, rows_come(reader)) <= 20
-    app.pass_by(2.0, rows_come(reader))
-    assert app.pass_by(4.0, rows_come(reader)) <= 8
+    assert 18 <= app.run_for(4.0, rows_come(reader)) <= 20
+    app.run_for(2.0, rows_come(reader))
+    assert app.run_for(4.0, rows_come(reader)) <= 8
 
 
 async def test_a_key_is_something_that_happens(reader: FakeReader) -> None:
@@ -106,7 +106,7 @@ async def test_a_key_is_something_that_happens(reader: FakeReader) -> None:
     "what", ["an event", "another mode", "a question", "trouble", "rows read again"]
 )
 def test_news_are_drawn_at_once_and_watched(what: str, app: Turned, reader: FakeReader) -> None:
-    app.pass_by(6.0, rows_come(reader))
+    app.run_for(6.0, rows_come(reader))
     old = reader.snapshot
     assert old.status is not None
     line = LogLine(time=0.0, step=1, mark="·", tone="plain", text="a note")
@@ -120,7 +120,7 @@ def test_news_are_drawn_at_once_and_watched(what: str, app: Turned, reader: Fake
         "rows read again": replace(old, looking_up=1.0),
     }[what]
     reader.put(new)
-    app.pass_by(0.5)
+    app.run_for(0.5)
     assert app._shown is new, "half a second at most"
-    app.pass_by(0.5, rows_come(reader))
-    assert app.pass_by(3.0, rows_come(reader)) >= 12
+    app.run_for(0.5, rows_come(reader))
+    assert app.run_for(3.0, rows_come(reader)) >= 12

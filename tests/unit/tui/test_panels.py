@@ -4,6 +4,8 @@ made harmless.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,7 +31,15 @@ from guardrail.core.records.status import Phase, SnapshotInfo, Status
 from guardrail.core.records.verdicts import Mode
 from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.chart.axis import GUTTER, make_x_scale, marks_in_view, next_marked_step
-from guardrail.tui.chart.chart import PlotCache, Sparklines, draw_chart, draw_sparkline
+from guardrail.tui.chart.chart import (
+    NO_STEPS,
+    NOT_RECORDED,
+    READING,
+    PlotCache,
+    Sparklines,
+    draw_chart,
+    draw_sparkline,
+)
 from guardrail.tui.draw import palette
 from guardrail.tui.draw.lines import (
     Lines,
@@ -44,6 +54,7 @@ from guardrail.tui.draw.lines import (
 )
 from guardrail.tui.draw.palette import BAND
 from guardrail.tui.model.health import assess_health
+from guardrail.tui.model.incident_list import format_skipped
 from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.view import CHARTS, Snapshot, View
 from guardrail.tui.numerics import raster
@@ -147,7 +158,7 @@ def test_every_phase_has_a_health_and_words() -> None:
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 200])
 @pytest.mark.parametrize("mode", Mode)
-def test_header_tells_health_and_step_at_every_width(width: int, mode: Mode) -> None:
+def test_header_shows_health_and_step_at_every_width(width: int, mode: Mode) -> None:
     shown = text(panels.header_rows(view(mode=mode), width, 1))
     assert cell_len(shown) <= width and shown.startswith(" ● HEALTHY")
     assert ("step 1,284 / 6,000" in shown) == (width >= 40)
@@ -179,20 +190,17 @@ def test_a_run_without_a_length_has_no_share() -> None:
     assert "step 1,284 " in shown and "%" not in shown
 
 
-def test_facts_put_trouble_first() -> None:
-    shown = text(
-        panels.status_rows(
-            view(disk="failing: No space left on device", restarts=2, lr_factor=0.5), 120, 1
-        )
-    )
-    assert shown.startswith(" ▲ disk failing: No space left on device") and "2 restarts" in shown
+def test_facts_put_problems_first() -> None:
+    disk = f"failing: {os.strerror(errno.ENOSPC)}"
+    shown = text(panels.status_rows(view(disk=disk, restarts=2, lr_factor=0.5), 120, 1))
+    assert shown.startswith(f" ▲ disk {disk}") and "2 restarts" in shown
     assert "rate ×0.5" in shown and "disk ok" not in shown
     setting_up = text(
         panels.status_rows(view(phase=Phase.SETUP, progress="tokenizing 43 %"), 120, 1)
     )
     assert setting_up.startswith(" setting up: tokenizing 43 %")
     ended = text(panels.status_rows(view(phase=Phase.HALTED, exit_code=3), 120, 1))
-    assert "halted by the guard" in ended and "exit code 3" in ended
+    assert panels.PHASES[Phase.HALTED] in ended and "exit code 3" in ended
 
 
 def test_facts_before_the_first_sign_of_life() -> None:
@@ -209,7 +217,10 @@ def test_incidents_newest_first_and_cut_to_the_height() -> None:
     rows = incidents.PANE.build(view(), 60, 12, PaneState())
     shown = text(rows)
     assert shown.index("#2") < shown.index("#1") and len(rows) <= 12
-    assert "rolled back to 1,200" in shown and "48 samples of 3 documents skipped" in shown
+    (spike, _) = view().snapshot.story.incidents
+    assert spike.action.endswith(" 1,200") and spike.action in shown
+    skipped = format_skipped(spike)
+    assert re.findall(r"\d+ \w+", skipped) == ["48 samples", "3 documents"] and skipped in shown
     assert "#1" not in text(incidents.PANE.build(view(), 60, 7, PaneState()))
     assert "none" in text(
         incidents.PANE.build(View(snapshot_of(FakeRun().begin()), 0.0), 60, 5, PaneState())
@@ -217,10 +228,10 @@ def test_incidents_newest_first_and_cut_to_the_height() -> None:
 
 
 def test_many_documents_are_counted() -> None:
-    told = view().snapshot.story
-    many = replace(told.incidents[0], documents=tuple(f"a-rather-long-name-{n:03}.txt" for n in range(16)),
+    story = view().snapshot.story
+    many = replace(story.incidents[0], documents=tuple(f"a-rather-long-name-{n:03}.txt" for n in range(16)),
                    documents_total=900)  # fmt: skip
-    snapshot = replace(view().snapshot, story=replace(told, incidents=(many,)))
+    snapshot = replace(view().snapshot, story=replace(story, incidents=(many,)))
     shown = incidents.PANE.build(View(snapshot, 0.0), 50, 20, PaneState())
     assert len(shown) <= 9 and text(shown).rstrip().endswith("…")
 
@@ -285,19 +296,19 @@ def test_marks_stand_on_the_curve_at_their_step() -> None:
     )
 
 
-def test_of_many_marks_the_gravest_are_seen() -> None:
+def test_of_many_marks_the_most_severe_are_seen() -> None:
     fake = FakeRun().begin().advance(600, checkpoints=0)
     for step in range(1, 600):
         fake.step = step
         fake.event("command", "lr applied", id=str(step), command="lr", value=0.5, effect="applied")
     fake.step = 300
     fake.not_a_number()
-    told = View(snapshot_of(fake), fake.time)
-    marks = marks_in_view(told, make_x_scale(told, 60), all_kinds=True)
+    seen = View(snapshot_of(fake), fake.time)
+    marks = marks_in_view(seen, make_x_scale(seen, 60), all_kinds=True)
     assert len(marks) <= 60 and marks[0].letter == "S"
-    shown = text(draw_chart(told, "loss", 68, 16))
+    shown = text(draw_chart(seen, "loss", 68, 16))
     assert "S1" in shown and "!×0.5" in shown
-    assert next_marked_step(told, 300, 1) == 301 and next_marked_step(told, 1, -1) is None
+    assert next_marked_step(seen, 300, 1) == 301 and next_marked_step(seen, 1, -1) is None
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -306,13 +317,13 @@ def test_marks_and_the_value_cursor_keep_to_their_step_on_every_axis(
     axis: str, span: float | None
 ) -> None:
     series = view().snapshot.series
-    told = replace(view(), axis=axis, span=span, at=1207.0)
-    scale = make_x_scale(told, 100)
-    for mark in marks_in_view(told, scale, all_kinds=True):
+    seen = replace(view(), axis=axis, span=span, at=1207.0)
+    scale = make_x_scale(seen, 100)
+    for mark in marks_in_view(seen, scale, all_kinds=True):
         assert scale.first <= mark.x < scale.last
         assert round(series.step_at(mark.x, axis)) in {403, 800, 1000, 1200}
     assert scale.first <= series.along(axis)[-1] < scale.last, "the newest step is in sight"
-    assert "step 1,207" in text(draw_chart(told, "loss", 100, 16))
+    assert "step 1,207" in text(draw_chart(seen, "loss", 100, 16))
 
 
 def test_axes_count_only_what_was_learnt_and_from_the_first_row() -> None:
@@ -343,21 +354,20 @@ def test_smoothing_is_a_line_on_a_pale_curve() -> None:
 
 def test_a_signal_of_any_name_has_a_chart() -> None:
     evil = "grad_norm/\x1b[31mblock [/red]" + "w" * 99
-    told = replace(view(), charts=("loss", evil), big=evil)
+    seen = replace(view(), charts=("loss", evil), big=evil)
     for height in (1, 4, 16):
-        assert all(row_width(line) <= 60 for line in draw_chart(told, evil, 60, height))
-    assert "not in the rows" in text(draw_chart(told, evil, 60, 16))
-    assert row_width(draw_sparkline(told, evil, 80)) <= 80
+        assert all(row_width(line) <= 60 for line in draw_chart(seen, evil, 60, height))
+    assert NOT_RECORDED in text(draw_chart(seen, evil, 60, 16))
+    assert row_width(draw_sparkline(seen, evil, 80)) <= 80
 
 
 def test_the_title_says_the_value() -> None:
     assert "2.41" in text(draw_chart(view(), "loss", 60, 8)[:1])
     fake = FakeRun().begin().advance(300).not_a_number()
     assert "× NaN" in text(draw_chart(View(snapshot_of(fake), 0.0), "loss", 60, 8)[:1])
-    assert "no steps yet" in text(draw_chart(View(Snapshot("a"), 0.0), "loss", 60, 8))
-    assert "reading the metrics" in text(
-        draw_chart(View(Snapshot("a", loaded=False), 0.0), "loss", 60, 8)
-    )
+    for loaded, said in ((True, NO_STEPS), (False, READING)):
+        empty = View(Snapshot("a", loaded=loaded), 0.0)
+        assert said in text(draw_chart(empty, "loss", 60, 8))
 
 
 def test_the_axis_reaches_to_the_end_of_a_run_that_is_nearly_there() -> None:
@@ -365,26 +375,26 @@ def test_the_axis_reaches_to_the_end_of_a_run_that_is_nearly_there() -> None:
     assert "R2" in text(draw_chart(near, "loss", 120, 16)) and Series().end("step") == 0
 
 
-def test_a_stretch_that_follows_stands_still_most_of_the_time() -> None:
-    seen = set()
+def test_a_range_that_follows_stands_still_most_of_the_time() -> None:
+    firsts = set()
     for step in range(1000, 1100):
-        told = replace(
+        seen = replace(
             view(),
             span=200.0,
             snapshot=replace(view().snapshot, series=Series(step=np.arange(1.0, step))),
         )
-        scale = make_x_scale(told, 100)
-        seen.add(scale.first)
+        scale = make_x_scale(seen, 100)
+        firsts.add(scale.first)
         assert scale.first <= step - 1 <= scale.last, "the newest step is in sight"
-    assert len(seen) <= 7, "it moves by a tenth of itself, not by a step"
+    assert len(firsts) <= 7, "it moves by a tenth of itself, not by a step"
 
 
 def test_the_value_cursor_reads_what_was_at_its_step() -> None:
     series = Series(
         step=np.array([1.0, 2.0, 2.0, 3.0]), values={"loss": np.array([5.0, 9.0, 4.0, 3.0])}
     )
-    told = [series.at("loss", step) for step in (0.5, 1, 2, 2.5, 99)]
-    assert told == [None, 5.0, 4.0, 4.0, 3.0] and series.at("lr", 2) is None
+    values = [series.at("loss", step) for step in (0.5, 1, 2, 2.5, 99)]
+    assert values == [None, 5.0, 4.0, 4.0, 3.0] and series.at("lr", 2) is None
     shown = text(draw_chart(replace(view(), at=1000.0), "loss", 80, 12))
     assert "step 1,000" in shown.splitlines()[0]
 
@@ -401,7 +411,7 @@ def test_fit_and_wrap_keep_to_the_width(words: str, width: int) -> None:
 
 
 def test_wrap_keeps_every_word() -> None:
-    words = "rolled back from step 1206 to 1200 (memory), left out 48 samples"
+    words = "restored step 1,200 from memory (6 steps discarded), skipped 48 samples"
     assert " ".join(wrap_text(words, 20)) == words
     assert wrap_text("", 10) == [""] and "".join(wrap_text("x" * 35, 10)) == "x" * 35
 
@@ -458,11 +468,11 @@ def hostile_run(evil: str) -> Snapshot:
     fake.event("incident", evil, number=3, state="open", onset=1284)
     fake.event("skipped", "", span={"first": 0, "last": 16, "cause": "rejected", "step": 1284}, samples=16, incident=3,
                documents=[{"path": f"/data/{evil}"}, {"path": evil}], documents_total=2)  # fmt: skip
-    told = snapshot_of(fake)
+    snapshot = snapshot_of(fake)
     info = SnapshotInfo(step=1, cursor=0, timeline=0, tier=evil, state=evil, path=evil)
     changed = msgspec.structs.replace(fake.status, run=evil, progress=evil, disk=f"failing: {evil}",
                                       question=evil, host=evil, snapshots=(info,))  # fmt: skip
-    return replace(told, name=evil, status=changed, problem=evil, unsent={"x": evil})
+    return replace(snapshot, name=evil, status=changed, problem=evil, unsent={"x": evil})
 
 
 @pytest.mark.parametrize("size", [(110, 30), (60, 15)], ids=str)
@@ -489,22 +499,22 @@ def shown(app: GuardrailApp) -> list[Strip]:
 @settings(max_examples=15, deadline=None)
 @given(evil=st.text(max_size=80))
 def test_any_text_is_drawn(evil: str) -> None:
-    told = View(hostile_run(evil), 0.0, message=(evil, "plain"))
+    seen = View(hostile_run(evil), 0.0, message=(evil, "plain"))
     for builder in BUILDERS.values():
         for width, height in ((60, 10), (30, 3)):
-            assert all(row_width(line) <= width for line in builder(told, width, height))
+            assert all(row_width(line) <= width for line in builder(seen, width, height))
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (5, 2), (30, 6), (200, 60)])
 def test_panels_fit_their_place(name: str, width: int, height: int) -> None:
-    for told in (
+    for seen in (
         view(),
         View(Snapshot("a/b"), 0.0),
         view(phase=Phase.FAILED, exit_code=4),
         view(question="?"),
     ):
-        rows = BUILDERS[name](told, width, height)
+        rows = BUILDERS[name](seen, width, height)
         assert width < 30 or all(row_width(line) <= width for line in rows)
         tones = {tone for line in rows for text, tone in line if text}
         assert all(tones <= palette.theme_styles(theme).keys() for theme in palette.THEMES.values())
@@ -547,7 +557,7 @@ async def test_frames_are_at_most_five_a_second(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         Dashboard,
         "show",
-        lambda self, told: frames.append(told.snapshot.status.step) or original(self, told),
+        lambda self, view: frames.append(view.snapshot.status.step) or original(self, view),
     )
     async with app.run_test(size=(120, 32)) as pilot:
         await pilot.pause(0.3)
@@ -586,12 +596,12 @@ def test_what_did_not_change_is_not_sent() -> None:
     )
     assert changed_cells(before, after, 40) == [(10, 1), (21, 1)]
     assert changed_cells(make_row("abcdef"), make_row("xbcdeY"), 40) == [(0, 6)], (
-        "passing over four cells costs as much"
+        "moving the cursor over four cells costs as much"
     )
     assert changed_cells(before, before, 40) == []
 
 
-def test_a_row_with_wide_characters_changes_as_a_whole() -> None:
+def test_a_row_with_wide_characters_is_sent_completely() -> None:
     assert changed_cells(make_row("語"), make_row("文"), 40) == [(0, 40)]
 
 

@@ -34,13 +34,13 @@ def noise(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
     y = rng.normal(size=n).astype(np.float32)
     y[rng.random(n) < 0.1] = np.nan
     begin = int(rng.integers(0, n + 1))
-    y[begin : begin + 3 * BLOCK] = np.nan  # whole blocks of nothing
+    y[begin : begin + 3 * BLOCK] = np.nan  # complete blocks of nothing
     return y, np.isnan(y) & (rng.random(n) < 0.5)
 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), n=st.integers(0, 3 * BLOCK**2 + 50), count=st.integers(0, 40))
-def test_any_stretches_are_as_the_points_say(seed: int, n: int, count: int) -> None:
+def test_any_ranges_are_as_the_points_say(seed: int, n: int, count: int) -> None:
     rng = np.random.default_rng(seed)
     y, bad = noise(rng, n)
     above = levels_above(Level(y, y, bad).folded())
@@ -56,7 +56,7 @@ def test_any_stretches_are_as_the_points_say(seed: int, n: int, count: int) -> N
     )
 
 
-def test_a_level_may_lag_behind_the_points() -> None:
+def test_a_level_may_be_older_than_the_points() -> None:
     """Blocks are summed up when they are complete; what is newer is looked at by itself."""
     y, bad = noise(np.random.default_rng(1), 2 * BLOCK**2)
     above = levels_above(Level(y[: 5 * BLOCK], y[: 5 * BLOCK], bad[: 5 * BLOCK]).folded())
@@ -116,13 +116,13 @@ def test_a_million_points_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> 
     assert sum(looked) < 200 * 6 * BLOCK
 
 
-def test_a_ghost_keeps_no_more_than_itself() -> None:
+def test_an_abandoned_timeline_keeps_no_more_than_itself() -> None:
     track = DecimatedSeries()
     table = np.ones((100_000, len(COLUMNS)))
     table[:, 0], table[:, 1] = np.arange(1, 100_001), 0
     track.add(COLUMNS, table)
     track.abandon(after=99_990)
-    ghost = track.series().abandoned[0]
-    assert len(ghost) == 10 and all(
-        array.base is None for array in (ghost.step, *ghost.values.values())
+    abandoned = track.series().abandoned[0]
+    assert len(abandoned) == 10 and all(
+        array.base is None for array in (abandoned.step, *abandoned.values.values())
     )

@@ -80,7 +80,7 @@ plausible = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
 @settings(max_examples=300, deadline=None)
 @given(
     y=st.lists(anything | plausible, max_size=200),
-    ghost=st.lists(anything, max_size=20),
+    abandoned=st.lists(anything, max_size=20),
     width=st.integers(1, 60),
     height=st.integers(1, 14),
     log=st.booleans(),
@@ -89,7 +89,7 @@ plausible = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
 )
 def test_nothing_raises_and_nothing_is_lost(
     y: list[float],
-    ghost: list[float],
+    abandoned: list[float],
     width: int,
     height: int,
     log: bool,
@@ -99,7 +99,7 @@ def test_nothing_raises_and_nothing_is_lost(
     drawn, scale = curve(y), XScale(0.5, per_dot, 2 * width)
     with np.errstate(over="ignore"):
         threshold = sample_last(drawn.x, drawn.y * 2, scale)
-    result = plot(drawn, scale, height=height, log=log, abandoned=[curve(ghost)],
+    result = plot(drawn, scale, height=height, log=log, abandoned=[curve(abandoned)],
                   baseline=sample_last(drawn.x, drawn.y, scale), threshold=threshold, rules=rules)  # fmt: skip
     assert result.codes.shape == (height, width)
     assert all(len(result.text(row)) == width for row in range(height))
@@ -153,7 +153,7 @@ def test_a_jump_that_stays_sets_the_axis() -> None:
     assert result.scale.top > 9 and Ink.CLIP not in result.inks
 
 
-def test_a_spike_that_barely_sticks_out_is_shown_whole() -> None:
+def test_a_spike_that_barely_sticks_out_is_shown_completely() -> None:
     y = np.linspace(3, 2, 100)
     y[50] = 3.3
     result = plot(curve(y), XScale(0.5, 1.0, 100), height=10)
@@ -202,25 +202,27 @@ def test_a_gap_of_steps_is_bridged() -> None:
     assert (result.inks == Ink.LINE).any(axis=0)[5:15].all()
 
 
-def test_a_ghost_is_dotted_and_gives_way_to_the_present() -> None:
+def test_an_abandoned_timeline_is_dotted_and_gives_way_to_the_present() -> None:
     x = np.arange(1.0, 41)
-    ghost = Curve.of(x[20:30], np.full(10, 5.0))
-    result = plot(curve(np.linspace(2, 6, 40)), XScale(0.5, 1.0, 40), height=9, abandoned=[ghost])
+    abandoned = Curve.of(x[20:30], np.full(10, 5.0))
+    result = plot(
+        curve(np.linspace(2, 6, 40)), XScale(0.5, 1.0, 40), height=9, abandoned=[abandoned]
+    )
     assert (result.inks == Ink.ABANDONED).any() and (result.inks[:, :9] != Ink.ABANDONED).all()
 
 
-def test_a_clipped_ghost_says_its_value() -> None:
-    ghost = Curve.of(np.arange(21.0, 25), np.array([2.0, 3.0, 11.5, 9.0]))
-    result = plot(curve(np.full(40, 2.0)), XScale(0.5, 1.0, 40), height=9, abandoned=[ghost])
+def test_a_clipped_abandoned_timeline_says_its_value() -> None:
+    abandoned = Curve.of(np.arange(21.0, 25), np.array([2.0, 3.0, 11.5, 9.0]))
+    result = plot(curve(np.full(40, 2.0)), XScale(0.5, 1.0, 40), height=9, abandoned=[abandoned])
     assert "▲11.5" in result.text(0).replace("▲▲", "▲")
     assert (result.inks[0] == Ink.ABANDONED_CLIP).any()
 
 
-def test_a_ghost_below_the_present_is_shown_whole() -> None:
-    """A person went back while all was well: what was given up had come further down."""
-    ghost = Curve.of(np.arange(21.0, 41), np.linspace(2.0, 1.0, 20))
+def test_an_abandoned_timeline_below_the_present_is_shown_completely() -> None:
+    """A user rolled back a healthy run: the discarded steps had come further down."""
+    abandoned = Curve.of(np.arange(21.0, 41), np.linspace(2.0, 1.0, 20))
     result = plot(
-        curve(np.linspace(2.2, 2.0, 20)), XScale(0.5, 1.0, 40), height=9, abandoned=[ghost]
+        curve(np.linspace(2.2, 2.0, 20)), XScale(0.5, 1.0, 40), height=9, abandoned=[abandoned]
     )
     assert result.scale.bottom <= 1.0 and "▼" not in picture(result)
 

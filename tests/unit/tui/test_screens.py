@@ -28,6 +28,7 @@ from guardrail.tui.model.config_lines import read_config_lines
 from guardrail.tui.model.logtail import PrintedLine
 from guardrail.tui.model.rank_health import Rank
 from guardrail.tui.model.view import Snapshot, View
+from guardrail.tui.panes import snapshots
 from guardrail.tui.screens.dashboard import VIEWER_CHOICES, Dashboard
 from guardrail.tui.screens.question_keys import OpenQuestion
 from tests.support.fake_run import START, FakeReader, FakeRun, example, snapshot_of
@@ -37,8 +38,8 @@ PICTURES = Path(__file__).parent / "__snapshots__" / "test_screens"
 SIZES = {"120x32": (120, 32), "80x24": (80, 24), "60x15": (60, 15), "200x60": (200, 60)}
 Scene = tuple[Snapshot, float]
 QUESTION = (
-    "loss 11.5 against 2.387, score 41.2 (limit 8). "
-    "Roll back to step 1,200 and leave out 3 batches (48 samples)?"
+    "loss 11.5 (normal 2.39), score 41.2 (limit 8). "
+    "Roll back to step 1,200 and skip 3 batches (48 samples)?"
 )
 
 
@@ -100,12 +101,12 @@ def healthy() -> Scene:
 
 
 def spike() -> Scene:
-    """Under way: two batches are left out, and the loss is still up."""
+    """Under way: two batches are skipped, and the loss is still up."""
     return with_around(FakeRun().begin().advance(1206).spike(length=2, under_way=True))
 
 
 def rolled_back() -> Scene:
-    """The spike is over; its stretch stays as a ghost."""
+    """The spike is over; its steps stay as an abandoned timeline."""
     return with_around(example())
 
 
@@ -186,7 +187,7 @@ class Studio:
         self.dashboard = dashboard
 
     async def show(self, scene: Callable[[], Scene], **look: Any) -> None:
-        """The scene as somebody sees it who has just come, but for what `look` chooses."""
+        """The scene as a user sees it first, but for what `look` chooses."""
         app = self.pilot.app
         while len(app.screen_stack) > 1:
             await app.pop_screen()
@@ -243,7 +244,7 @@ async def studio(size: tuple[int, int], **options: bool) -> AsyncIterator[Studio
 
 @pytest.fixture
 def same(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], None]]:
-    """Compare a picture with the one that is kept; all that differ are told at once."""
+    """Compare a picture with the one that is kept; all that differ are named at once."""
     update = request.config.getoption("update_snapshots", default=False)
     differ: list[str] = []
 
@@ -259,8 +260,8 @@ def same(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], None]]
             differ.append(name)
 
     yield compare
-    told = "see .pytest_cache/d/pictures, and take them anew with --snapshot-update where that is how it should look"
-    assert not differ, f"these pictures are others than those kept: {', '.join(differ)}; {told}"
+    advice = "see .pytest_cache/d/pictures, and take them anew with --snapshot-update where that is how it should look"
+    assert not differ, f"these pictures are others than those kept: {', '.join(differ)}; {advice}"
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -316,7 +317,7 @@ async def test_without_colour(
         same(f"no_color-{size}", at.picture())
 
 
-async def test_trouble_with_the_directory(same: Callable[[str, str], None]) -> None:
+async def test_a_problem_with_the_directory(same: Callable[[str, str], None]) -> None:
     def scene() -> Scene:
         snapshot, now = healthy()
         return replace(snapshot, problem="cannot read the run: Stale file handle"), now
@@ -371,6 +372,6 @@ async def test_resizing_to_anything_and_back() -> None:
                 assert "HEALTHY" in shown[0]
                 assert any("┤" in line for line in shown)
             side = width >= 100 and height >= 26
-            assert any("snapshots and checkpoints" in line for line in shown) == side
+            assert any(snapshots.TITLE in line for line in shown) == side
             if width >= 60:
                 assert any("#2" in line and "step 1,207" in line for line in shown)

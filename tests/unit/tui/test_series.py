@@ -1,4 +1,4 @@
-"""Rows become the present curve and ghosts; what was handed out never changes."""
+"""Rows become the present curve and abandoned timelines; what was handed out never changes."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def test_a_huge_value_stays_a_number_in_float32() -> None:
     assert not series.bad["loss"][0] and np.isfinite(series.values["loss"][0])
 
 
-def test_a_new_timeline_makes_a_ghost() -> None:
+def test_a_new_timeline_abandons_steps() -> None:
     track = track_of(rows(*((s, 0, 2.0) for s in range(1, 8))), rows((5, 1, 1.5), (6, 1, 1.4)))
     series = track.series()
     assert series.step.tolist() == [1, 2, 3, 4, 5, 6] and series.values["loss"].tolist()[4:] == [
         1.5,
         pytest.approx(1.4),
     ]
-    assert [ghost.step.tolist() for ghost in series.abandoned] == [[5, 6, 7]]
+    assert [one.step.tolist() for one in series.abandoned] == [[5, 6, 7]]
     assert series.end("step") == 7
 
 
@@ -82,7 +82,7 @@ def test_rejected_attempts_of_one_step_stand_side_by_side() -> None:
     assert series.step.tolist() == [1, 2, 2, 2, 3] and not series.abandoned
 
 
-def test_a_rejected_attempt_that_was_rolled_back_is_a_ghost_even_at_the_very_next_step() -> None:
+def test_a_rejected_attempt_that_was_rolled_back_is_abandoned_even_at_the_very_next_step() -> None:
     series = track_of(rows((1, 0, 2.0), (2, 0, 9.0)), rows((2, 1, 2.1))).series()
     assert series.values["loss"].tolist() == [2.0, pytest.approx(2.1)]
     assert series.abandoned[0].values["loss"].tolist() == [9.0]
@@ -97,7 +97,7 @@ def test_a_step_that_goes_back_without_a_new_timeline_abandons_too() -> None:
     ]
 
 
-def test_rows_that_are_none_are_passed_over() -> None:
+def test_rows_that_are_none_are_ignored() -> None:
     """A power failure leaves zeros, a torn disk anything."""
     series = track_of(
         rows(
@@ -135,12 +135,12 @@ def test_what_was_handed_out_never_changes() -> None:
         before.values["loss"][0] = 7
 
 
-def test_only_the_newest_ghosts_are_kept() -> None:
+def test_only_the_newest_abandoned_timelines_are_kept() -> None:
     track = DecimatedSeries()
     for timeline in range(50):
         track.add(COLUMNS, rows((1, timeline, 1.0), (2, timeline, float(timeline))))
-    ghosts = track.series().abandoned
-    assert len(ghosts) == 32 and ghosts[-1].values["loss"][-1] == 48
+    abandoned = track.series().abandoned
+    assert len(abandoned) == 32 and abandoned[-1].values["loss"][-1] == 48
 
 
 @settings(max_examples=100, deadline=None)
@@ -148,30 +148,28 @@ def test_only_the_newest_ghosts_are_kept() -> None:
     st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=8),
     st.integers(1, 7),
 )
-def test_the_present_is_what_the_run_directory_says(
-    stretches: list[tuple[int, int]], cut: int
-) -> None:
+def test_the_present_is_what_the_run_directory_says(parts: list[tuple[int, int]], cut: int) -> None:
     """Against guardrail.decide.timelines, for rows that arrive in any chunks: a run that goes back
     to random steps.
     """
-    steps, numbers = going_back(stretches)
+    steps, numbers = going_back(parts)
     known = TimelineIndex()
     known.add_rows(np.array(steps, dtype=float), np.array(numbers, dtype=float))
     present = known.current(np.array(steps, dtype=float), np.array(numbers, dtype=float))
     table = rows(*zip(steps, numbers, np.arange(len(steps), dtype=float), strict=True))
     series = track_of(*(table[first : first + cut] for first in range(0, len(table), cut))).series()
     assert series.values["loss"].tolist() == np.flatnonzero(present).tolist()
-    ghosts = sum(len(ghost) for ghost in series.abandoned)
-    assert ghosts + len(series) == len(steps)
+    abandoned = sum(len(one) for one in series.abandoned)
+    assert abandoned + len(series) == len(steps)
 
 
 def test_an_example_run_in_one_chunk_and_in_many() -> None:
-    whole, pieces = DecimatedSeries(), DecimatedSeries()
+    complete, pieces = DecimatedSeries(), DecimatedSeries()
     table = example().rows
-    whole.add(METRIC_COLUMNS, table)
+    complete.add(METRIC_COLUMNS, table)
     for first in range(0, len(table), 37):
         pieces.add(METRIC_COLUMNS, table[first : first + 37])
-    a, b = whole.series(), pieces.series()
+    a, b = complete.series(), pieces.series()
     assert np.array_equal(a.step, b.step) and np.array_equal(
         a.values["loss"], b.values["loss"], equal_nan=True
     )

@@ -147,7 +147,7 @@ async def test_a_click_on_an_incident_jumps_there_and_the_wheel_zooms() -> None:
         for _ in range(9):
             await pilot._post_mouse_events([MouseScrollDown], chart, offset=(20, 4), button=0)
         await pilot.pause()
-        assert dashboard.view.span is None, "and back to the whole run"
+        assert dashboard.view.span is None, "and back to the full run"
         await pilot._post_mouse_events([MouseScrollDown], pane, offset=(6, 2), button=0)
         await pilot.pause()
         assert dashboard.view.focus == "incidents"
