@@ -297,14 +297,14 @@ def read_one_log(path: str, columns: dict[str, str]) -> Log:
         if len(found) > _NAMED:
             break
     if not found:
-        raise DataError(f"{path}: no step is recorded there", kind="no step")
+        raise DataError(f"{path}: no step is recorded there", kind="no_step")
     if len(found) > 1:
         names = ", ".join(log.path for log in found[:_NAMED])
         if len(found) > _NAMED:
             names += " ..."
         raise DataError(
             f"{path}: several runs are recorded there. View one of them.\n  hint: {names}",
-            kind="several runs",
+            kind="several_runs",
         )
     return found[0]
 

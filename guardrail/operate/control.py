@@ -150,7 +150,7 @@ def send_and_wait(run: RunDirectory, command: Command, *, seconds: float) -> Eve
         state = "no process of it responds"
         if status is not None and status.phase.ended:
             state = f"it {status.phase.value} at step {status.step}"
-        raise UsageError(f"{run.name} is not running ({state})", kind="not running")
+        raise UsageError(f"{run.name} is not running ({state})", kind="not_running")
     tail = JournalTail(run)
     run.send(command)
     is_stop = command.kind == Stop.name
@@ -182,7 +182,7 @@ def send_and_wait(run: RunDirectory, command: Command, *, seconds: float) -> Eve
     raise UsageError(
         f"no answer from {run.name} after {seconds:g} s. The command is queued and runs when the "
         "trainer responds.",
-        kind="no answer",
+        kind="no_answer",
     )
 
 

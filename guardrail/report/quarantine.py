@@ -36,7 +36,7 @@ def quarantine_lines(run: RunDirectory) -> list[str]:
     if spans and order is None:
         raise RunDirectoryError(
             f"{run.path}: the journal does not say in which order the samples came",
-            kind="unknown order",
+            kind="unknown_order",
         )
     # If only the file skips samples, any order will do: one of a single sample.
     ledger = SampleCursor(order or SampleOrder(samples=1), batch_size=1)
@@ -98,7 +98,7 @@ def _quarantine_file(run: RunDirectory) -> Path | None:
     # RecursionError: deeply nested brackets. ValueError also: very long numbers.
     except (ValueError, RecursionError) as error:
         raise RunDirectoryError(
-            f"{run.path / 'config.toml'}: not valid TOML ({error})", kind="not TOML"
+            f"{run.path / 'config.toml'}: not valid TOML ({error})", kind="not_toml"
         ) from error
     name = None
     if isinstance(data, dict):

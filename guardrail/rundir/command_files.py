@@ -42,7 +42,7 @@ class Refusal(Record, frozen=True, kw_only=True):
 
     Attributes:
         id: the command's own id, where it has a valid one; else made of the file name.
-        problem: which check refused it, in one or two words that stay, such as "not JSON".
+        problem: which check refused it, in one or two words that stay, such as "not_json".
         reason: what is wrong, as a sentence.
         kind, value, who: as the file says, as far as it can be read.
     """
@@ -210,12 +210,12 @@ class Inbox:
             found = self._read_file(folder, name)
         except Exception as error:  # hostile content that no other check expects
             found = _refuse(
-                name, "not understood", f"it cannot be understood ({type(error).__name__})"
+                name, "not_understood", f"it cannot be understood ({type(error).__name__})"
             )
         if isinstance(found, Command):
             first = self._first_names.setdefault(found.id, name)
             if first != name:
-                return _refuse(name, "used id", f"another command had the id {found.id} before")
+                return _refuse(name, "used_id", f"another command had the id {found.id} before")
         return found
 
     def _read_file(self, folder: int, name: str) -> Command | Refusal | None:
@@ -224,7 +224,7 @@ class Inbox:
         try:
             info = os.stat(name, dir_fd=folder, follow_symlinks=False)
             if not stat.S_ISREG(info.st_mode):
-                return _refuse(name, "no file", "it is not a regular file")
+                return _refuse(name, "no_file", "it is not a regular file")
             descriptor = os.open(name, flags, dir_fd=folder)
         except FileNotFoundError:
             return None
@@ -233,13 +233,13 @@ class Inbox:
         try:
             info = os.fstat(descriptor)
             if not stat.S_ISREG(info.st_mode):
-                return _refuse(name, "no file", "it is not a regular file")
+                return _refuse(name, "no_file", "it is not a regular file")
             if info.st_uid != self.owner:
                 owners = f"it belongs to user {info.st_uid}, the run to user {self.owner}"
-                return _refuse(name, "other owner", owners)
+                return _refuse(name, "other_owner", owners)
             if info.st_size > MAX_BYTES:
                 sizes = f"it has {info.st_size} bytes, more than {MAX_BYTES}"
-                return _refuse(name, "too large", sizes)
+                return _refuse(name, "too_large", sizes)
             data = os.read(descriptor, MAX_BYTES + 1)
         except OSError:
             return None
@@ -252,13 +252,13 @@ def _parse(name: str, data: bytes) -> Command | Refusal:
     try:
         fields = msgspec.json.decode(data)
     except (ValueError, RecursionError) as error:  # the errors of msgspec are ValueErrors
-        return _refuse(name, "not JSON", f"it is not JSON ({error})")
+        return _refuse(name, "not_json", f"it is not JSON ({error})")
     if not isinstance(fields, dict):
-        return _refuse(name, "not an object", "it is not a JSON object")
+        return _refuse(name, "not_an_object", "it is not a JSON object")
     kind = find_command(fields.get("kind"))
     if kind is None:
         known = f"its kind is none of {', '.join(command_names())}"
-        return _refuse(name, "unknown kind", known, fields)
+        return _refuse(name, "unknown_kind", known, fields)
     fields["kind"] = kind.name
     value = fields.get("value")
     if isinstance(value, str):
@@ -270,9 +270,9 @@ def _parse(name: str, data: bytes) -> Command | Refusal:
         command = msgspec.convert(fields, Command)
         reason = check_command(command)
     except (ValueError, OverflowError, RecursionError) as error:
-        return _refuse(name, "wrong type", f"it does not fit a command ({error})", fields)
+        return _refuse(name, "wrong_type", f"it does not fit a command ({error})", fields)
     if reason is not None:
-        return _refuse(name, "out of range", reason, fields)
+        return _refuse(name, "out_of_range", reason, fields)
     return msgspec.structs.replace(command, who=clean_text(command.who, MAX_WHO))
 
 

@@ -184,12 +184,12 @@ def read_manifest(folder: Path) -> Manifest:
         if found != FORMAT:
             raise CheckpointInvalid(
                 f"{folder.name}: written in format {found}, this version reads format {FORMAT}",
-                kind="other format",
+                kind="other_format",
             )
         manifest = msgspec.json.decode(body, type=Manifest)
     except msgspec.DecodeError as error:
         raise CheckpointInvalid(
-            f"{folder.name}: {MANIFEST} is not a manifest ({error})", kind="no manifest"
+            f"{folder.name}: {MANIFEST} is not a manifest ({error})", kind="no_manifest"
         ) from error
     _check_consistent(manifest, folder)
     return manifest
@@ -211,7 +211,7 @@ def _unsealed(content: bytes, folder: Path) -> bytes:
             old = False
         if old:
             raise CheckpointInvalid(
-                f"{folder.name}: {MANIFEST} is of an unknown format", kind="other format"
+                f"{folder.name}: {MANIFEST} is of an unknown format", kind="other_format"
             )
         raise CheckpointInvalid(
             f"{folder.name}: {MANIFEST} is not what was written: cut off or changed", kind="changed"
@@ -229,17 +229,17 @@ def _check_consistent(manifest: Manifest, folder: Path) -> None:
     for name, tensor in manifest.tensors.items():
         if tensor.dtype not in ITEM_BYTES:
             raise CheckpointInvalid(
-                f"{folder.name}: {name} has the unknown type {tensor.dtype!r}", kind="unknown dtype"
+                f"{folder.name}: {name} has the unknown type {tensor.dtype!r}", kind="unknown_dtype"
             )
         if not all(piece.file in names for piece in tensor.pieces):
             raise CheckpointInvalid(
                 f"{folder.name}: {name} lies in a file that the manifest does not list",
-                kind="unlisted file",
+                kind="unlisted_file",
             )
         if not covers(tensor.shape, tensor.boxes()):
             raise CheckpointInvalid(
                 f"{folder.name}: the pieces of {name} do not make up its shape {tensor.shape}",
-                kind="incomplete tensor",
+                kind="incomplete_tensor",
             )
 
 
@@ -289,7 +289,7 @@ def refuse_link(folder: Path, name: str, mode: int) -> None:
     The target of a link may change or disappear, and a copy of the folder does not contain it.
     """
     if not stat.S_ISREG(mode):
-        what, kind = "no regular file", "no file"
+        what, kind = "no regular file", "no_file"
         if stat.S_ISLNK(mode):
             what, kind = "a link to another file", "link"
         raise CheckpointInvalid(

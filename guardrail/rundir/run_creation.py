@@ -32,7 +32,7 @@ def create_numbered(root: str | os.PathLike[str], name: str, config_toml: str) -
     """
     if not is_run_name(name):
         raise RunDirectoryError(
-            f"{clean_text(name, 80)!r} is no name for a run: {NAME}", kind="wrong name"
+            f"{clean_text(name, 80)!r} is no name for a run: {NAME}", kind="wrong_name"
         )
     parent = Path(root) / name
     try:
@@ -110,9 +110,9 @@ def check_is_run(path: Path) -> None:
         if known:
             os.listdir(path)
     except PermissionError as error:
-        raise RunDirectoryError(f"{path}: you may not read it", kind="no permission") from error
+        raise RunDirectoryError(f"{path}: you may not read it", kind="no_permission") from error
     if known:
         return
     if path.is_dir():
-        raise RunDirectoryError(f"{path}: not a run directory", kind="not a run")
-    raise RunDirectoryError(f"{path}: no such run", kind="no such run")
+        raise RunDirectoryError(f"{path}: not a run directory", kind="not_a_run")
+    raise RunDirectoryError(f"{path}: no such run", kind="no_such_run")

@@ -301,10 +301,10 @@ class RunDirectory:
         """
         reason = check_command(command)
         if reason is not None:
-            raise RunDirectoryError(reason, kind="wrong command")
+            raise RunDirectoryError(reason, kind="wrong_command")
         if os.geteuid() != self.path.stat().st_uid:
             raise RunDirectoryError(
-                f"{self.path}: not your run; only its owner may send commands", kind="other owner"
+                f"{self.path}: not your run; only its owner may send commands", kind="other_owner"
             )
         self._folder(self.commands)
         self.inbox.send(command)

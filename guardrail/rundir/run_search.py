@@ -44,7 +44,7 @@ def find_run(spec: str | None, root: str | os.PathLike[str]) -> RunDirectory:
     if not runs:
         raise RunDirectoryError(
             f"no such run: {clean_text(spec or '', 200) or 'there is none'} in {root}",
-            kind="no runs",
+            kind="no_runs",
         )
     if spec is None:
         return runs[0]
@@ -60,14 +60,14 @@ def find_run(spec: str | None, root: str | os.PathLike[str]) -> RunDirectory:
     if matches:
         names = ", ".join(run.name for run in matches[:5]) + (" ..." if len(matches) > 5 else "")
         raise RunDirectoryError(
-            f"{clean_text(spec, 200)!r} is not one run; it could be {names}", kind="several runs"
+            f"{clean_text(spec, 200)!r} is not one run; it could be {names}", kind="several_runs"
         )
     close = difflib.get_close_matches(
         spec, [run.name for run in runs] + [run.path.parent.name for run in runs], n=1
     )
     hint = f"\n  hint: did you mean {close[0]}?" if close else ""
     raise RunDirectoryError(
-        f"no such run: {clean_text(spec, 200)} in {root}{hint}", kind="no such run"
+        f"no such run: {clean_text(spec, 200)} in {root}{hint}", kind="no_such_run"
     )
 
 

@@ -75,10 +75,12 @@ def _check_size(folder: Path, file: FileEntry) -> None:
     refuse_link(folder, file.name, found.st_mode)
     size = found.st_size
     if size != file.bytes:
-        how = "cut off" if size < file.bytes else "too long"
+        how, kind = "too long", "too_long"
+        if size < file.bytes:
+            how, kind = "cut off", "cut_off"
         raise CheckpointInvalid(
             f"{folder.name}/{file.name} is {how}: {size} bytes, the manifest says {file.bytes}",
-            kind=how,
+            kind=kind,
         )
 
 
@@ -110,7 +112,7 @@ def _check_headers(folder: Path, manifest: Manifest) -> None:
             if held is None or (held.dtype, held.shape) != (tensor.dtype, piece.size):
                 raise CheckpointInvalid(
                     f"{folder.name}/{piece.file} does not hold the piece of {name} it should",
-                    kind="missing piece",
+                    kind="missing_piece",
                 )
 
 
@@ -154,13 +156,13 @@ def _row_major(
         entries, start = headers[piece.file]
         if name not in entries:
             raise CheckpointInvalid(
-                f"{folder.name}/{piece.file} does not hold {name}", kind="missing piece"
+                f"{folder.name}/{piece.file} does not hold {name}", kind="missing_piece"
             )
         begin, end = entries[name].data_offsets
         if end - begin != item * math.prod(piece.size):
             raise CheckpointInvalid(
                 f"{folder.name}/{piece.file}: {name} has another size than the manifest says",
-                kind="other size",
+                kind="other_size",
             )
         shape = (*piece.size, item)
         if begin == end:

@@ -60,7 +60,7 @@ class Tables(Importer):
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             header = parse_header(file.readline())
             if header is None:
-                raise DataError(f"{shown}: the first line names no columns", kind="no columns")
+                raise DataError(f"{shown}: the first line names no columns", kind="no_columns")
             delimiter, names = header
             rows = csv.reader(_without_zeros(file), delimiter=delimiter)
             runs = _find_wandb_runs(names)
@@ -189,7 +189,7 @@ class _Table:
         if not any(column.missing < len(column) for column in log.columns.values()):
             raise DataError(
                 f"{log.path}: the columns {', '.join(log.names.values())} hold no number",
-                kind="no number",
+                kind="no_number",
             )
         return log.finish()
 

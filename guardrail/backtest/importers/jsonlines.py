@@ -111,7 +111,7 @@ class _Builder:
                 f"{format_plural(self._broken, 'record')} skipped: without a step, or cut off"
             )
         if not len(log):
-            raise DataError(f"{log.path}: no record has a step", kind="no step")
+            raise DataError(f"{log.path}: no record has a step", kind="no_step")
         return log.finish()
 
     def _read_sample(self, records: Iterator[Record | None]) -> list[Record]:

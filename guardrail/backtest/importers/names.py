@@ -278,7 +278,7 @@ class ColumnError(DataError):
     """A column that the user chose does not exist. `signal` is the signal that it was chosen for."""
 
     def __init__(self, message: str, signal: str) -> None:
-        super().__init__(message, kind="no column")
+        super().__init__(message, kind="no_column")
         self.signal = signal
 
 
@@ -329,7 +329,7 @@ class Chooser:
             raise DataError(
                 f"{path}: no column looks like a training loss or a gradient norm; there are {listed}"
                 "\n  hint: --column loss=NAME says which one it is",
-                kind="no signal",
+                kind="no_signal",
             )
         return chosen
 

@@ -65,7 +65,7 @@ def read_run(run: RunDirectory, shown: str) -> Log:
     """Return the rows of a run. DataError while there are none."""
     view = run.metrics()
     if not len(view):
-        raise DataError(f"{shown}: no step has been recorded yet", kind="no step")
+        raise DataError(f"{shown}: no step has been recorded yet", kind="no_step")
     log = Log(path=shown, format="guardrail run", folder=run.path)
     log.steps = array("q", (as_step(step) or 0 for step in view.column("step").tolist()))
     for name in watched_signals(view):

@@ -59,7 +59,7 @@ def find_sources(paths: Sequence[str]) -> Iterator[Source]:
         except ValueError:
             found = [_refuse_path(given, "no file can have this name", kind="unreadable")]
         if not found:
-            found = [_refuse_path(given, "no recorded run in this folder", kind="no run")]
+            found = [_refuse_path(given, "no recorded run in this folder", kind="no_run")]
         yield from found
 
 
@@ -82,7 +82,7 @@ def _source_of_file(file: LogFile) -> list[Source]:
             return [_make_source(importer, file.path, shown=shown)]
     if file.is_named:
         reason = "not a log in any format that guardrail knows"
-        return [_refuse_path(shown, reason, kind="unknown format")]
+        return [_refuse_path(shown, reason, kind="unknown_format")]
     return []
 
 
@@ -108,7 +108,7 @@ def _check_package(importer: Importer, shown: str) -> None:
         if importer.package:
             require_package(importer.package, f"{clean_text(shown)}: the importer of its format")
     except MissingPackage as error:
-        raise DataError(str(error), kind="missing package") from error
+        raise DataError(str(error), kind="missing_package") from error
 
 
 def _search_folder(root: Path) -> Iterator[Source]:

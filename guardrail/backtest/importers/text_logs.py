@@ -70,7 +70,7 @@ class TextLogs(Importer):
         if kind is None:
             raise DataError(
                 f"{shown}: no line has a step and a training loss, in any format that guardrail knows",
-                kind="no training line",
+                kind="no_training_line",
             )
         with _open(path) as file:
             lines = _keep_one_rank(_training_lines(file), FORMATS[kind])

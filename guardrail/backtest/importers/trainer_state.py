@@ -42,7 +42,7 @@ class TrainerStates(Importer):
         text = path.read_text(encoding="utf-8", errors="replace")
         begin = _HISTORY.search(text)
         if begin is None:
-            raise DataError(f"{shown}: JSON without a log_history", kind="no history")
+            raise DataError(f"{shown}: JSON without a log_history", kind="no_history")
         return [log_from_records(_read_entries(text, begin.end()), shown, "trainer_state", columns)]
 
 

@@ -141,7 +141,7 @@ def test_a_line_in_the_list_is_all_that_a_new_importer_needs(
         (metrics / name).write_text("".join(lines))
     with pytest.raises(DataError) as caught:
         read_all(tmp_path)
-    assert caught.value.kind == "no run"
+    assert caught.value.kind == "no_run"
     monkeypatch.setattr(registry, "IMPORTERS", (MlflowMetrics(), *registry.IMPORTERS))
     (log,) = read_all(tmp_path)
     assert (log.format, log.path, len(log)) == ("mlflow", str(metrics), 300)

@@ -323,10 +323,10 @@ def test_column_by_name(tmp_path: Path) -> None:
     assert (cells(log), cells(log, "router_norm")) == ([3.0, 3.1], [4.0, 5.0])
     with pytest.raises(names.ColumnError, match=r"'cd'.*step, ce, router") as missing:
         only(path, loss="cd")
-    assert (missing.value.kind, missing.value.signal) == ("no column", "loss")
+    assert (missing.value.kind, missing.value.signal) == ("no_column", "loss")
     with pytest.raises(DataError, match="step, ce, router\n  hint: --column loss=NAME") as unnamed:
         only(path)
-    assert unnamed.value.kind == "no signal"
+    assert unnamed.value.kind == "no_signal"
 
 
 @pytest.mark.parametrize(
@@ -648,17 +648,17 @@ def test_folders_are_searched_and_formats_recognised_by_content(tmp_path: Path) 
     [
         (b"", "empty"),
         (b"\0" * 100, "empty"),
-        (b"\x7fELF\2\1\1\0\0\0\0\0", "unknown format"),
-        (b"PK\3\4\0\0\0\0\0\0step,loss", "unknown format"),
-        (b"hello\nworld\n", "no training line"),
-        (b"step,loss\n", "no number"),
-        (b"step,loss\nx,y\n", "no number"),
-        (b"name,age\nada,36\n", "no signal"),
-        (b'{"a": 1}\n', "no signal"),
-        (b'{"log_history": []}', "no signal"),
-        (b'{"log_history": 3', "no history"),
-        (b'{"loss"', "no signal"),
-        (b"[[[[[[[[", "no signal"),
+        (b"\x7fELF\2\1\1\0\0\0\0\0", "unknown_format"),
+        (b"PK\3\4\0\0\0\0\0\0step,loss", "unknown_format"),
+        (b"hello\nworld\n", "no_training_line"),
+        (b"step,loss\n", "no_number"),
+        (b"step,loss\nx,y\n", "no_number"),
+        (b"name,age\nada,36\n", "no_signal"),
+        (b'{"a": 1}\n', "no_signal"),
+        (b'{"log_history": []}', "no_signal"),
+        (b'{"log_history": 3', "no_history"),
+        (b'{"loss"', "no_signal"),
+        (b"[[[[[[[[", "no_signal"),
     ],
 )
 def test_foreign_files_get_one_clear_sentence(content: bytes, kind: str, tmp_path: Path) -> None:
@@ -674,7 +674,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     missing = os.strerror(errno.ENOENT)
     for path, kind, why in (
         (tmp_path / "nowhere", "unreadable", missing),
-        (tmp_path, "no run", ""),
+        (tmp_path, "no_run", ""),
     ):
         with pytest.raises(DataError, match=re.escape(str(path))) as error:
             only(path)

@@ -129,12 +129,12 @@ def test_a_run_directory_under_other_settings(tmp_path: Path) -> None:
 def test_several_runs_and_none(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         viewing.read_one_log(str(tmp_path), {})
-    assert caught.value.kind == "no run"
+    assert caught.value.kind == "no_run"
     for name in ("a", "b"):
         write(tmp_path / f"{name}.csv", healthy(20))
     with pytest.raises(DataError, match=r"\n  hint: .*a\.csv, .*b\.csv") as caught:
         viewing.read_one_log(str(tmp_path), {})
-    assert caught.value.kind == "several runs"
+    assert caught.value.kind == "several_runs"
 
 
 def test_without_a_terminal_it_names_backtest(

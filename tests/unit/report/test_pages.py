@@ -227,7 +227,7 @@ def test_a_quarantine_of_a_configuration_that_cannot_be_read_is_refused(
     (run.path / "config.toml").write_text(damage)
     with pytest.raises(RunDirectoryError, match=r"config\.toml") as caught:
         quarantine_lines(run)
-    assert caught.value.kind == "not TOML"
+    assert caught.value.kind == "not_toml"
     (run.path / "config.toml").unlink()
     assert quarantine_lines(run) == []
     os.mkfifo(run.path / "config.toml")

@@ -79,7 +79,7 @@ def test_a_quarantine_that_would_not_be_complete_is_refused(
     run.append("skipped", span=Span(first=0, last=4, origin="rejected", step=1))
     with pytest.raises(RunDirectoryError) as caught:
         quarantine_lines(run)
-    assert caught.value.kind == "unknown order"
+    assert caught.value.kind == "unknown_order"
     report = build_report(run)
     assert report.samples_skipped == -1
     said = describe_incidents(report)

@@ -61,28 +61,28 @@ def test_an_answered_command_is_not_obeyed_again_after_a_crash(run: RunDirectory
 
 # The content of a file -> (the check that refuses it, the kind of the command as it was read).
 BAD_COMMANDS = {
-    "empty": (b"", "not JSON", ""),
-    "half": (b'{"kind": "pau', "not JSON", ""),
-    "binary": (b"\xff\x00\x1b[2J", "not JSON", ""),
-    "deep": (b"[" * 30_000, "not JSON", ""),
-    "list": (b'["pause"]', "not an object", ""),
-    "kind": (b'{"kind": "explode"}', "unknown kind", "explode"),
-    "no-kind": (b'{"value": 1}', "unknown kind", ""),
-    "kind-type": (b'{"kind": ["pause"]}', "unknown kind", "(list)"),
-    "value-type": (b'{"kind": "lr", "value": "much"}', "wrong type", "lr"),
-    "value-huge": (b'{"kind": "skip", "value": 1e999}', "not JSON", ""),
-    "step-type": (b'{"kind": "pause", "at_step": "soon"}', "wrong type", "pause"),
-    "step-huge": (b'{"kind": "pause", "at_step": 99999999999999999999}', "out of range", "pause"),
-    "lr-zero": (b'{"kind": "lr", "value": 0}', "out of range", "lr"),
-    "lr-nan": (b'{"kind": "lr", "value": "nan"}', "out of range", "lr"),
-    "alpha": (b'{"kind": "embed-alpha", "value": 1.5}', "out of range", "shrink-embedding"),
-    "skip": (b'{"kind": "skip", "value": 2.5}', "out of range", "skip"),
-    "rollback": (b'{"kind": "rollback", "value": -3}', "out of range", "rollback"),
-    "policy": (b'{"kind": "policy", "value": 7}', "out of range", "mode"),
-    "answer": (b'{"kind": "answer", "value": 3}', "out of range", "answer"),
-    "pause": (b'{"kind": "pause", "value": 5}', "out of range", "pause"),
-    "id": (b'{"kind": "pause", "id": "../../etc"}', "out of range", "pause"),
-    "large": (b" " * 70_000, "too large", ""),
+    "empty": (b"", "not_json", ""),
+    "half": (b'{"kind": "pau', "not_json", ""),
+    "binary": (b"\xff\x00\x1b[2J", "not_json", ""),
+    "deep": (b"[" * 30_000, "not_json", ""),
+    "list": (b'["pause"]', "not_an_object", ""),
+    "kind": (b'{"kind": "explode"}', "unknown_kind", "explode"),
+    "no-kind": (b'{"value": 1}', "unknown_kind", ""),
+    "kind-type": (b'{"kind": ["pause"]}', "unknown_kind", "(list)"),
+    "value-type": (b'{"kind": "lr", "value": "much"}', "wrong_type", "lr"),
+    "value-huge": (b'{"kind": "skip", "value": 1e999}', "not_json", ""),
+    "step-type": (b'{"kind": "pause", "at_step": "soon"}', "wrong_type", "pause"),
+    "step-huge": (b'{"kind": "pause", "at_step": 99999999999999999999}', "out_of_range", "pause"),
+    "lr-zero": (b'{"kind": "lr", "value": 0}', "out_of_range", "lr"),
+    "lr-nan": (b'{"kind": "lr", "value": "nan"}', "out_of_range", "lr"),
+    "alpha": (b'{"kind": "embed-alpha", "value": 1.5}', "out_of_range", "shrink-embedding"),
+    "skip": (b'{"kind": "skip", "value": 2.5}', "out_of_range", "skip"),
+    "rollback": (b'{"kind": "rollback", "value": -3}', "out_of_range", "rollback"),
+    "policy": (b'{"kind": "policy", "value": 7}', "out_of_range", "mode"),
+    "answer": (b'{"kind": "answer", "value": 3}', "out_of_range", "answer"),
+    "pause": (b'{"kind": "pause", "value": 5}', "out_of_range", "pause"),
+    "id": (b'{"kind": "pause", "id": "../../etc"}', "out_of_range", "pause"),
+    "large": (b" " * 70_000, "too_large", ""),
 }
 
 
@@ -99,7 +99,7 @@ def test_bad_commands_are_refused_with_a_reason(run: RunDirectory, name: str) ->
     (refusal,) = run.commands_refused()
     assert (refusal.problem, refusal.kind) == (problem, kind), refusal.reason
     assert refusal.id == name and refusal.reason and refusal.reason.isprintable()
-    if problem == "out of range":
+    if problem == "out_of_range":
         assert LIMITS.get(name, find_command(kind).argument.expected) in refusal.reason
     run.answer(refusal, applied=False, step=3)
     assert run.commands_refused() == [] and [c.id for c in run.commands_pending()] == ["good"]
@@ -135,7 +135,7 @@ def test_links_pipes_and_folders_in_the_inbox_are_refused_and_removed(
     assert run.commands_pending() == []
     refused = run.commands_refused()
     assert sorted(r.id for r in refused) == ["dangling", "folder", "full", "link", "pipe"]
-    assert {r.problem for r in refused} == {"no file"}
+    assert {r.problem for r in refused} == {"no_file"}
     for refusal in refused:
         run.command_done(refusal.id)
     assert secret.exists() and run.commands_refused() == []
@@ -149,7 +149,7 @@ def test_a_command_of_another_user_is_refused(run: RunDirectory) -> None:
     os.chown(file, 12345, 12345)
     assert run.commands_pending() == []
     (refusal,) = run.commands_refused()
-    assert refusal.problem == "other owner"
+    assert refusal.problem == "other_owner"
     assert re.findall(r"\d+", refusal.reason) == ["12345", str(os.geteuid())]
 
 
@@ -159,11 +159,11 @@ def test_only_the_owner_of_the_run_counts(
     run.send(Command(id="mine", kind="stop"))
     run.inbox.owner += 1
     assert run.commands_pending() == []
-    assert [refusal.problem for refusal in run.commands_refused()] == ["other owner"]
+    assert [refusal.problem for refusal in run.commands_refused()] == ["other_owner"]
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(RunDirectoryError) as caught:
         run.send(Command(id="other", kind="stop"))
-    assert caught.value.kind == "other owner"
+    assert caught.value.kind == "other_owner"
 
 
 def test_an_inbox_that_is_not_there_is_empty(run: RunDirectory) -> None:
@@ -204,7 +204,7 @@ def test_a_command_that_can_never_be_obeyed_is_not_even_sent(run: RunDirectory) 
     ):
         with pytest.raises(RunDirectoryError) as caught:
             run.send(command)
-        assert caught.value.kind == "wrong command"
+        assert caught.value.kind == "wrong_command"
     assert os.listdir(run.commands) == []
 
 
@@ -350,7 +350,7 @@ def test_of_two_files_with_one_id_the_older_counts_and_the_other_is_answered(
     run.send(Command(id="same", kind="stop"))
     (command,), (refusal,) = run.commands_waiting()
     assert command.kind == "pause"
-    assert refusal.problem == "used id" and "same" in refusal.reason
+    assert refusal.problem == "used_id" and "same" in refusal.reason
     run.answer(refusal, applied=False)
     run.answer(command, applied=True)
     assert [event.data["effect"] for event in of_command(run)] == ["refused", "applied"]

@@ -154,4 +154,4 @@ def test_a_command_to_a_dead_run_is_refused(
     run.write_status(status(run, time.time() - 3600.0))
     with pytest.raises(UsageError, match=run.name) as caught:
         control.send_and_wait(run, Command(id="x", kind="pause"), seconds=0.0)
-    assert caught.value.kind == "not running" and run.commands_pending() == []
+    assert caught.value.kind == "not_running" and run.commands_pending() == []

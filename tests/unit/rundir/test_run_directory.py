@@ -106,10 +106,10 @@ def test_creators_at_once_never_share_a_directory(tmp_path: Path) -> None:
 def test_names_that_would_leave_the_root_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(RunDirectoryError) as caught:
         RunDirectory.create(tmp_path, name, "")
-    assert caught.value.kind == "wrong name"
+    assert caught.value.kind == "wrong_name"
 
 
-@pytest.mark.parametrize(("folder", "kind"), [("nothing", "no such run"), (".", "not a run")])
+@pytest.mark.parametrize(("folder", "kind"), [("nothing", "no_such_run"), (".", "not_a_run")])
 def test_opening_says_what_is_wrong(tmp_path: Path, folder: str, kind: str) -> None:
     path = tmp_path / folder
     with pytest.raises(RunDirectoryError, match=re.escape(str(path))) as caught:
@@ -142,10 +142,10 @@ def test_a_run_is_found_by_every_name_a_user_gives(
         assert find_run(spec, tmp_path).path == runs[index].path, spec
     both, beta = (runs[1].name, runs[3].name), (runs[2].name, runs[3].name)
     for spec, root, kind, names in (
-        ("al", tmp_path, "several runs", both),
-        (f"{day}-01", tmp_path, "several runs", beta),
-        ("beta2", tmp_path, "no such run", ("beta",)),
-        (None, tmp_path / "empty", "no runs", (str(tmp_path / "empty"),)),
+        ("al", tmp_path, "several_runs", both),
+        (f"{day}-01", tmp_path, "several_runs", beta),
+        ("beta2", tmp_path, "no_such_run", ("beta",)),
+        (None, tmp_path / "empty", "no_runs", (str(tmp_path / "empty"),)),
     ):
         with pytest.raises(RunDirectoryError) as caught:
             find_run(spec, root)
