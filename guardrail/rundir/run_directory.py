@@ -303,9 +303,8 @@ class RunDirectory:
         if reason is not None:
             raise RunDirectoryError(reason, kind="wrong_command")
         if os.geteuid() != self.path.stat().st_uid:
-            raise RunDirectoryError(
-                f"{self.path}: not your run; only its owner may send commands", kind="other_owner"
-            )
+            reason = f"{self.path}: not your run; only its owner may send commands"
+            raise RunDirectoryError(reason, kind="other_owner")
         self._folder(self.commands)
         self.inbox.send(command)
 

@@ -123,10 +123,13 @@ def test_a_run_name_that_launch_refuses_is_a_problem(
 ) -> None:
     with_torch(monkeypatch, CPU)
     name = ["--set", "run.name=../../evil"]
-    assert main(["doctor", str(config), *name, *options]) == 2
-    said = capsys.readouterr().out
-    assert "problem: --set: run.name = '../../evil': " in said
-    assert "can run here" not in said and "has no error" not in said
+    assert main(["doctor", str(config), *name, *options, "--json"]) == 2
+    checks = json.loads(capsys.readouterr().out)["configuration"]
+    problems = [check["text"] for check in checks if check["level"] == "problem"]
+    assert any(text.startswith("--set: run.name = '../../evil': ") for text in problems)
+    assert not [
+        one for one in checks if (one["name"], one["level"]) == (doctor.CONFIGURATION, "ok")
+    ]
     assert main(["launch", str(config), *name]) == 2
     assert "run.name = '../../evil': " in capsys.readouterr().err
 
