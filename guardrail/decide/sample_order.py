@@ -6,12 +6,28 @@ It is integer arithmetic only: all ranks, the report and the tests compute the s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from guardrail.core.errors import DataError
+from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import Started
 
 _MASK = (1 << 64) - 1
 _GOLDEN, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def find_sample_order(events: Iterable[Event]) -> SampleOrder | None:
+    """Return the sample order that a journal names; None: it names none, or it cannot be read."""
+    for event in events:
+        if not isinstance(event, Started) or not event.samples or event.samples < 0:
+            continue
+        if "order_seed" in event.unreadable:
+            return None
+        is_shuffled = event.shuffled is not False
+        return SampleOrder(event.samples, seed=event.sample_seed, shuffled=is_shuffled)
+    return None
 
 
 def mix64(*values: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from guardrail.core.errors import CheckpointInvalid, UsageError
-from guardrail.core.events.decisions import CLOSED, REPEATED, IncidentChanged
+from guardrail.core.events.decisions import ENDS, IncidentChanged
 from guardrail.core.events.event import Event
 from guardrail.core.events.run_state import Restarted, Started
 from guardrail.core.text import clean_text
@@ -20,8 +20,6 @@ from guardrail.report.incident_builder import IncidentBuilder
 from guardrail.rundir.checkpoint_folders import checkpoint_dirs
 from guardrail.rundir.manifest import Manifest, read_manifest
 from guardrail.rundir.run_directory import RunDirectory
-
-_ENDS = (*CLOSED, REPEATED)  # states of an incident whose steps are complete
 
 
 class ReplayPlan(NamedTuple):
@@ -144,7 +142,7 @@ def _last_step_of(events: Sequence[Event], number: int, last: int) -> int:
     """Return the step that ended an incident; `last` while it is open."""
     ended = last
     for event in events:
-        if isinstance(event, IncidentChanged) and event.number == number and event.state in _ENDS:
+        if isinstance(event, IncidentChanged) and event.number == number and event.state in ENDS:
             ended = event.step + 1  # the line is written before that step counts
     return ended
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from guardrail.core.config import load_guard_options
 from guardrail.core.errors import ConfigError
 from guardrail.core.events.event import Event
-from guardrail.core.events.run_state import Started
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records.spans import Span
 from guardrail.core.records.status import Phase, SnapshotInfo, Status, Unresolved
@@ -237,20 +236,15 @@ def _read_options(run: RunDirectory) -> GuardOptions:
 def _build_order(events: Iterable[Event], history: RunHistory) -> SampleCursor | None:
     """Return the sample order that the journal names, with all that the run itself skips."""
     from guardrail.decide.sample_cursor import SampleCursor
-    from guardrail.decide.sample_order import SampleOrder
+    from guardrail.decide.sample_order import find_sample_order
 
-    for event in events:
-        if not isinstance(event, Started) or not event.samples or event.samples < 0:
-            continue
-        if "order_seed" in event.unreadable:
-            return None
-        is_shuffled = event.shuffled is not False
-        order = SampleOrder(samples=event.samples, seed=event.sample_seed, shuffled=is_shuffled)
-        cursor = SampleCursor(order, batch_size=1)
-        for span in history.spans:
-            cursor.skip_span(span)
-        return cursor
-    return None
+    order = find_sample_order(events)
+    if order is None:
+        return None
+    cursor = SampleCursor(order, batch_size=1)
+    for span in history.spans:
+        cursor.skip_span(span)
+    return cursor
 
 
 def _read_rows(run: RunDirectory, oldest: int) -> list[AppliedStep]:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from guardrail.core.events.decisions import (
+    ENDS,
     Diagnosed,
     IncidentChanged,
     RemedyUsed,
@@ -38,13 +39,6 @@ from guardrail.report.journal_entries import (
 IncidentLine = StepJudged | SamplesTaken | IncidentChanged | Diagnosed | RemedyUsed
 # Numbers of a line that ends an incident that were not measured.
 _NOT_MEASURED = ("number", "onset", "at_step")
-# states of an incident that is over
-ENDS = (
-    "recovered",
-    "recovered with higher loss",
-    "repeated",
-    "accepted",
-)
 _NEAR = 20  # steps; verdicts without an incident's number belong together up to this distance
 _TOKENS = 8  # most tokens that are kept per incident
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from guardrail.core.errors import RunDirectoryError
 from guardrail.core.events.decisions import SamplesTaken, Undone
 from guardrail.core.events.event import Event
-from guardrail.core.events.run_state import Started
-from guardrail.core.files import as_int, read_file
+from guardrail.core.files import read_file
 from guardrail.core.records.spans import Span
 from guardrail.decide.sample_cursor import SampleCursor
-from guardrail.decide.sample_order import SampleOrder
+from guardrail.decide.sample_order import SampleOrder, find_sample_order
 from guardrail.rundir.run_directory import RunDirectory
 
 
@@ -32,7 +31,7 @@ def quarantine_lines(run: RunDirectory) -> list[str]:
     spans = list(_list_spans(events))
     order = None
     if spans:
-        order = _find_order(events)
+        order = find_sample_order(events)
     if spans and order is None:
         raise RunDirectoryError(
             f"{run.path}: the journal does not say in which order the samples came",
@@ -58,7 +57,7 @@ def count_skipped(events: list[Event]) -> int:
     spans = list(_list_spans(events))
     order = None
     if spans:
-        order = _find_order(events)
+        order = find_sample_order(events)
     if not spans or order is None:
         if spans:
             return -1
@@ -79,15 +78,6 @@ def _list_spans(events: Iterable[Event]) -> Iterator[Span]:
             case Undone():
                 seen = [span for span in seen if span not in event.spans]
     yield from seen
-
-
-def _find_order(events: Iterable[Event]) -> SampleOrder | None:
-    for event in events:
-        if isinstance(event, Started) and event.samples is not None and event.samples > 0:
-            seed = as_int(event.sample_seed)
-            shuffled = True if event.shuffled is None else event.shuffled
-            return SampleOrder(samples=event.samples, seed=seed, shuffled=shuffled)
-    return None
 
 
 def _quarantine_file(run: RunDirectory) -> Path | None:

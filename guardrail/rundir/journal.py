@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -29,8 +28,6 @@ from guardrail.core.files import (
     refuse_special,
     sync_folder,
 )
-from guardrail.core.records.findings import Finding
-from guardrail.core.records.spans import Span
 from guardrail.core.records.status import Phase
 
 LOCK_SECONDS = 30.0  # a writer that holds the lock longer is stopped, or dead on another host
@@ -131,10 +128,8 @@ def last_turn(events: Sequence[Event]) -> Started | Restarted | Ended | None:
     return None
 
 
-def outcome_of(event: Event) -> tuple[Phase, ExitCode] | None:
+def outcome_of(event: Ended) -> tuple[Phase, ExitCode] | None:
     """Return how the run ended; None: the event does not contain it."""
-    if not isinstance(event, Ended):
-        return None
     try:
         event.check_readable("exit_code")
         phase = Phase(event.phase)
@@ -143,35 +138,6 @@ def outcome_of(event: Event) -> tuple[Phase, ExitCode] | None:
         return phase, ExitCode(event.exit_code)
     except (KeyError, ValueError):
         return None
-
-
-def findings_of(event: Event) -> tuple[Finding, ...]:
-    """Return the findings of a `finding` or `verdict` event.
-
-    Findings in a format of a newer version are ignored.
-    """
-    found = []
-    for raw in _list(event.data.get("findings")):
-        finding = _convert(raw, Finding)
-        if finding is not None:
-            found.append(finding)
-    return tuple(found)
-
-
-def span_of(event: Event) -> Span | None:
-    """Return the span of a `skipped` event; None: it has none that can be read."""
-    return _convert(event.data.get("span"), Span)
-
-
-def _convert(raw: Any, kind: type[Any]) -> Any:
-    try:
-        return msgspec.convert(raw, kind, strict=False)
-    except msgspec.ValidationError:
-        return None
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _event(line: bytes) -> Event | None:

@@ -20,13 +20,13 @@ import guardrail.torch.checkpoint.disk_checkpoints
 import guardrail.torch.checkpoint.rank_share
 from guardrail.core.config import load_trainer_config
 from guardrail.core.errors import CheckpointInvalid
+from guardrail.core.events.decisions import VerdictGiven
 from guardrail.core.records.commands import Command
 from guardrail.core.records.findings import FindingKind
 from guardrail.core.records.verdicts import Action
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.checkpoint_folders import checkpoint_dirs
-from guardrail.rundir.journal import findings_of
 from guardrail.rundir.manifest import MANIFEST, read_manifest, sealed
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.loader import CheckpointLoader
@@ -336,9 +336,9 @@ def test_case_10_ignored_labels_count_as_no_tokens(tmp_path: Path) -> None:
     """
     faults = [fault("ignore_labels", 5), fault("ignore_labels", 9, micro=0)]
     run = trained(tiny(tmp_path, faults=faults, train={"steps": 30, "micro_batch_size": 2}))
-    (verdict,) = of_kind(run, "verdict")
-    assert verdict.data["at_step"] == 5
-    assert [finding.kind for finding in findings_of(verdict)] == [FindingKind.NO_TOKENS]
+    (verdict,) = (event for event in run.events() if isinstance(event, VerdictGiven))
+    assert verdict.at_step == 5
+    assert [finding.kind for finding in verdict.findings] == [FindingKind.NO_TOKENS]
     assert [span.first for span in spans(run)] == [4 * BATCH]
     tokens = dict(table(run, ("first", "tokens")).tolist())
     assert tokens.pop(8.0 * BATCH) == (BATCH - 2) * LENGTH

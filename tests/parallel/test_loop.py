@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 from guardrail.core.config import load_trainer_config
+from guardrail.core.events.decisions import VerdictGiven
 from guardrail.core.records.commands import Command
 from guardrail.core.records.findings import FindingKind
 from guardrail.core.records.spans import Span
 from guardrail.core.records.verdicts import Action
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.sample_cursor import SampleCursor
-from guardrail.rundir.journal import findings_of
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
 from guardrail.torch.measure.update_gate import Gate
@@ -371,7 +371,8 @@ def test_batches_without_a_label_are_left_out_and_never_add_up_to_a_rollback(
         (first, first + BATCH, "rejected") for first in (0, 80, 88, 96, 104, 112, 120)
     ]
     assert not of_kind(run, "rollback") and not of_kind(run, "incident")
-    found = [one for event in of_kind(run, "verdict") for one in findings_of(event)]
+    verdicts = [event for event in run.events() if isinstance(event, VerdictGiven)]
+    found = [one for event in verdicts for one in event.findings]
     assert {one.kind for one in found} == {FindingKind.NO_TOKENS} and len(found) == len(spans(run))
     assert np.isfinite(table(run, COMMON)).all()
     assert_same_as_told(config, run)

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from guardrail.cli.ctl import command as ctl
 from guardrail.core.errors import GuardrailError
 from guardrail.core.events.event import Event
+from guardrail.core.events.run_state import Paused
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records.commands import Command
 from guardrail.core.records.spans import Span
@@ -33,7 +34,6 @@ from guardrail.launch.log_printer import format_event
 from guardrail.operate.preview import preview_command as of
 from guardrail.operate.preview import rollback_for
 from guardrail.operate.run_state import AppliedStep, RunState
-from guardrail.rundir.journal import findings_of
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.events import make_line
 from tests.support.fake_run import FakeRun
@@ -379,10 +379,10 @@ def test_each_rung_does_what_was_foretold(tmp_path: Path) -> None:
     events = run.events()
     backs = of_kind(run, "rollback")
     assert [back.data["rung"] for back in backs] == [str(rung["do"]) for rung in ESCALATION[1:]]
-    *asked, last = of_kind(run, "paused")
-    assert last.data["proposals"][0]["action"] == "halt"
+    *asked, last = (event for event in events if isinstance(event, Paused))
+    assert last.proposals[0]["action"] == "halt"
     for tried, (question, back) in enumerate(zip(asked, backs, strict=True)):
-        evidence = findings_of(question)[0].sentence()
+        evidence = question.findings[0].sentence()
         why = question.message.partition(evidence)[2]
         assert why, "the message begins with what was found"
         budget = [tried, 200] if tried else []

@@ -18,6 +18,7 @@ Documents = tuple[Any, ...]  # `DocumentRef` fields; older versions wrote names
 OPEN, REPEATED = "open", "repeated"
 RECOVERED, HIGHER_LOSS, ACCEPTED = "recovered", "recovered with higher loss", "accepted"
 CLOSED = (RECOVERED, HIGHER_LOSS, ACCEPTED)
+ENDS = (*CLOSED, REPEATED)  # states in which the steps since the onset are complete
 
 
 class StepJudged(Event, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ import msgspec
 from guardrail.core.events.event import COMMAND, INCIDENT, Event, Int64, Positions
 from guardrail.core.files import as_int
 from guardrail.core.format import format_plural
+from guardrail.core.records.findings import Finding
 
 
 class Started(Event, frozen=True, kw_only=True):
@@ -168,7 +169,7 @@ class Paused(Event, frozen=True, kw_only=True):
     kind: str = "paused"
     proposals: tuple[Any, ...] = ()
     asks: bool | None = None
-    findings: tuple[Any, ...] = ()
+    findings: tuple[Finding, ...] = ()
     incident: Int64 | None = None
     onset: Int64 | None = None
     end: Int64 | None = None

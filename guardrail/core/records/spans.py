@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from guardrail.core.records.record import Record, field_of
+from guardrail.core.records.record import Record
 
 AUTOMATIC = ("rejected", "rollback")  # origins of the spans that the guard skipped automatically
 
@@ -53,8 +51,3 @@ class DocumentRef(Record, frozen=True, kw_only=True):
     def __str__(self) -> str:
         line = f":{self.record}" if self.record else ""
         return f"{self.path}{line} bytes {self.first_byte}-{self.last_byte}"
-
-
-def origin_of_span(span: Any) -> Any:
-    """Return the origin of a span: a record, or a dict that was read from the journal."""
-    return span.origin if isinstance(span, Span) else field_of(span, "cause")
