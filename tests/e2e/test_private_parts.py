@@ -85,7 +85,7 @@ def test_the_screen_draws_without_it(name: str, tmp_path: Path) -> None:
         [sys.executable, "-c", _SCREEN, str(run.path), REMOVED[name]], columns=120, rows=32
     )
     try:
-        terminal.shows("loss", "incidents", "help")
+        terminal.shows("loss", "help", "step 1,207")  # an incident that a dialog can open
         terminal.press("2\r")  # a dialog: partial updates, and then the frame under it again
         terminal.shows("outcome")
         terminal.press("q")
