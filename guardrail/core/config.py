@@ -125,13 +125,34 @@ def load_config(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) 
         ConfigError: names file, key, value, expectation and the nearest valid key.
     """
     tree = read_toml(Path(path))
-    launch = tree.get("launch", {})
-    names_trainer = isinstance(launch, dict) and "trainer" in launch
+    names_trainer = _trainer_named(tree) is not None
     sections = {*tree, *(text.partition(".")[0].strip() for text in overrides)}
     schema: type[GuardConfig] | None = None
     if not names_trainer and sections <= set(GuardConfig.__struct_fields__):
         schema = GuardConfig
     return build_config(tree, file=str(path), overrides=overrides, base=Path.cwd(), schema=schema)
+
+
+def is_custom_loop(file: Path) -> bool:
+    """Return whether a run's config.toml is that of a custom loop, not of a trainer.
+
+    `guardrail launch` writes the sections of its trainer too. False if the file cannot be read.
+    """
+    try:
+        tree = read_run_tables(file)
+    except ConfigError:
+        return False
+    # A `GuardConfig` that was stored by a custom loop names the default trainer.
+    names_other = _trainer_named(tree) not in (None, LaunchSection().trainer)
+    return not names_other and set(tree) <= set(GuardConfig.__struct_fields__)
+
+
+def _trainer_named(tree: Mapping[str, Any]) -> Any:
+    """Return `launch.trainer` of a parsed file; None: it has none."""
+    launch = tree.get("launch", {})
+    if not isinstance(launch, dict):
+        return None
+    return launch.get("trainer")
 
 
 def load_guard_options(
@@ -148,7 +169,7 @@ def load_guard_options(
         path: a complete configuration, or a file that holds nothing but [guard]; None: the
             defaults.
         overrides: "guard.key=value" strings.
-        of_run: as for `read_toml`.
+        of_run: as for `read_toml`. A run may have stored no [guard]: then it has the defaults.
 
     Raises:
         ConfigError: as for `load_trainer_config`.
@@ -158,7 +179,7 @@ def load_guard_options(
     if path is not None:
         file = str(path)
         tree = read_toml(Path(path), of_run=of_run)
-    if "guard" not in tree:
+    if "guard" not in tree and not of_run:
         names = ", ".join(tree) or "none"
         raise ConfigError("a section [guard]", file=file, hint=f"it has {names}")
     kept = {name: tree[name] for name in ("guard", "snapshots") if name in tree}

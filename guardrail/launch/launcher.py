@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from guardrail.core import secret
-from guardrail.core.config import GuardConfig, build_config
+from guardrail.core.config import GuardConfig, build_config, is_custom_loop
 from guardrail.core.errors import (
     ConfigError,
     RunDirectoryError,
@@ -208,6 +208,11 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepa
                 "a key that a resumed run may change", file="--set", key=key, hint=names
             )
     file = str(run.path / "config.toml")
+    if is_custom_loop(Path(file)):
+        raise RunDirectoryError(
+            f"{run.name} was not started by guardrail launch, so only its own script can continue "
+            f"it\n  hint: start the script again with run=RunDirectory.open({str(run.path)!r})"
+        )
     settings = load_settings(file, overrides, of_run=True)
     lock = _start_lock(run) if settings.launch.node_rank == 0 else None
     try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from guardrail.core.config import is_custom_loop
 from guardrail.core.events.event import Event
 from guardrail.core.events.faults import DiskChanged, RankFault
 from guardrail.core.events.run_state import (
@@ -19,6 +20,7 @@ from guardrail.core.events.run_state import (
     CommandAnswered,
     Ended,
     Note,
+    Restarted,
     Started,
 )
 from guardrail.core.records.status import Phase, Status
@@ -68,7 +70,7 @@ def build_report(run: RunDirectory) -> Report:
         exit_code=_exit_code(status, last),
         reason=_final_reason(last),
         mode=mode,
-        tokens=known.tokens,
+        tokens=_count_tokens(known, events),
         guard_share=known.guard_share,
         unresolved=known.unresolved.sentence() if known.unresolved else "",
         samples_skipped=count_skipped(events),
@@ -84,6 +86,7 @@ def build_report(run: RunDirectory) -> Report:
         notes=_list_messages(events, (Note,)),
         data_folder=folder,
         question=clean_text(known.question, 400),
+        custom_loop=is_custom_loop(run.path / "config.toml"),
         **_find_machine(known, events),
         **_measure_time(status, events),
         **metrics,
@@ -99,6 +102,18 @@ def _find_machine(status: Status, events: list[Event]) -> dict[str, Any]:
     if first is None:
         return {"world": status.world}
     return {"host": clean_text(first.host or status.host, 80), "world": first.world}
+
+
+def _count_tokens(status: Status, events: list[Event]) -> int:
+    """Return the label tokens of the applied updates; 0: the loop did not count them.
+
+    `step.finish` without `tokens` counts one per rank. Real batches have more.
+    """
+    worlds = [event.world for event in events if isinstance(event, (Started, Restarted))]
+    uncounted = status.step * max([status.world, *worlds])
+    if status.tokens <= uncounted:
+        return 0
+    return status.tokens
 
 
 def _measure_time(status: Status | None, events: list[Event]) -> dict[str, Any]:

@@ -100,6 +100,8 @@ class Report(Record, frozen=True, kw_only=True):
         notes: messages of `note` lines.
         data_folder: folder that paths of documents are relative to; "" if there is none.
         question: the open question of the run; "" if there is none.
+        tokens: label tokens of the applied updates; 0: the loop did not count them.
+        custom_loop: started by a script with a loop of its own, not by `guardrail launch`.
     """
 
     run: str
@@ -135,3 +137,4 @@ class Report(Record, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
     data_folder: str = ""
     question: str = ""
+    custom_loop: bool = False

@@ -24,6 +24,7 @@ from guardrail.report.table_rows import STATES, costliest_first, incident_row
 
 MAX_NAMED = 4  # checkpoints
 LONGEST_SPEC = 66  # characters of the run's name in a command that fits a line
+LONGEST_PATH = 46  # characters of its path in a call that fits a line
 
 
 # -- how the run stands
@@ -227,7 +228,17 @@ def _commands_to_continue(report: Report, run: str) -> Iterator[tuple[str, str]]
         yield f"guardrail attach {run}", "watch the run"
     elif report.state not in ("finished", "new"):
         yield from _command_to_read_log(report)
-        yield f"guardrail launch --resume {run}", "continue the run from its newest checkpoint"
+        yield _command_to_resume(report, run)
+
+
+def _command_to_resume(report: Report, run: str) -> tuple[str, str]:
+    """Return what continues the run. Only its own script can start a custom loop."""
+    if not report.custom_loop:
+        return f"guardrail launch --resume {run}", "continue the run from its newest checkpoint"
+    path = "PATH"
+    if len(report.path) <= LONGEST_PATH:
+        path = f'"{report.path}"'
+    return f"run=RunDirectory.open({path})", "start your script again with this run"
 
 
 def _command_to_read_log(report: Report) -> Iterator[tuple[str, str]]:

@@ -9,11 +9,14 @@ import re
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
 from guardrail.core import secret
-from guardrail.core.errors import RunDirectoryError
+from guardrail.core.errors import RunDirectoryError, UsageError
 from guardrail.core.files import FOLDER_MODE, LONGEST_NAME, TEMPORARY, replace_file, sync_folder
+from guardrail.core.section import Section
 from guardrail.core.text import clean_text
+from guardrail.core.toml_file import dump_toml
 
 _FOLDERS = ("checkpoints", "commands", "logs", "ranks", "screens", "tensorboard")
 _NAME = re.compile(r"[^\W_][\w.+=@-]{0,99}")
@@ -25,11 +28,44 @@ def is_run_name(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and len(name.encode()) <= LONGEST_NAME
 
 
-def create_numbered(root: str | os.PathLike[str], name: str, config_toml: str) -> Path:
+def _check_types(root: Any, name: Any) -> None:
+    """Check the types of the folder of all runs and the name of a run. Raises UsageError."""
+    if not isinstance(root, (str, os.PathLike)):
+        raise UsageError(
+            f"RunDirectory.create(root): expected the path of a folder, got {type(root).__name__}"
+        )
+    if not isinstance(name, str):
+        raise UsageError(
+            f"RunDirectory.create(name): expected a name for the run, got {type(name).__name__}"
+        )
+
+
+def _format_config(config: Any) -> str:
+    """Return a configuration, given as TOML text or as settings, as TOML text. Raises UsageError."""
+    if isinstance(config, Section):
+        return dump_toml(config)
+    if isinstance(config, str):
+        return config
+    raise UsageError(
+        "RunDirectory.create(config_toml): expected TOML text or a GuardConfig, got "
+        f"{type(config).__name__}"
+    )
+
+
+def create_numbered(root: str | os.PathLike[str], name: str, config: str | Section) -> Path:
     """Make ROOT/NAME/YYYY-MM-DD-NN with its configuration, complete before a reader can see it.
 
-    Several processes may do this at once: each gets its own number. Raises RunDirectoryError.
+    Several processes may do this at once: each gets its own number.
+
+    Args:
+        config: TOML text, or settings that are written as TOML.
+
+    Raises:
+        UsageError: an argument has a wrong type.
+        RunDirectoryError: the name is not valid, or the folder cannot be made.
     """
+    _check_types(root, name)
+    config_toml = _format_config(config)
     if not is_run_name(name):
         raise RunDirectoryError(
             f"{clean_text(name, 80)!r} is no name for a run: {NAME}", kind="wrong_name"

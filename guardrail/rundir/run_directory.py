@@ -37,6 +37,7 @@ from guardrail.core.files import (
 )
 from guardrail.core.records.commands import Command
 from guardrail.core.records.status import NodeStatus, RankStatus, Status
+from guardrail.core.section import Section
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.rundir import journal, run_creation, screen_files, status_files
 from guardrail.rundir.command_files import (
@@ -79,8 +80,20 @@ class RunDirectory:
         return f"{self.path.parent.name}/{self.path.name}"
 
     @classmethod
-    def create(cls, root: str | os.PathLike[str], name: str, config_toml: str) -> RunDirectory:
-        """Make ROOT/NAME/YYYY-MM-DD-NN with its configuration. Raises RunDirectoryError."""
+    def create(
+        cls, root: str | os.PathLike[str], name: str, config_toml: str | Section = ""
+    ) -> RunDirectory:
+        """Make ROOT/NAME/YYYY-MM-DD-NN, on rank 0 alone; `open(path)` on others and to continue.
+
+        Args:
+            root: folder of all runs; made if it is missing.
+            name: 1 to 100 letters, digits, and . _ + = @ - inside.
+            config_toml: a `GuardConfig` or TOML text, stored as config.toml; "": the defaults. The
+                guard does not read it: also give it to `Guard(config=...)`.
+
+        Raises:
+            UsageError: an argument has a wrong type, or the folder cannot be made.
+        """
         return cls(run_creation.create_numbered(root, name, config_toml))
 
     @classmethod
@@ -91,11 +104,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
-        """Return an existing run.
-
-        Raises:
-            RunDirectoryError: the folder is missing, is not a run, or may not be read.
-        """
+        """Return an existing run. Raises RunDirectoryError: missing, no run, or not readable."""
         where = Path(path).absolute()
         run_creation.check_is_run(where)
         return cls(where)

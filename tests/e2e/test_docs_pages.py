@@ -10,14 +10,17 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
 
 from guardrail.cli.backtest import command as backtest_command
 from guardrail.cli.main import main
+from guardrail.rundir.run_directory import RunDirectory
 from tests.e2e.test_docs import blocks_of
 from tests.support.places import ROOT, TESTS
+from tests.support.ranks import run_ranks
 
 BACKTEST = ROOT / "docs" / "backtest.md"
 INTEGRATIONS = ROOT / "docs" / "integrations.md"
@@ -119,12 +122,30 @@ def test_view_prints_lines_in_a_terminal_that_cannot_draw() -> None:
 
 
 def test_the_shortest_loop_of_the_integrations_page_runs(tmp_path: Path) -> None:
-    shortest, _ = blocks_of(INTEGRATIONS, "python")
+    shortest, _, _ = blocks_of(INTEGRATIONS, "python")
     run_python(shortest + "\nassert guard.step == 50\n", tmp_path)
 
 
+def run_block(rank: int, code: str, folder: str) -> tuple[str, int]:
+    """Run a Python block of a page as one rank of torchrun; return its run directory and step."""
+    os.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return str(names["run"].path), names["guard"].step
+
+
+def test_the_loop_with_several_ranks_of_the_integrations_page_runs(tmp_path: Path) -> None:
+    _, several_ranks, _ = blocks_of(INTEGRATIONS, "python")
+    found = run_ranks(run_block, 2, several_ranks, str(tmp_path), init=False, folder=tmp_path)
+    (path,) = (tmp_path / "runs" / "own").iterdir()
+    assert found == [(str(path), 20), (str(path), 20)]
+    (events,) = [RunDirectory.open(path).events()]
+    assert events[0].data["world"] == 2 and events[-1].kind == "ended"
+    assert not [event for event in events if event.kind == "note"]
+
+
 def test_the_loop_with_all_hooks_of_the_integrations_page_runs(tmp_path: Path) -> None:
-    _, with_hooks = blocks_of(INTEGRATIONS, "python")
+    _, _, with_hooks = blocks_of(INTEGRATIONS, "python")
     run_python(with_hooks + CALL_EACH_HOOK, tmp_path)
 
 

@@ -276,7 +276,8 @@ class FakeRun:
 
     def write(self, root: Path) -> RunDirectory:
         """Write all of it as a run directory under `root`."""
-        run = RunDirectory.create(root, self.name.split("/")[0], "")
+        config = f"[train]\nsteps = {self.total}\n"
+        run = RunDirectory.create(root, self.name.split("/")[0], config)
         with run.metrics_writer():
             pass  # writes the names of the columns
         with run.metrics_path.open("ab") as file:

@@ -55,7 +55,7 @@ class Guard(GuardParts):
             for each applied update.
         scaler: for fp16, a torch.amp.GradScaler. Backpropagate `scaler.scale(loss)`, and give
             `step.finish` the loss itself. The guard unscales, steps and updates.
-        run: the run directory; None keeps everything in memory (no commands, no checkpoints).
+        run: the run directory, the same on all ranks; None: no journal, commands, checkpoints.
         total_steps: applied updates after which the run is finished; 0: endless.
         limit: positions after which the data ends; None: endless.
         clip: global norm to which gradients are clipped; 0: no clipping; or a function of the norm
@@ -70,8 +70,8 @@ class Guard(GuardParts):
     Old names of these arguments work too; see guardrail.torch.guard.old_arguments.
 
     Raises:
-        ConfigError: a setting or an argument is not valid; names it, its value and what is
-            expected.
+        ConfigError: a setting or an argument is not valid; names it and what is expected.
+        UsageError: the ranks have different run directories; raised on every rank.
     """
 
     @accept_old_arguments
@@ -247,6 +247,7 @@ class Guard(GuardParts):
         if ctx.history.mode is not None:
             self.set_mode(ctx.history.mode)
         self.timeline_switch.open()
+        self.checks.note_unreduced_gradients()
 
     def _open_run(self, run: RunDirectory) -> None:
         """Start the heartbeat, read commands, and read the journal on rank 0 for all."""

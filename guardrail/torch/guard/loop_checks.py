@@ -27,6 +27,8 @@ class LoopChecks:
     Args:
         reduction: knows which parameters have gradients.
         learning_rate: step -> the rate that its update is made with.
+        averages_gradients: whether the model or the layout of the ranks says how gradients are
+            combined over the ranks.
     """
 
     def __init__(
@@ -35,14 +37,31 @@ class LoopChecks:
         *,
         reduction: StepReduction,
         learning_rate: Callable[[int], float],
+        averages_gradients: bool,
     ) -> None:
         self._ctx = ctx
         self._reduction = reduction
         self._learning_rate = learning_rate
+        self._averages_gradients = averages_gradients
         self._half_weights = HalfWeights(reduction.parameters, apart=reduction.embedding)
         # whether the first step of this process was checked for gradients
         self._is_checked = False
         self._lacking_notes = 0
+
+    def note_unreduced_gradients(self) -> None:
+        """Note at a start that each rank may train a model of its own. A collective.
+
+        It is no error, because a loop may average the gradients itself.
+        """
+        ranks = self._ctx.ranks
+        if ranks.world == 1 or any(ranks.gather(self._averages_gradients)):
+            return
+        self._ctx.recorder.event(
+            "note",
+            f"{ranks.world} ranks train, but the model is not wrapped in DDP and has no FSDP2 or "
+            "tensor-parallel parameters. Unless your loop averages the gradients over the ranks, "
+            "each rank trains a different model",
+        )
 
     def refuse_without_gradients(self, step: Step, reduced: ReducedStep) -> None:
         """Check once, at the first step of this process, that the model gets gradients.

@@ -49,7 +49,9 @@ from guardrail.torch.measure.rank_timing import RankTimer
 from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.update_gate import Gate
 from guardrail.torch.measure.update_norm import UpdateNorm
+from guardrail.torch.state.rank_agreement import require_same_run
 from guardrail.torch.state.training_state import TrainingState
+from guardrail.torch.state.wrappers import combines_gradients
 
 
 class GuardParts:
@@ -120,8 +122,10 @@ class GuardParts:
         self.state = TrainingState(model, optimizers, scheduler, scaler, layout.shard_ranks)
         self.side_effects = StepSideEffects(self.state)
         self.context = self._build_context(rank, world)
+        self._require_same_run()
         self.data_share = DataShare(self.context.ranks, layout)
-        self._build_parts(hooks, heartbeat)
+        averages_gradients = layout.shard_ranks is not None or combines_gradients(model)
+        self._build_parts(hooks, heartbeat, averages_gradients)
         self._build_commands()
         self._build_gates(hooks)
 
@@ -151,7 +155,16 @@ class GuardParts:
             run=self.run,
         )
 
-    def _build_parts(self, hooks: LoopHooks, heartbeat: Heartbeat | None) -> None:
+    def _require_same_run(self) -> None:
+        """Check that all ranks have the same run directory, before they use it together."""
+        path = None
+        if self.run is not None:
+            path = self.run.path
+        require_same_run(path, self.context.ranks.gather)
+
+    def _build_parts(
+        self, hooks: LoopHooks, heartbeat: Heartbeat | None, averages_gradients: bool
+    ) -> None:
         ctx = self.context
         self.heartbeat = RankHeartbeat(ctx, heartbeat)
         set_phase = self.heartbeat.set_phase
@@ -167,7 +180,10 @@ class GuardParts:
             metrics=self.metrics,
         )
         self.checks = LoopChecks(
-            ctx, reduction=self.reduction, learning_rate=self.applier.learning_rate
+            ctx,
+            reduction=self.reduction,
+            learning_rate=self.applier.learning_rate,
+            averages_gradients=averages_gradients,
         )
         self.judge = StepJudge(ctx, checks=self.checks, metrics=self.metrics)
         self.snapshots = SnapshotManager(

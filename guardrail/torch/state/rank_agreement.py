@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from guardrail.core.errors import UsageError
 from guardrail.core.text import clean_text
@@ -31,3 +33,65 @@ def require_equal(facts: Mapping[str, Any], gather: Callable[[Any], Sequence[Any
                     "all ranks must train on the same data in the same order. "
                     "Give every node the same files and the same configuration."
                 )
+
+
+class _RunFolder(NamedTuple):
+    """The run directory of one rank.
+
+    Attributes:
+        path: without symbolic links; "" without a run directory.
+        inode: number of the folder in its file system; None: unknown.
+    """
+
+    host: str
+    path: str
+    inode: int | None
+
+    def is_same(self, other: _RunFolder) -> bool:
+        """Return whether both name one folder. Hosts may mount a shared disk at different paths."""
+        if self.path == other.path:
+            return True
+        return self.inode is not None and self.inode == other.inode
+
+
+def require_same_run(path: Path | None, gather: Callable[[Any], Sequence[Any]]) -> None:
+    """Check that all ranks have the same run directory. A collective.
+
+    Ranks with different directories would wait for each other's part of a checkpoint.
+
+    Args:
+        path: this rank's run directory; None: it has none.
+        gather: returns every rank's value, by rank; a collective.
+
+    Raises:
+        UsageError: names a rank with each of two directories; raised on every rank.
+    """
+    by_rank = [_RunFolder(*found) for found in gather(tuple(_find_folder(path)))]
+    first = by_rank[0]
+    for rank, other in enumerate(by_rank):
+        if not first.is_same(other):
+            raise UsageError(
+                f"run is {_describe_folder(first)} on rank 0 and {_describe_folder(other)} on rank "
+                f"{rank}: all ranks must have the same run directory\n"
+                "  hint: create it on rank 0 and broadcast its path; on the other ranks use "
+                "RunDirectory.open(path)"
+            )
+
+
+def _find_folder(path: Path | None) -> _RunFolder:
+    host = socket.gethostname()
+    if path is None:
+        return _RunFolder(host, "", None)
+    resolved = os.path.realpath(path)
+    try:
+        inode = os.stat(resolved).st_ino
+    except OSError:
+        inode = None
+    return _RunFolder(host, resolved, inode)
+
+
+def _describe_folder(folder: _RunFolder) -> str:
+    path = "None"
+    if folder.path:
+        path = clean_text(folder.path)
+    return f"{path} ({clean_text(folder.host, 80)})"

@@ -1,10 +1,11 @@
-"""Removes the wrappers of DDP, torch.compile, activation checkpointing and Accelerate."""
+"""Finds and removes the wrappers of DDP, torch.compile, activation checkpointing and Accelerate."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from guardrail.torch.state import foreach
@@ -20,6 +21,13 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def combines_gradients(model: nn.Module) -> bool:
+    """Return whether DDP, FSDP2 or tensor parallelism combines the gradients of the ranks."""
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        return True
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def unwrap(item: Any, attribute: str) -> Any:
