@@ -237,7 +237,7 @@ def _command_to_resume(report: Report, run: str) -> tuple[str, str]:
         return f"guardrail launch --resume {run}", "continue the run from its newest checkpoint"
     path = "PATH"
     if len(report.path) <= LONGEST_PATH:
-        path = f'"{report.path}"'
+        path = repr(report.path)
     return f"run=RunDirectory.open({path})", "start your script again with this run"
 
 

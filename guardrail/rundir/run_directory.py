@@ -29,8 +29,6 @@ from guardrail.core.events.kinds import make_event, with_data
 from guardrail.core.events.run_state import CommandAnswered
 from guardrail.core.files import (
     FOLDER_MODE,
-    encode_json,
-    overwrite_file,
     read_file,
     replace_file,
     why_unwritable,
@@ -91,8 +89,7 @@ class RunDirectory:
             config_toml: a `GuardConfig` or TOML text, stored as config.toml; "": the defaults. The
                 guard does not read it: also give it to `Guard(config=...)`.
 
-        Raises:
-            UsageError: an argument has a wrong type, or the folder cannot be made.
+        Raises UsageError: an argument has a wrong type, or the folder cannot be made.
         """
         return cls(run_creation.create_numbered(root, name, config_toml))
 
@@ -149,17 +146,14 @@ class RunDirectory:
 
         It is not synced, since it is replaced again a second later.
         """
-        replace_file(self.path / "status.json", encode_json(status), sync=False)
+        status_files.write_status(self.path / "status.json", status)
 
     def write_last_status(self, status: Status) -> None:
         """Replace status.json as `write_status` does. Raises OSError.
 
         If the disk has no room for a second file, the existing file is overwritten.
         """
-        try:
-            self.write_status(status)
-        except OSError:
-            overwrite_file(self.path / "status.json", encode_json(status))
+        status_files.write_last_status(self.path / "status.json", status)
 
     def check_writable(self) -> None:
         """Raise DiskRefuses if no file can be written here."""
@@ -186,10 +180,7 @@ class RunDirectory:
 
     def notified(self) -> int | None:
         """Return the seq of the newest event with a notification; None: none was recorded yet."""
-        try:
-            return int(read_file(self.path / "notified"))
-        except (OSError, ValueError):
-            return None
+        return status_files.read_notified(self.path / "notified")
 
     def write_notified(self, seq: int) -> None:
         """Record that seq and sync it. Raises OSError."""

@@ -1,4 +1,4 @@
-"""The present state of a run: status.json, and one file for the ranks of each node."""
+"""The present state of a run: status.json, `notified`, and a file for the ranks of each node."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ import msgspec
 
 from guardrail.core.events.event import Event
 from guardrail.core.events.run_state import Ended
-from guardrail.core.files import FOLDER_MODE, encode_json, read_file, replace_file
+from guardrail.core.files import (
+    FOLDER_MODE,
+    encode_json,
+    overwrite_file,
+    read_file,
+    replace_file,
+)
 from guardrail.core.records.status import NodeStatus, RankStatus, Status
 from guardrail.rundir.journal import last_turn, outcome_of
 
@@ -21,6 +27,27 @@ def read_status(path: Path) -> Status | None:
     """Return the status; None: there is none, or this version cannot read it."""
     found: Status | None = _read(path, Status)
     return found
+
+
+def write_status(path: Path, status: Status) -> None:
+    """Replace the file without a sync. Raises OSError."""
+    replace_file(path, encode_json(status), sync=False)
+
+
+def write_last_status(path: Path, status: Status) -> None:
+    """Replace the file; overwrite it if the disk has no room for a second one. Raises OSError."""
+    try:
+        write_status(path, status)
+    except OSError:
+        overwrite_file(path, encode_json(status))
+
+
+def read_notified(path: Path) -> int | None:
+    """Return the number in the file; None: it has none."""
+    try:
+        return int(read_file(path))
+    except (OSError, ValueError):
+        return None
 
 
 def status_of_end(run: str, events: Sequence[Event]) -> Status | None:

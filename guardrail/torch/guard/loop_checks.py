@@ -56,12 +56,12 @@ class LoopChecks:
         ranks = self._ctx.ranks
         if ranks.world == 1 or any(ranks.gather(self._averages_gradients)):
             return
-        self._ctx.recorder.event(
-            "note",
+        message = (
             f"{ranks.world} ranks train, but the model is not wrapped in DDP and has no FSDP2 or "
             "tensor-parallel parameters. Unless your loop averages the gradients over the ranks, "
-            "each rank trains a different model",
+            "each rank trains a different model"
         )
+        self._ctx.recorder.write(Note(message=message))
 
     def refuse_without_gradients(self, step: Step, reduced: ReducedStep) -> None:
         """Check once, at the first step of this process, that the model gets gradients.

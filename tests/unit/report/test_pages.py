@@ -106,7 +106,7 @@ def test_markdown_has_the_same(run: RunDirectory) -> None:
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     """Of documents, of excerpts, of tokens, of the journal, and in the name of the run itself."""
-    run = RunDirectory.create_at(tmp_path / "<b>n\x1b[2J[x](y)`\u202e", "")
+    run = RunDirectory.create_at(tmp_path / "<b>n\x1b[2J[x](y)`\u202e", "[train]\nsteps = 2\n")
     evil = "</li><script>alert(1)</script><img src=x onerror=alert(1)> [a](javascript:x) ![b](//x) `c` \x1b[2J\n# zz"
     start(run, host=evil)
     rows(run, 1, 2)

@@ -292,12 +292,22 @@ def test_the_device_decides_whether_an_update_is_applied() -> None:
 
 def test_a_step_without_gradients_is_refused_once() -> None:
     rig = Rig()
-    checks = LoopChecks(rig.ctx, reduction=rig.reduction, learning_rate=lambda step: 0.1)
+    checks = LoopChecks(
+        rig.ctx,
+        reduction=rig.reduction,
+        learning_rate=lambda step: 0.1,
+        averages_gradients=True,
+    )
     with pytest.raises(UsageError) as caught:
         checks.refuse_without_gradients(rig.step(), make_reduced(graded=0))
     assert caught.value.kind == "no_gradients" and numbers_in(str(caught.value)) == [1]
     checks.refuse_without_gradients(rig.step(), make_reduced(graded=0))
-    checks = LoopChecks(rig.ctx, reduction=rig.reduction, learning_rate=lambda step: 0.1)
+    checks = LoopChecks(
+        rig.ctx,
+        reduction=rig.reduction,
+        learning_rate=lambda step: 0.1,
+        averages_gradients=True,
+    )
     checks.refuse_without_gradients(rig.step(), make_reduced(grad_norm=0.0))
     assert rig.kinds() == ["note"]
 
