@@ -211,7 +211,8 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepa
     if is_custom_loop(Path(file)):
         raise RunDirectoryError(
             f"{run.name} was not started by guardrail launch, so only its own script can continue "
-            f"it\n  hint: start the script again with run=RunDirectory.open({str(run.path)!r})"
+            f"it\n  hint: start the script again with run=RunDirectory.open({str(run.path)!r})",
+            kind="custom_loop",
         )
     settings = load_settings(file, overrides, of_run=True)
     lock = _start_lock(run) if settings.launch.node_rank == 0 else None

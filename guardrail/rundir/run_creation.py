@@ -32,11 +32,13 @@ def _check_types(root: Any, name: Any) -> None:
     """Check the types of the folder of all runs and the name of a run. Raises UsageError."""
     if not isinstance(root, (str, os.PathLike)):
         raise UsageError(
-            f"RunDirectory.create(root): expected the path of a folder, got {type(root).__name__}"
+            f"RunDirectory.create(root): expected the path of a folder, got {type(root).__name__}",
+            kind="wrong_type",
         )
     if not isinstance(name, str):
         raise UsageError(
-            f"RunDirectory.create(name): expected a name for the run, got {type(name).__name__}"
+            f"RunDirectory.create(name): expected a name for the run, got {type(name).__name__}",
+            kind="wrong_type",
         )
 
 
@@ -48,7 +50,8 @@ def _format_config(config: Any) -> str:
         return config
     raise UsageError(
         "RunDirectory.create(config_toml): expected TOML text or a GuardConfig, got "
-        f"{type(config).__name__}"
+        f"{type(config).__name__}",
+        kind="wrong_type",
     )
 
 

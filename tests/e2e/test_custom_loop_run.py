@@ -11,13 +11,15 @@ from torch import nn
 
 from guardrail.cli.main import main
 from guardrail.core.config import GuardConfig, is_custom_loop, load_guard_options
-from guardrail.core.errors import UsageError
+from guardrail.core.errors import RunDirectoryError, UsageError
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records.status import Phase
 from guardrail.core.records.verdicts import Mode
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.sample_order import SampleOrder
+from guardrail.launch.launcher import prepare_resume
 from guardrail.report.build import build_report
+from guardrail.report.summary import list_next_commands
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.guard import Guard
 from tests.unit.core.wrong_settings import STEPS
@@ -63,18 +65,22 @@ def test_a_run_directory_can_store_a_guard_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (("own", {"guard": {}}), r"create\(config_toml\): expected TOML text or a GuardConfig"),
-        (("own", None), r"create\(config_toml\): .*, got NoneType"),
-        ((Path("own"), ""), r"create\(name\): expected a name for the run, got \w*Path"),
+        ({"config_toml": {"guard": {}}}, ("config_toml", "dict")),
+        ({"config_toml": None}, ("config_toml", "NoneType")),
+        ({"name": 3}, ("name", "int")),
+        ({"root": GuardConfig()}, ("root", "GuardConfig")),
     ],
 )
-def test_a_wrong_type_is_refused(tmp_path: Path, arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        RunDirectory.create(tmp_path / "runs", *arguments)
-    with pytest.raises(UsageError, match=r"create\(root\): expected the path of a folder"):
-        RunDirectory.create(GuardConfig(), "own")  # type: ignore[arg-type]
+def test_a_wrong_type_is_refused(
+    tmp_path: Path, arguments: dict[str, Any], named: tuple[str, str]
+) -> None:
+    given: dict[str, Any] = {"root": tmp_path / "runs", "name": "own", **arguments}
+    with pytest.raises(UsageError) as caught:
+        RunDirectory.create(**given)
+    assert caught.value.kind == "wrong_type"
+    assert all(word in str(caught.value) for word in named)
     assert not (tmp_path / "runs").exists()
 
 
@@ -104,14 +110,14 @@ def test_the_report_names_how_a_custom_loop_is_continued(
 ) -> None:
     run = RunDirectory.create(tmp_path, "own", config)
     train(run, upto=6)
-    text = printed(capsys, "report", str(run.path))
-    assert "RunDirectory.open(" in text and "start your script again with this run" in text
-    assert "launch --resume" not in text
-    assert build_report(run).custom_loop
-    assert main(["launch", "--resume", str(run.path)]) == 2
-    refusal = capsys.readouterr().err
-    assert "was not started by guardrail launch" in refusal and "train.steps" not in refusal
-    assert f"run=RunDirectory.open({str(run.path)!r})" in refusal.replace("\n", "")
+    report = build_report(run)
+    assert report.custom_loop
+    commands = [command for command, _ in list_next_commands(report, "own")]
+    assert commands[0].startswith("run=RunDirectory.open(")
+    assert "--resume" not in printed(capsys, "report", str(run.path))
+    with pytest.raises(RunDirectoryError) as caught:
+        prepare_resume(str(run.path), (), root=str(tmp_path))
+    assert caught.value.kind == "custom_loop" and str(run.path) in str(caught.value)
 
 
 def test_the_report_omits_tokens_that_the_loop_has_not_counted(

@@ -61,7 +61,7 @@ class LoopChecks:
             "tensor-parallel parameters. Unless your loop averages the gradients over the ranks, "
             "each rank trains a different model"
         )
-        self._ctx.recorder.write(Note(message=message))
+        self._ctx.recorder.write(Note(message=message, data={"unreduced_ranks": ranks.world}))
 
     def refuse_without_gradients(self, step: Step, reduced: ReducedStep) -> None:
         """Check once, at the first step of this process, that the model gets gradients.

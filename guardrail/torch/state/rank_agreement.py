@@ -74,7 +74,8 @@ def require_same_run(path: Path | None, gather: Callable[[Any], Sequence[Any]]) 
                 f"run is {_describe_folder(first)} on rank 0 and {_describe_folder(other)} on rank "
                 f"{rank}: all ranks must have the same run directory\n"
                 "  hint: create it on rank 0 and broadcast its path; on the other ranks use "
-                "RunDirectory.open(path)"
+                "RunDirectory.open(path)",
+                kind="different_runs",
             )
 
 
