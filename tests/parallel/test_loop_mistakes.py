@@ -319,7 +319,7 @@ def test_a_resume_names_parameters_that_are_newly_frozen_or_trained(tmp_path: Pa
     (check,) = [event for event in run.events() if event.kind == "resume_check"]
     frozen, thawed = check.data["trained"].split(", ")
     assert frozen.startswith("second.bias ") and thawed.startswith("first.bias ")
-    assert isinstance(check, ResumeChecked) and check.list_differences() == ["trained"]
+    assert isinstance(check, ResumeChecked) and list(check.differences) == ["trained"]
     assert check.message.endswith(" trained")
 
 
