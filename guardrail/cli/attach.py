@@ -45,8 +45,8 @@ def command(
 ) -> int:
     """Watch RUN, or the newest run. Press q or Ctrl-C to leave: the run continues.
 
-    Without a terminal, or with TERM=dumb, attach prints lines until the run has ended. Its exit
-    code is that of the run.
+    Without a terminal, or with TERM=dumb, attach prints lines until the run has ended. The exit
+    code of attach is the exit code of the run.
     """
     if web and headless:
         raise click.UsageError("--web and --headless exclude each other; give one of them")

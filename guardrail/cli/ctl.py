@@ -108,9 +108,9 @@ def command(
     running, or did not answer. --preview prints what the command would restore, what would be lost
     and what would be skipped, and sends nothing. `answer --preview` shows this for each answer.
 
-    A command belongs to the question that is open when you give it. If another question is open
-    when it reaches the run, the run refuses it. `answer 0`, `1` and `2` mean accept, continue and
-    stop.
+    A command belongs to the question that is open when you give the command. The run refuses a
+    command that arrives while another question is open. `answer 0`, `1` and `2` mean accept,
+    continue and stop.
     """
     from guardrail.core.errors import ExitCode
     from guardrail.decide.control_commands.answer import Answer

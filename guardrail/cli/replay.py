@@ -25,9 +25,9 @@ from guardrail.cli.common import complete_run, json_option, open_run, print_json
 def command(run: str | None, incident: int | None, keep: bool, as_json: bool, root: str) -> int:
     """Run steps again with the decisions of the journal, and compare every number with metrics.bin.
 
-    Without --incident the replay begins at step 0. With it, the replay begins at the newest
-    checkpoint from before that incident, and ends where the incident ended. It needs the ranks and
-    devices of the run. The run directory is only read.
+    Without --incident the replay begins at step 0. With --incident N the replay begins at the
+    newest checkpoint from before incident N, and ends where that incident ended. A replay needs as
+    many ranks as the run, on the same kind of device. A replay only reads the run directory.
 
     Exit code 5: a number differs. The first such step and column are printed.
     """

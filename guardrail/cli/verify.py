@@ -15,12 +15,12 @@ from guardrail.cli.common import json_option, open_run, print_json, root_option
 @click.option(
     "--fingerprint",
     is_flag=True,
-    help="Print one SHA-256 of all parameters. It is the same for every sharding.",
+    help="Print one SHA-256 of all parameters. The number of shards does not change this SHA-256.",
 )
 @json_option
 @root_option
 def command(target: str, fingerprint: bool, as_json: bool, root: str) -> None:
-    """Check the size and the SHA-256 of every file of a checkpoint. Of a run, its newest one.
+    """Check the size and the SHA-256 of every file of a checkpoint. RUN stands for its newest checkpoint.
 
     Exit code 5: a check failed. The file is named on stderr.
     """

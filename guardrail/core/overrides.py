@@ -104,10 +104,13 @@ def apply_override(
     if schema is not None:
         parts, value = _rename_override(parts, value, schema)
     at = tree
-    for part in parts[:-1]:
+    for depth, part in enumerate(parts[:-1], start=1):
         at = at.setdefault(part, {})
         if not isinstance(at, dict):
             raise ConfigError(
-                "a key inside a section", file="--set", key=key.strip(), value=mask_override(raw)
+                f"a key of a section ({'.'.join(parts[:depth])} is a value, not a section)",
+                file="--set",
+                key=key.strip(),
+                value=mask_override(raw),
             )
     at[parts[-1]] = value

@@ -236,12 +236,13 @@ def _make_documents(incident: Incident) -> Table:
     rest = _count_more(len(incident.files), "file")
     if incident.documents_total > len(incident.documents):
         known = (
-            f"{len(incident.documents):,} of {format_plural(incident.documents_total, 'document')}"
+            f"only {len(incident.documents):,} of the "
+            f"{format_plural(incident.documents_total, 'document')}"
         )
         if rest:
-            rest = f"{rest}; the journal names {known}"
+            rest = f"{rest}; the journal lists {known}"
         else:
-            rest = f"the journal names {known}"
+            rest = f"the journal lists {known}"
     return Table(
         title="Documents",
         heads=("file", "bytes skipped", "remark"),

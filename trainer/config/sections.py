@@ -192,7 +192,9 @@ def check_faults(faults: Sequence[FaultSection], *, world: int) -> None:
         key = f"faults[{index}]"
         if fault.rank >= world:
             raise ConfigError(
-                f"a rank below {world}, or -1 for all", key=f"{key}.rank", value=fault.rank
+                f"-1 (all ranks), or a rank from 0 to {world - 1}",
+                key=f"{key}.rank",
+                value=fault.rank,
             )
         if not fault.step and fault.last <= fault.first:
             raise ConfigError(

@@ -104,7 +104,7 @@ def test_one_incident_is_a_paragraph_and_tables(run: RunDirectory) -> None:
     assert ["loss", "5", "12.5", "2.31", "42.2", "8"] in rows
     assert ["/data/0037.txt", "(1", "record)", "80", "-"] in rows
     assert any(row[:3] == ["3", "4", "36-47"] and "2" in row for row in rows), "the rollback"
-    assert "names 2 of 5 documents" in said
+    assert "only 2 of the 5 documents" in said
     assert "Ã‚Â" not in said and "Ã‚Â" in incident_text(run, 1, excerpts=True)
 
 
