@@ -67,7 +67,7 @@ def command(
 ) -> int:
     """Judge recorded runs with the code that judges a live run; print what it would have done.
 
-    Reads {formats}. Folders are searched. A run directory is judged with its own settings, unless
+    `backtest` reads {formats}. Folders are searched. A run directory is judged with its own settings, unless
     --config or --set is given.
 
     Exit code 2: nothing could be read. A log that could not be read is named on stderr.

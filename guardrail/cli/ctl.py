@@ -104,9 +104,10 @@ def command(
     \b
     {commands}
 
-    Prints what took effect and at which step. Exit code 2: the run refused the command, is not
-    running, or did not answer. --preview prints what the command would restore, what would be lost
-    and what would be skipped, and sends nothing. `answer --preview` shows this for each answer.
+    `ctl` prints what took effect and at which step. Exit code 2: the run refused the command, is
+    not running, or did not answer. --preview prints what the command would restore, what would be
+    lost and what would be skipped, and sends nothing. `answer --preview` shows this for each
+    answer.
 
     A command belongs to the question that is open when you give the command. The run refuses a
     command that arrives while another question is open. `answer 0`, `1` and `2` mean accept,

@@ -173,8 +173,8 @@ def command(
 ) -> int:
     """Write a commented configuration to FILE (config.toml; - prints it).
 
-    Asks for the data, the size of the model and the number of processes. An option answers its
-    question. Without a terminal, the defaults answer the rest.
+    `init` asks for the data, the size of the model and the number of processes. An option
+    answers the question of its name. Without a terminal, the defaults answer the rest.
     """
     target = Path(path)
     if path != "-" and target.exists() and not force:

@@ -64,8 +64,8 @@ def command(
 ) -> int:
     """Start a training run and watch it.
 
-    Prints the run directory on stdout. The run has its own session: it continues when you close the
-    terminal, leave the screen or press Ctrl-C. `guardrail ctl RUN stop` ends it.
+    `launch` prints the run directory on stdout. The run has its own session: it continues when you
+    close the terminal, leave the screen or press Ctrl-C. `guardrail ctl RUN stop` ends the run.
     """
     from guardrail.core.errors import ExitCode
     from guardrail.launch import launcher, supervisor_process

@@ -29,9 +29,9 @@ def command(
 ) -> int:
     """Print detection thresholds that fit recorded runs, as a [guard] section.
 
-    Counts the alarms that each threshold would have raised in them. Prints TOML on stdout, with
-    these counts as comments, and writes no file. LOG... is what `backtest` reads. Most of each run should
-    be healthy.
+    `tune` counts the alarms that each threshold would have raised in these runs. It prints TOML on
+    stdout, with these counts as comments, and writes no file. LOG... is what `backtest` reads.
+    Most of each run should be healthy.
 
     Exit code 2: nothing could be read.
     """

@@ -236,16 +236,15 @@ class Guard(GuardParts):
 
     def open(self) -> None:
         """Resume from checkpoint and journal, or begin. The iteration calls it."""
-        ctx = self.context
         self._resume_check.require_same_data()
         self.data_share.open()
         self.gate.open()
         if self.run is not None:
             self._open_run(self.run)
-        for span in ctx.history.spans:
+        for span in self.history.spans:
             self.cursor.skip_span(span)
-        if ctx.history.mode is not None:
-            self.set_mode(ctx.history.mode)
+        if self.history.mode is not None:
+            self.set_mode(self.history.mode)
         self.timeline_switch.open()
         self.checks.note_unreduced_gradients()
 
