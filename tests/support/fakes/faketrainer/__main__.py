@@ -44,6 +44,8 @@ def misbehave(kind: str, run: RunDirectory) -> None:
     if kind == "hang":
         here_it_hangs()
     if kind == "lock":
+        while not (run.path / "journal.jsonl").exists():  # rank 0 makes it, and may be slower
+            time.sleep(0.02)
         fcntl.flock(os.open(run.path / "journal.jsonl", os.O_RDWR), fcntl.LOCK_EX)
     if kind in ("freeze", "lock"):
         os.kill(os.getpid(), signal.SIGSTOP)
