@@ -5,6 +5,7 @@ Each entry of `MORE` documents what an option adds to that.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 
@@ -130,11 +131,12 @@ def test_waits_of_the_trainer(tmp_path: Any, option: str) -> None:
         snapshots={"every": SNAPSHOT_EVERY},
     )
     trainer = Trainer(config)
-    for step in trainer.guard:
-        with WaitCounter() as counter:
-            trainer.train_step(step)
-        if FIRST_QUIET < step.number < STEPS:
-            assert counter.calls == Counter(READ["before_step"]) + Counter(MORE[option])
+    with contextlib.closing(trainer.loader):  # its thread must not outlive the test
+        for step in trainer.guard:
+            with WaitCounter() as counter:
+                trainer.train_step(step)
+            if FIRST_QUIET < step.number < STEPS:
+                assert counter.calls == Counter(READ["before_step"]) + Counter(MORE[option])
 
 
 def test_the_counter_sees_each_kind_of_wait() -> None:
