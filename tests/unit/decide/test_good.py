@@ -339,10 +339,10 @@ def test_to_be_loaded_makes_no_state_good(tmp_path: Path) -> None:
 
 
 def test_lines_list_and_report_say_what_is_unresolved(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from guardrail.core.records.status import Unresolved
-
+    # Nothing writes the heartbeat of this run: the list need not wait long for it.
+    monkeypatch.setattr("guardrail.rundir.liveness.FIRST_SECONDS", 0.2)
     run = RunDirectory.create(tmp_path, "one", "")
     one = Unresolved(incident=1, since=60, loss=10.3, expected=1.8, let_pass="advise")
     status = Status(run=run.name, phase=Phase.STEP, step=90, unresolved=one)
