@@ -22,6 +22,7 @@ from guardrail.core.toml_file import dump_toml
 from guardrail.rundir.heartbeat import Heartbeat
 from guardrail.rundir.run_lock import RunLock
 from guardrail.rundir.stop_signals import StopSignals
+from guardrail.torch.state.collectives import gather_objects
 from guardrail.torch.state.rank_agreement import require_equal
 from trainer.build import attach_stabilisers, build_clip, build_model, build_objective
 from trainer.config.config import Config
@@ -310,9 +311,7 @@ def lock_run(run: RunDirectory) -> RunLock:
 
 def gather(value: Any) -> list[Any]:
     """Return the value of every rank, by rank. Collective."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone
+    return gather_objects(value, dist.get_world_size())
 
 
 def read_lines(path: str) -> list[str]:

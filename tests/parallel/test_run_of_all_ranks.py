@@ -77,14 +77,20 @@ def test_one_folder_by_two_paths_is_the_same_run(tmp_path: Path) -> None:
     link.symlink_to(run.path)
 
     def gather(value: Any) -> list[Any]:
-        other = ("other-host", "/mnt/elsewhere/own", value[2])
+        other = ("other-host", "/mnt/elsewhere/own", 7, value[3])
         return [value, other]
 
     require_same_run(link, gather)
     with pytest.raises(UsageError) as caught:
-        require_same_run(link, lambda value: [value, ("other-host", "/mnt/elsewhere/own", None)])
+        require_same_run(link, lambda value: [value, ("other-host", "/mnt/elsewhere/own", 7, None)])
     assert caught.value.kind == "different_runs"
     assert str(run.path) in str(caught.value) and "/mnt/elsewhere/own" in str(caught.value)
+    # Two file systems of one host give the same numbers to different folders.
+    with pytest.raises(UsageError) as caught:
+        require_same_run(
+            link, lambda value: [value, (value[0], "/tmp/own", value[2] + 1, value[3])]
+        )
+    assert caught.value.kind == "different_runs"
 
 
 def _notes(rank: int, folder: Path, wrapped: bool, layout: RankLayout | None) -> list[Any]:

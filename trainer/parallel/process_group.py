@@ -19,6 +19,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from guardrail.core.errors import WorkersFailed
+from guardrail.torch.state.collectives import gather_objects
 
 
 def join_process_group(device: torch.device, *, timeout: float) -> None:
@@ -97,9 +98,7 @@ def check_own_gpu(device: torch.device) -> None:
     if device.type != "cuda" or not dist.is_initialized():
         return
     own = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    refuse_shared_gpu(gathered)
+    refuse_shared_gpu(gather_objects(own, dist.get_world_size()))
 
 
 def refuse_shared_gpu(gpus: Iterable[tuple[str, str]]) -> None:

@@ -165,12 +165,6 @@ class RolledBack(SamplesTaken, frozen=True, kw_only=True):
     def notice(self) -> str:
         return self.kind
 
-    @property
-    def timeline_after(self) -> int:
-        if self.new_timeline is None:
-            return self.timeline
-        return self.new_timeline
-
     def sentence(self) -> str:
         if self.message or self.to_step is None or self.from_step is None:
             return self.message
@@ -216,12 +210,6 @@ class Undone(Event, frozen=True, kw_only=True):
     @property
     def notice(self) -> str:
         return self.kind
-
-    @property
-    def timeline_after(self) -> int:
-        if self.new_timeline is None:
-            return self.timeline
-        return self.new_timeline
 
 
 class RemedyUsed(Event, frozen=True, kw_only=True):

@@ -73,8 +73,11 @@ class Event(Record, frozen=True, kw_only=True):
 
     @property
     def timeline_after(self) -> int:
-        """Return the timeline of the run after this line."""
-        return self.timeline
+        """Return the timeline of the run after this line: `new_timeline` where the line has one."""
+        begun: int | None = getattr(self, "new_timeline", None)
+        if begun is None:
+            return self.timeline
+        return begun
 
     def sentence(self) -> str:
         """Return the line in one sentence; "": it has none."""

@@ -67,12 +67,6 @@ class Restarted(Event, frozen=True, kw_only=True):
     reason: str = ""
     new_timeline: Int64 | None = None
 
-    @property
-    def timeline_after(self) -> int:
-        if self.new_timeline is None:
-            return self.timeline
-        return self.new_timeline
-
     def sentence(self) -> str:
         if self.message:
             return self.message

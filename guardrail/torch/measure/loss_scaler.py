@@ -15,6 +15,7 @@ from torch import Tensor
 
 from guardrail.torch.state import foreach
 
+_UPDATES = foreach.GROWTH_TRACKER
 _LARGEST = math.ldexp(2 - 2**-23, 127)  # of float32, in which torch keeps the scale
 
 
@@ -58,36 +59,21 @@ class LossScale:
             The new scale.
         """
         read, self._read = self._read, None
-        if read is not None:
-            factors = foreach.scaler_factors(self.scaler)
-            scale, updates = _next_scale(*read, overflow=overflow, **factors)
-            foreach.set_scaler(self.scaler, scale=scale, updates=updates)
-            return scale
-        state = self.scaler.state_dict()
-        scale, updates = _next_scale(
-            float(state["scale"]),
-            int(state[foreach.GROWTH_TRACKER]),
-            overflow=overflow,
-            growth=state["growth_factor"],
-            backoff=state["backoff_factor"],
-            interval=state["growth_interval"],
-        )
-        self.scaler.load_state_dict({**state, "scale": scale, foreach.GROWTH_TRACKER: updates})
+        if read is None:
+            state = self.scaler.state_dict()
+        else:
+            state = {**foreach.scaler_factors(self.scaler), "scale": read[0], _UPDATES: read[1]}
+        scale, updates = float(state["scale"]), int(state[_UPDATES]) + 1
+        if overflow:
+            scale, updates = scale * state["backoff_factor"], 0
+        elif updates >= state["growth_interval"]:
+            updates = 0
+            grown = scale * state["growth_factor"]
+            if grown <= _LARGEST:
+                scale = grown
+        # Fills torch's tensors with host numbers, which waits for nothing.
+        self.scaler.load_state_dict({**state, "scale": scale, _UPDATES: updates})
         return scale
-
-
-def _next_scale(
-    scale: float, updates: int, *, overflow: bool, growth: float, backoff: float, interval: int
-) -> tuple[float, int]:
-    """Return the scale after a step, and the updates since the last change."""
-    if overflow:
-        return scale * backoff, 0
-    if updates + 1 < interval:
-        return scale, updates + 1
-    grown = scale * growth
-    if grown > _LARGEST:
-        grown = scale
-    return grown, 0
 
 
 def is_enabled(scaler: Any) -> bool:

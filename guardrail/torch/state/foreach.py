@@ -114,19 +114,12 @@ def scaler_tensors(scaler: Any) -> list[Tensor]:
 
 
 def scaler_factors(scaler: Any) -> dict[str, Any]:
-    """Return how a GradScaler changes its scale: factors, and updates between two increases."""
+    """Return how a GradScaler changes its scale, as in its state dict; reads no tensor."""
     return {
-        "growth": scaler.get_growth_factor(),
-        "backoff": scaler.get_backoff_factor(),
-        "interval": scaler.get_growth_interval(),
+        "growth_factor": scaler.get_growth_factor(),
+        "backoff_factor": scaler.get_backoff_factor(),
+        "growth_interval": scaler.get_growth_interval(),
     }
-
-
-def set_scaler(scaler: Any, *, scale: float, updates: int) -> None:
-    """Set the tensors of a GradScaler without waiting for the device."""
-    scale_tensor, tracker = scaler_tensors(scaler)
-    scale_tensor.fill_(scale)
-    tracker.fill_(updates)
 
 
 def step_unless(optimizer: Any, skip: Tensor) -> None:

@@ -40,17 +40,21 @@ class _RunFolder(NamedTuple):
 
     Attributes:
         path: without symbolic links; "" without a run directory.
-        inode: number of the folder in its file system; None: unknown.
+        device, inode: number of the file system on its host, and of the folder in it; None:
+            unknown.
     """
 
     host: str
     path: str
+    device: int | None
     inode: int | None
 
     def is_same(self, other: _RunFolder) -> bool:
         """Return whether both name one folder. Hosts may mount a shared disk at different paths."""
         if self.path == other.path:
             return True
+        if self.host == other.host and self.device != other.device:
+            return False  # two file systems number their folders alike
         return self.inode is not None and self.inode == other.inode
 
 
@@ -82,13 +86,13 @@ def require_same_run(path: Path | None, gather: Callable[[Any], Sequence[Any]]) 
 def _find_folder(path: Path | None) -> _RunFolder:
     host = socket.gethostname()
     if path is None:
-        return _RunFolder(host, "", None)
+        return _RunFolder(host, "", None, None)
     resolved = os.path.realpath(path)
     try:
-        inode = os.stat(resolved).st_ino
+        found = os.stat(resolved)
     except OSError:
-        inode = None
-    return _RunFolder(host, resolved, inode)
+        return _RunFolder(host, resolved, None, None)
+    return _RunFolder(host, resolved, found.st_dev, found.st_ino)
 
 
 def _describe_folder(folder: _RunFolder) -> str:

@@ -23,6 +23,7 @@ from guardrail.core.errors import CheckpointInvalid, UsageError
 from guardrail.rundir.manifest import BUFFER, MODEL, OPTIM, Box
 from guardrail.rundir.safetensors_header import Shape
 from guardrail.torch.state import foreach
+from guardrail.torch.state.collectives import gather_objects
 from guardrail.torch.state.digests import component_digests
 from guardrail.torch.state.optimizer_state import (
     Trained,
@@ -123,10 +124,10 @@ class TrainingState:
         """
         names = set(self._parameters) | {name for name, _, _ in self._buffers}
         own_groups = [self._names_of_groups(optimizer) for optimizer in self.optimizers]
-        by_rank: list[Any] = [(names, own_groups)]
+        world = 1
         if self.holders is not None:
-            by_rank = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(by_rank, (names, own_groups))
+            world = torch.distributed.get_world_size()
+        by_rank = gather_objects((names, own_groups), world)
         self.all_names: frozenset[str] = frozenset().union(*(theirs for theirs, _ in by_rank))
         shared: list[list[list[str]]] = []
         for optimizer, groups in enumerate(own_groups):
