@@ -101,7 +101,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
-        """Return an existing run. Raises RunDirectoryError: missing, no run, or not readable."""
+        """Return an existing run. Raises RunDirectoryError if the folder is no run or unreadable."""
         where = Path(path).absolute()
         run_creation.check_is_run(where)
         return cls(where)
